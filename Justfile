@@ -1,0 +1,49 @@
+# `./justw RECIPE` runs a recipe with nothing installed beforehand but Python; with just at hand, `just RECIPE` does the same.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+py := ".venv/bin/python"
+
+# what can be run
+[private]
+default:
+    @{{ just_executable() }} --justfile {{ justfile() }} --list --unsorted
+
+# run two real vLLM engines on one pool, kill one, and print what was reused
+demo *ARGS: setup
+    {{ py }} bench/demo.py {{ ARGS }}
+
+# everything: unit tests, the pool under fire, real vLLM
+test *ARGS: setup
+    {{ py }} -m pytest tests {{ ARGS }}
+
+# unit tests only: no engine, a few minutes at most
+test-fast *ARGS: install
+    {{ py }} -m pytest tests/unit {{ ARGS }}
+
+# the figures of README, with ratios to memcpy
+bench *ARGS: setup
+    {{ py }} -m pytest bench --benchmark-only -p no:cacheprovider {{ ARGS }}
+
+# kill processes at random instants and count what went wrong: just stress --kills 2000
+stress *ARGS: install
+    {{ py }} tests/stress/run.py {{ ARGS }}
+
+# ruff and mypy, as the tests run them
+lint: install
+    {{ py }} -m ruff check .
+    {{ py }} -m ruff format --check .
+    {{ py }} tests/typecheck.py
+
+# put the sources into ruff's form
+fmt: install
+    {{ py }} -m ruff check --fix .
+    {{ py }} -m ruff format .
+
+# kvplug with its development tools, and the test engine (vLLM for the CPU, about 4 GB)
+setup:
+    @bash .ci/setup engine
+
+# kvplug with its development tools only
+install:
+    @bash .ci/setup

@@ -1,0 +1,315 @@
+"""All of kvplug's settings, in one schema.
+
+A value comes from the first of: the code's own arguments, the environment (``KVPLUG_SIZE=30gb``), the file (TOML, at
+``KVPLUG_CONFIG`` or else ``~/.config/kvplug/config.toml``), the default. A name that nobody knows is an error, since
+a setting that is silently ignored is worse than none; so is a value that does not fit, and either error says where
+the value came from and what would fit. Sizes are written ``30gb`` (powers of 1000), ``512mib`` (powers of 1024) or
+as plain bytes; durations are in seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from kvplug import hostmem
+from kvplug.errors import ConfigError
+from kvplug.sizes import format_size, parse_size
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "ENV_PREFIX",
+    "Config",
+    "Setting",
+    "config_path",
+    "default_pool_name",
+    "default_size_bytes",
+    "explain",
+    "load",
+]
+
+ENV_PREFIX = "KVPLUG_"
+PATH_ENV = "KVPLUG_CONFIG"
+RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_FAILPOINT"})
+"""Variables that are read elsewhere and are not settings of the schema."""
+RESERVED_ENV_PREFIXES = ("KVPLUG_TEST_", "KVPLUG_BENCH_", "KVPLUG_DEMO_")
+_FOREIGN_ENV = re.compile(r"KVPLUG_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_\w+)?)")
+"""What Kubernetes puts into every container of a namespace that has a service named "kvplug..."."""
+
+POOL_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
+MIB = 1024**2
+_SIZE_STEP_BYTES = 2 * MIB
+_MIN_SIZE_BYTES = MIB
+
+
+def default_pool_name() -> str:
+    """``u<uid>``: a pool per user, since pools are never shared between users."""
+    return f"u{os.getuid()}"
+
+
+def default_size_bytes() -> int:
+    """A quarter of the memory that this container may use, at most half of what /dev/shm has left."""
+    limits = []
+    memory = hostmem.memory()
+    if memory.limit_bytes:
+        limits.append(memory.limit_bytes // 4)
+    shm = hostmem.shm_space()
+    if shm is not None and shm.total_bytes:
+        limits.append(shm.free_bytes // 2)
+    nbytes = min(limits, default=_SIZE_STEP_BYTES)
+    return max(nbytes - nbytes % _SIZE_STEP_BYTES, _SIZE_STEP_BYTES)
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str | int) else value
+
+
+def _size_or_auto(value: object) -> object:
+    return None if isinstance(value, str) and value.strip().lower() == "auto" else _size(value)
+
+
+def _lower(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+Share = Annotated[float, Field(gt=0, le=1)]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
+
+
+class Config(BaseSettings):
+    """The settings of one process, checked. Immutable; :meth:`with_changes` makes another.
+
+    Every way of making one raises :class:`~kvplug.errors.ConfigError` for a name or a value that does not fit.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    pool: str = Field(
+        default_factory=default_pool_name,
+        description="name of the pool; engines that name the same pool share it",
+    )
+    size: Size = Field(
+        default_factory=default_size_bytes,
+        ge=_MIN_SIZE_BYTES,
+        description="size of the pool when this process is the one that creates it; attaching takes what is there",
+    )
+    verify: Literal["never", "always"] = Field(
+        default="never",
+        description="check the checksum of a block at every local read; blocks from disk or another host are always checked",
+    )
+    policy: Literal["tail_first", "lru", "fifo"] = Field(
+        default="tail_first", description="which unpinned block goes first when the pool is full"
+    )
+    persist: Literal["always", "until-last-exit"] = Field(
+        default="always", description="whether the pool outlives the last process that uses it: that is the warm restart"
+    )
+    lock_timeout_s: float = Field(
+        default=0.1, gt=0, le=10, description="longest wait for the pool's lock; after that: a miss, or not stored"
+    )
+    min_block: Size = Field(
+        default=16 * 1024, ge=1024, le=64 * MIB, description="smallest block that is expected; sizes the pool's tables when it is created"
+    )
+    slab: Annotated[int | None, BeforeValidator(_size_or_auto)] = Field(
+        default=None, ge=64 * 1024, description="size of a slab, the unit that moves between block sizes; auto: from the pool's size"
+    )
+    max_clients: int = Field(
+        default=128, ge=1, le=1024, description="most processes that can be attached at one time; fixed when the pool is created"
+    )
+    prefault: bool = Field(default=True, description="reserve the pool's memory in the background, ahead of its first use")
+    quarantine_grace_s: float = Field(
+        default=1.0, ge=0, le=3600, description="how long a slot stays unused after the session that was writing it has died"
+    )
+    pin_budget_share: Share = Field(default=0.5, description="share of the pool's slots that one session may pin")
+    reserve_budget_share: Share = Field(default=0.5, description="share of the pool's slots that one session may have in writing")
+    store_hold_share: Share = Field(
+        default=0.2, description="share of the engine's own cache blocks that stores in flight may hold; beyond it nothing is stored"
+    )
+    weights_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="names the model's weights where kvplug can't identify them by content; who sets it answers for it",
+    )
+    trust_mm_ids: bool = Field(
+        default=False, description="take the identifiers that users give to images, audio and video for their content"
+    )
+    unsupported_engine_ok: bool = Field(default=False, description="try an engine version that kvplug was not tested with")
+    log_level: LogLevel = Field(default="info", description="debug, info, warning or error")
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise _explained(error, set(values)) from None
+
+    @pydantic.field_validator("pool")
+    @classmethod
+    def _pool_name(cls, value: str) -> str:
+        if not re.fullmatch(POOL_NAME, value, re.ASCII):
+            raise ValueError("a pool name is 1 to 64 of the characters A-Z a-z 0-9 . _ - and does not start with a dot")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _slab_holds_a_block(self) -> Config:
+        if self.slab is not None and self.slab < self.min_block:
+            raise ValueError(f"slab ({self.slab} bytes) is smaller than min_block ({self.min_block} bytes): no block would fit in a slab")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments over environment over file; no .env files and no secrets folder."""
+        return (
+            init_settings,
+            _Given(settings_cls, {name: value for name, (value, _) in _from_environment(os.environ).items()}),
+            _Given(settings_cls, {name: value for name, (value, _) in _from_file().items()}),
+        )
+
+    def with_changes(self, **changes: Any) -> Config:
+        """The same settings but for *changes*, checked like any other; a change to None leaves the value as it is."""
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return Config(**values | {name: value for name, value in changes.items() if value is not None})
+
+
+class _Given(PydanticBaseSettingsSource):
+    """A layer of settings that was read already."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._values
+
+
+class Setting(NamedTuple):
+    """One line of :func:`explain`."""
+
+    name: str
+    value: Any
+    source: str
+    """``default``, ``environment KVPLUG_SIZE``, ``file /path/config.toml``."""
+
+    @property
+    def text(self) -> str:
+        """The value as it would be written in the file, sizes with their meaning."""
+        if self.value is None:
+            return "auto" if self.name == "slab" else "not set"
+        if self.name in ("size", "min_block", "slab"):
+            return f"{self.value} ({format_size(self.value)})"
+        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
+
+
+def config_path() -> tuple[Path, bool]:
+    """The settings file, and whether it was asked for by name (then it has to be there)."""
+    named = os.environ.get(PATH_ENV)
+    if named:
+        return Path(named).expanduser(), True
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return Path(base) / "kvplug" / "config.toml", False
+
+
+def _nearest(name: str, prefix: str = "") -> str:
+    """What was probably meant by *name*, which is written without *prefix*."""
+    close = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.6)
+    written = [prefix + (known.upper() if prefix else known) for known in (close or Config.model_fields)]
+    return f"did you mean {written[0]}?" if close else f"the known ones are {', '.join(written)}."
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    """Name to (value, source) for each setting in the environment. A variable that is set to nothing counts as unset."""
+    found: dict[str, tuple[Any, str]] = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable in RESERVED_ENV or variable.startswith(RESERVED_ENV_PREFIXES):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in Config.model_fields or variable != variable.upper():
+            if _FOREIGN_ENV.fullmatch(variable):
+                continue
+            raise ConfigError(
+                f"unknown setting {variable} (= {value!r}) in the environment: {_nearest(name, ENV_PREFIX)} "
+                f"Unset it or correct its name; `kvplug config` lists all settings."
+            )
+        if value.strip():
+            found[name] = (value, f"environment {variable}")
+    return found
+
+
+def _from_file() -> dict[str, tuple[Any, str]]:
+    path, required = config_path()
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except FileNotFoundError:
+        if required:
+            raise ConfigError(f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}") from None
+        return {}
+    except (NotADirectoryError, PermissionError) as error:
+        # A home that this user can't look into holds no settings of this user's.
+        if required:
+            raise ConfigError(f"the settings file {path}, named by {PATH_ENV}, can't be read: {error.strerror}") from None
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the settings file {path} can't be used: {error}. It is TOML: one `name = value` a line") from None
+    for name, value in content.items():
+        if name not in Config.model_fields:
+            raise ConfigError(f"unknown setting {name!r} (= {value!r}) in the file {path}: {_nearest(name)}")
+    return {name: (value, f"file {path}") for name, value in content.items()}
+
+
+def _layers() -> dict[str, tuple[Any, str]]:
+    return _from_file() | _from_environment(os.environ)
+
+
+def _explained(error: pydantic.ValidationError, given: set[str]) -> ConfigError:
+    """The first thing that is wrong, as one sentence: value, source, what fits."""
+    detail = error.errors(include_url=False, include_context=False)[0]
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    name = str(detail["loc"][0]) if detail["loc"] else ""
+    if not name:
+        return ConfigError(f"settings that don't go together: {message}")
+    if name in given:
+        source = "given in the code"
+    else:
+        source = _layers().get(name, (None, "default"))[1]
+    if detail["type"] == "extra_forbidden":
+        return ConfigError(f"unknown setting {name!r}, {source}: {_nearest(name)}")
+    about = Config.model_fields[name].description or ""
+    return ConfigError(f"setting {name} = {detail['input']!r} ({source}): {message}. ({name}: {about})")
+
+
+def load(**overrides: Any) -> Config:
+    """The settings of this process. *overrides* that are not None go over environment and file.
+
+    Raises :class:`~kvplug.errors.ConfigError` for an unknown name or a value that does not fit.
+    """
+    return Config(**{name: value for name, value in overrides.items() if value is not None})
+
+
+def explain() -> list[Setting]:
+    """Each setting as (name, value, source), in the schema's order. Raises ConfigError as :func:`load` does."""
+    config, sources = load(), _layers()
+    return [Setting(name, getattr(config, name), sources.get(name, (None, "default"))[1]) for name in Config.model_fields]

@@ -1,0 +1,124 @@
+"""How much memory this process may use: the machine's, or the container's limit where that is lower.
+
+A tmpfs page that the container's limit has no room for is not an error that a program could handle: the kernel
+kills. So the limit is looked up beforehand, from the control groups (version 2 and 1) and /proc/meminfo.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["DEV_SHM", "Memory", "ShmSpace", "memory", "shm_space"]
+
+DEV_SHM = "/dev/shm"  # noqa: S108 - the place where POSIX shared memory lives on Linux
+
+_UNLIMITED_BYTES = 2**60
+"""Version 1 says "no limit" by a number of about 2**63."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What this process and its neighbours in the container may use together."""
+
+    limit_bytes: int
+    """The lowest of all limits that apply. 0: nothing could be read."""
+    used_bytes: int
+    """What is in use under that limit by now, page cache that can be dropped not counted. 0: unknown."""
+    source: str
+    """The file that the limit came from."""
+
+
+@dataclass(frozen=True)
+class ShmSpace:
+    """Size and room of the file system that holds POSIX shared memory."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+        return int(text)
+    except (OSError, ValueError):  # "max", absent, or not ours to read
+        return None
+
+
+def _stat_value(path: Path, name: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def _upwards(base: Path, relative: str) -> list[Path]:
+    """*base*/*relative* and every folder above it, down to *base* itself. In a container *relative* may not exist."""
+    parts = [part for part in relative.split("/") if part and part != ".."]
+    return [base.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _groups(root: Path) -> tuple[str, str | None]:
+    """This process's paths in the version 2 hierarchy and in version 1's memory controller."""
+    v2, v1 = "", None
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return v2, v1
+    for line in lines:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if not controllers:
+            v2 = path
+        elif "memory" in controllers.split(","):
+            v1 = path
+    return v2, v1
+
+
+def memory(root: str | os.PathLike[str] = "/") -> Memory:
+    """The limit on memory that holds for this process. *root* leads to another machine's files in tests."""
+    top = Path(root)
+    found: list[Memory] = []
+    meminfo = top / "proc/meminfo"
+    total = _meminfo(meminfo, "MemTotal")
+    if total:
+        found.append(Memory(total, max(0, total - _meminfo(meminfo, "MemAvailable")), str(meminfo)))
+    v2, v1 = _groups(top)
+    mount = top / "sys/fs/cgroup"
+    for folder in _upwards(mount, v2):
+        limit = _read_int(folder / "memory.max")
+        if limit is not None:
+            used = (_read_int(folder / "memory.current") or 0) - _stat_value(folder / "memory.stat", "inactive_file")
+            found.append(Memory(limit, max(0, used), str(folder / "memory.max")))
+    if v1 is not None:
+        for folder in _upwards(mount / "memory", v1):
+            limit = _read_int(folder / "memory.limit_in_bytes")
+            if limit is not None and limit < _UNLIMITED_BYTES:
+                used = _read_int(folder / "memory.usage_in_bytes") or 0
+                used -= _stat_value(folder / "memory.stat", "total_inactive_file")
+                found.append(Memory(limit, max(0, used), str(folder / "memory.limit_in_bytes")))
+    return min(found, key=lambda one: one.limit_bytes, default=Memory(0, 0, "nothing"))
+
+
+def _meminfo(path: Path, name: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0
+
+
+def shm_space(path: str = DEV_SHM) -> ShmSpace | None:
+    """Size and free room of /dev/shm for this user, None when there is no such file system."""
+    try:
+        stat = os.statvfs(path)
+    except OSError:
+        return None
+    # f_bavail leaves out what only root may use. A tmpfs mounted without a limit says 0 blocks.
+    return ShmSpace(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize)
