@@ -1,0 +1,343 @@
+"""An in-process vLLM engine behind a line protocol: started once by a test, told many things.
+
+    python -m tests.vllm_lab.driver REPLY_FD
+
+One JSON object per line comes in on stdin, one per line goes out on the file descriptor REPLY_FD (stdout and stderr
+belong to vLLM's logs). The first line is the engine's arguments. ``{"do": name, ...}`` calls the function of that
+name below; the answer is ``{"ok": value}`` or ``{"error": traceback}``. The step loop is the driver's own, so that a
+test can stop between two steps: that is how an abort falls into the middle of a load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+
+class Driver:
+    """One LLM and the requests that are under way in it."""
+
+    def __init__(self, model: str, **kwargs: Any) -> None:
+        began = time.monotonic()
+        from vllm import LLM
+
+        self.llm = LLM(model=model, worker_extension_cls="tests.vllm_lab.worker.LabWorker", **kwargs)
+        self.engine = self.llm.llm_engine
+        self.boot_s = time.monotonic() - began
+        self.live: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, dict[str, Any]] = {}
+        self.serial = 0
+        self.steps = 0
+        self.admitted = 0
+        self.schedule_s: list[tuple[float, bool]] = []
+        self.lora_ids: dict[str, int] = {}
+        self._watch_outputs()
+
+    # -- what the engine is -------------------------------------------------------------------------------------
+
+    def core(self) -> Any:
+        """The EngineCore, which is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)."""
+        return self.engine.engine_core.engine_core
+
+    def info(self) -> dict[str, Any]:
+        import vllm
+
+        scheduler = self.core().scheduler
+        config = self.engine.vllm_config
+        transfer = config.kv_transfer_config
+        return {
+            "boot_s": self.boot_s,
+            "version": vllm.__version__,
+            "connector": type(scheduler.connector).__name__ if scheduler.connector else None,
+            "connector_module": type(scheduler.connector).__module__ if scheduler.connector else None,
+            "load_failure_policy": getattr(transfer, "kv_load_failure_policy", None),
+            "block_size": config.cache_config.block_size,
+            "num_blocks": scheduler.kv_cache_config.num_blocks,
+            "groups": [type(g.kv_cache_spec).__name__ for g in scheduler.kv_cache_config.kv_cache_groups],
+            "worker_pids": self.llm.collective_rpc("lab_pid"),
+            "pid": os.getpid(),
+        }
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def add(self, requests: list[dict[str, Any]]) -> list[str]:
+        """Queues requests without a step. Keys: prompt (token ids), max_tokens, lora (a folder), salt, logprobs."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        names = []
+        for r in requests:
+            name = f"lab-{self.serial}"
+            self.serial += 1
+            prompt: dict[str, Any] = {"prompt_token_ids": r["prompt"]}
+            if r.get("salt") is not None:
+                prompt["cache_salt"] = r["salt"]
+            lora = None
+            if r.get("lora"):
+                number = self.lora_ids.setdefault(r["lora"], len(self.lora_ids) + 1)
+                lora = LoRARequest(r.get("lora_name", f"adapter{number}"), number, r["lora"])
+            params = SamplingParams(
+                temperature=0, max_tokens=r.get("max_tokens", 8), ignore_eos=True, logprobs=r.get("logprobs")
+            )
+            core_id = self.engine.add_request(name, prompt, params, lora_request=lora)
+            self.live[name] = {"core_id": core_id, "start": time.monotonic(), "ttft_s": None, "external": 0, "local": 0}
+            names.append(name)
+        return names
+
+    def step(self, n: int = 1) -> int:
+        """Steps the engine; answers how many requests are still under way."""
+        for _ in range(n):
+            if not self.engine.has_unfinished_requests():
+                break
+            outputs = self.engine.step()
+            self.steps += 1
+            now = time.monotonic()
+            self._watch()
+            for out in outputs:
+                self._take(out, now)
+        return len(self.live)
+
+    def _watch_outputs(self) -> None:
+        """Keeps each request's prefill statistics, which vLLM itself only adds up, as they leave the engine core."""
+        client = self.engine.engine_core
+        plain = client.get_output
+
+        def get_output() -> Any:
+            outputs = plain()
+            by_core_id = {record["core_id"]: record for record in self.live.values()}
+            for output in outputs.outputs:
+                record = by_core_id.get(output.request_id)
+                if record is not None and output.prefill_stats is not None:
+                    record["external"] = output.prefill_stats.num_external_cached_tokens
+                    record["local"] = output.prefill_stats.num_local_cached_tokens
+            return outputs
+
+        client.get_output = get_output
+
+    def _watch(self) -> None:
+        """Notes what only the scheduler knows, while it still knows it: block ids and preemptions."""
+        scheduler = self.core().scheduler
+        for record in self.live.values():
+            request = scheduler.requests.get(record["core_id"])
+            if request is None:
+                continue
+            record["preemptions"] = request.num_preemptions
+            blocks = scheduler.kv_cache_manager.get_block_ids(record["core_id"])
+            if any(blocks):
+                record["block_ids"] = [list(group) for group in blocks]
+
+    def _take(self, out: Any, now: float) -> None:
+        record = self.live.get(out.request_id)
+        if record is None:
+            return
+        sequence = out.outputs[0]
+        if record["ttft_s"] is None and sequence.token_ids:
+            record["ttft_s"] = now - record["start"]
+        if not out.finished:
+            return
+        del self.live[out.request_id]
+        self.done[out.request_id] = {
+            "tokens": list(sequence.token_ids),
+            "reason": sequence.finish_reason,
+            "cached": out.num_cached_tokens,
+            "external": record["external"],
+            "local": record["local"],
+            "ttft_s": record["ttft_s"],
+            "total_s": now - record["start"],
+            "preemptions": record.get("preemptions", 0),
+            "block_ids": record.get("block_ids"),
+            "margin": _margin(sequence.logprobs),
+        }
+
+    def wait(self, names: list[str], timeout_s: float = 120.0) -> list[dict[str, Any]]:
+        """Steps until all of these have finished; answers their records in this order."""
+        deadline = time.monotonic() + timeout_s
+        while any(name in self.live for name in names):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"still under way after {timeout_s} s: {[n for n in names if n in self.live]}")
+            self.step()
+        return [self.done.pop(name) for name in names]
+
+    def generate(self, requests: list[dict[str, Any]], timeout_s: float = 120.0) -> list[dict[str, Any]]:
+        """Adds all at once and waits for all."""
+        return self.wait(self.add(requests), timeout_s)
+
+    def each(self, requests: list[dict[str, Any]], timeout_s: float = 120.0) -> list[dict[str, Any]]:
+        """One request after the other, each alone in the engine."""
+        return [self.generate([r], timeout_s)[0] for r in requests]
+
+    def abort(self, names: list[str]) -> dict[str, str]:
+        """Aborts requests; answers the scheduler's status of each just before."""
+        scheduler = self.core().scheduler
+        states = {}
+        for name in names:
+            record = self.live.pop(name, None)
+            request = scheduler.requests.get(record["core_id"]) if record else None
+            states[name] = request.status.name if request else "GONE"
+        self.engine.abort_request(names)
+        return states
+
+    # -- the cache ----------------------------------------------------------------------------------------------
+
+    def reset(self, external: bool = False) -> bool:
+        """Empties the device's prefix cache; with ``external`` the connector is told as well."""
+        return bool(self.llm.reset_prefix_cache(reset_connector=external))
+
+    def pages(self, block_ids: list[list[int]]) -> Any:
+        """Digests of device pages, one entry per rank; see ``LabWorker.lab_pages``."""
+        return self.llm.collective_rpc("lab_pages", args=(block_ids,))
+
+    def dump(self, block_ids: list[list[int]], folder: str) -> list[int]:
+        """Writes device pages to files; see ``LabWorker.lab_dump``."""
+        return self.llm.collective_rpc("lab_dump", args=(block_ids, folder))
+
+    def free_blocks(self) -> int:
+        """Blocks that the device's block pool could hand out now."""
+        return int(self.core().scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    def reload_weights(self, path: str) -> None:
+        """New weights of the same shapes into the living engine, as RL does it."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+    def set_weight_version(self, version: str) -> None:
+        """The other way in which an engine learns that its weights are new."""
+        self.engine.set_weight_version(version)
+
+    # -- figures ------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample whose name starts with ``vllm:`` or ``kvplug_``, summed over label sets but ``source``."""
+        from prometheus_client import REGISTRY
+
+        out: dict[str, float] = {}
+        for family in REGISTRY.collect():
+            for sample in family.samples:
+                if sample.name.startswith(("vllm:", "kvplug_")) and not sample.name.endswith("_created"):
+                    source = sample.labels.get("source")
+                    name = f'{sample.name}{{source="{source}"}}' if source else sample.name
+                    out[name] = out.get(name, 0.0) + sample.value
+        return out
+
+    def time_schedule(self) -> None:
+        """From now on each ``schedule()`` call is timed, and noted whether it admitted a request."""
+        scheduler = self.core().scheduler
+        plain = scheduler.schedule
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            output = plain(*args, **kwargs)
+            took = time.perf_counter() - began
+            admitted = bool(output.scheduled_new_reqs)
+            self.schedule_s.append((took, admitted))
+            return output
+
+        scheduler.schedule = timed
+
+    def time_connector(self) -> None:
+        """From now on the time inside the connector's scheduler-side hooks is summed per engine step."""
+        connector = self.core().scheduler.connector
+        self.connector_s: list[float] = []
+        spent = 0.0
+
+        def wrap(name: str) -> None:
+            plain = getattr(connector, name)
+
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                nonlocal spent
+                began = time.perf_counter()
+                try:
+                    return plain(*args, **kwargs)
+                finally:
+                    spent += time.perf_counter() - began
+
+            setattr(connector, name, timed)
+
+        for name in SCHEDULER_HOOKS:
+            if hasattr(connector, name):
+                wrap(name)
+        core = self.core()
+        plain_step = core.step_fn
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal spent
+            spent = 0.0
+            waiting = len(core.scheduler.waiting)
+            try:
+                return plain_step(*args, **kwargs)
+            finally:
+                if waiting == 0:
+                    self.connector_s.append(spent)
+
+        core.step_fn = step
+
+    def timings(self) -> dict[str, list[float]]:
+        """What :meth:`time_schedule` and :meth:`time_connector` gathered, in seconds; gathering starts afresh."""
+        out = {
+            "schedule_quiet_s": [t for t, admitted in self.schedule_s if not admitted],
+            "connector_quiet_s": list(getattr(self, "connector_s", [])),
+        }
+        self.schedule_s.clear()
+        if hasattr(self, "connector_s"):
+            self.connector_s.clear()
+        return out
+
+
+SCHEDULER_HOOKS = (
+    "get_num_new_matched_tokens",
+    "update_state_after_alloc",
+    "build_connector_meta",
+    "update_connector_output",
+    "request_finished",
+    "request_finished_all_groups",
+    "take_events",
+    "has_pending_push_work",
+    "on_new_request",
+)
+"""The connector's calls on the scheduler's path, in whatever vLLM version has them."""
+
+
+def _margin(logprobs: Any) -> float | None:
+    """Smallest distance between the chosen token's log-probability and the runner-up's, over the whole output."""
+    if not logprobs:
+        return None
+    smallest = float("inf")
+    for position in logprobs:
+        best = sorted((entry.logprob for entry in position.values()), reverse=True)
+        if len(best) > 1:
+            smallest = min(smallest, best[0] - best[1])
+    return smallest
+
+
+def main() -> None:
+    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as replies:
+
+        def reply(message: dict[str, Any]) -> None:
+            replies.write(json.dumps(message) + "\n")
+            replies.flush()
+
+        try:
+            driver = Driver(**json.loads(sys.stdin.readline()))
+            reply({"ok": driver.info()})
+        except Exception:  # the test is told why the engine did not start
+            reply({"error": traceback.format_exc()})
+            return
+        for line in sys.stdin:
+            message = json.loads(line)
+            name = message.pop("do")
+            if name == "exit":
+                driver.engine.engine_core.shutdown()
+                break
+            try:
+                reply({"ok": getattr(driver, name)(**message)})
+            except Exception:
+                reply({"error": traceback.format_exc()})
+
+
+if __name__ == "__main__":
+    main()
