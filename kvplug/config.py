@@ -109,34 +109,51 @@ class Config(BaseSettings):
     )
     verify: Literal["never", "always"] = Field(
         default="never",
-        description="check the checksum of a block at every local read; blocks from disk or another host are always checked",
+        description="check a block's checksum at every local read; blocks from disk or another host are always checked",
     )
     policy: Literal["tail_first", "lru", "fifo"] = Field(
         default="tail_first", description="which unpinned block goes first when the pool is full"
     )
     persist: Literal["always", "until-last-exit"] = Field(
-        default="always", description="whether the pool outlives the last process that uses it: that is the warm restart"
+        default="always",
+        description="whether the pool outlives the last process that uses it: that is the warm restart",
     )
     lock_timeout_s: float = Field(
         default=0.1, gt=0, le=10, description="longest wait for the pool's lock; after that: a miss, or not stored"
     )
     min_block: Size = Field(
-        default=16 * 1024, ge=1024, le=64 * MIB, description="smallest block that is expected; sizes the pool's tables when it is created"
+        default=16 * 1024,
+        ge=1024,
+        le=64 * MIB,
+        description="smallest block that is expected; sizes the pool's tables when it is created",
     )
     slab: Annotated[int | None, BeforeValidator(_size_or_auto)] = Field(
-        default=None, ge=64 * 1024, description="size of a slab, the unit that moves between block sizes; auto: from the pool's size"
+        default=None,
+        ge=64 * 1024,
+        description="size of a slab, the unit that moves between block sizes; auto: from the pool's size",
     )
     max_clients: int = Field(
-        default=128, ge=1, le=1024, description="most processes that can be attached at one time; fixed when the pool is created"
+        default=128,
+        ge=1,
+        le=1024,
+        description="most processes that can be attached at one time; fixed when the pool is created",
     )
-    prefault: bool = Field(default=True, description="reserve the pool's memory in the background, ahead of its first use")
+    prefault: bool = Field(
+        default=True, description="reserve the pool's memory in the background, ahead of its first use"
+    )
     quarantine_grace_s: float = Field(
-        default=1.0, ge=0, le=3600, description="how long a slot stays unused after the session that was writing it has died"
+        default=1.0,
+        ge=0,
+        le=3600,
+        description="how long a slot stays unused after the session that was writing it has died",
     )
     pin_budget_share: Share = Field(default=0.5, description="share of the pool's slots that one session may pin")
-    reserve_budget_share: Share = Field(default=0.5, description="share of the pool's slots that one session may have in writing")
+    reserve_budget_share: Share = Field(
+        default=0.5, description="share of the pool's slots that one session may have in writing"
+    )
     store_hold_share: Share = Field(
-        default=0.2, description="share of the engine's own cache blocks that stores in flight may hold; beyond it nothing is stored"
+        default=0.2,
+        description="share of the engine's own cache blocks that stores in flight may hold; beyond it none is begun",
     )
     weights_id: str | None = Field(
         default=None,
@@ -147,7 +164,9 @@ class Config(BaseSettings):
     trust_mm_ids: bool = Field(
         default=False, description="take the identifiers that users give to images, audio and video for their content"
     )
-    unsupported_engine_ok: bool = Field(default=False, description="try an engine version that kvplug was not tested with")
+    unsupported_engine_ok: bool = Field(
+        default=False, description="try an engine version that kvplug was not tested with"
+    )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error")
 
     def __init__(self, /, **values: Any) -> None:
@@ -166,7 +185,9 @@ class Config(BaseSettings):
     @pydantic.model_validator(mode="after")
     def _slab_holds_a_block(self) -> Config:
         if self.slab is not None and self.slab < self.min_block:
-            raise ValueError(f"slab ({self.slab} bytes) is smaller than min_block ({self.min_block} bytes): no block would fit in a slab")
+            raise ValueError(
+                f"slab ({self.slab} bytes) is smaller than min_block ({self.min_block} bytes): no block would fit in it"
+            )
         return self
 
     @classmethod
@@ -184,6 +205,11 @@ class Config(BaseSettings):
             _Given(settings_cls, {name: value for name, (value, _) in _from_environment(os.environ).items()}),
             _Given(settings_cls, {name: value for name, (value, _) in _from_file().items()}),
         )
+
+    @classmethod
+    def defaults(cls) -> Config:
+        """The defaults alone, whatever environment and file say."""
+        return cls.model_construct()
 
     def with_changes(self, **changes: Any) -> Config:
         """The same settings but for *changes*, checked like any other; a change to None leaves the value as it is."""
@@ -240,10 +266,14 @@ def _nearest(name: str, prefix: str = "") -> str:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    """Name to (value, source) for each setting in the environment. A variable that is set to nothing counts as unset."""
+    """Name to (value, source) for each setting in the environment. Set to nothing counts as unset."""
     found: dict[str, tuple[Any, str]] = {}
     for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in RESERVED_ENV or variable.startswith(RESERVED_ENV_PREFIXES):
+        if (
+            not variable.startswith(ENV_PREFIX)
+            or variable in RESERVED_ENV
+            or variable.startswith(RESERVED_ENV_PREFIXES)
+        ):
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in Config.model_fields or variable != variable.upper():
@@ -265,15 +295,21 @@ def _from_file() -> dict[str, tuple[Any, str]]:
             content = tomllib.load(file)
     except FileNotFoundError:
         if required:
-            raise ConfigError(f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}") from None
+            raise ConfigError(
+                f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}"
+            ) from None
         return {}
     except (NotADirectoryError, PermissionError) as error:
         # A home that this user can't look into holds no settings of this user's.
         if required:
-            raise ConfigError(f"the settings file {path}, named by {PATH_ENV}, can't be read: {error.strerror}") from None
+            raise ConfigError(
+                f"the settings file {path}, named by {PATH_ENV}, can't be read: {error.strerror}"
+            ) from None
         return {}
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the settings file {path} can't be used: {error}. It is TOML: one `name = value` a line") from None
+        raise ConfigError(
+            f"the settings file {path} can't be used: {error}. It is TOML: one `name = value` a line"
+        ) from None
     for name, value in content.items():
         if name not in Config.model_fields:
             raise ConfigError(f"unknown setting {name!r} (= {value!r}) in the file {path}: {_nearest(name)}")
@@ -291,10 +327,7 @@ def _explained(error: pydantic.ValidationError, given: set[str]) -> ConfigError:
     name = str(detail["loc"][0]) if detail["loc"] else ""
     if not name:
         return ConfigError(f"settings that don't go together: {message}")
-    if name in given:
-        source = "given in the code"
-    else:
-        source = _layers().get(name, (None, "default"))[1]
+    source = "given in the code" if name in given else _layers().get(name, (None, "default"))[1]
     if detail["type"] == "extra_forbidden":
         return ConfigError(f"unknown setting {name!r}, {source}: {_nearest(name)}")
     about = Config.model_fields[name].description or ""
@@ -312,4 +345,6 @@ def load(**overrides: Any) -> Config:
 def explain() -> list[Setting]:
     """Each setting as (name, value, source), in the schema's order. Raises ConfigError as :func:`load` does."""
     config, sources = load(), _layers()
-    return [Setting(name, getattr(config, name), sources.get(name, (None, "default"))[1]) for name in Config.model_fields]
+    return [
+        Setting(name, getattr(config, name), sources.get(name, (None, "default"))[1]) for name in Config.model_fields
+    ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["DEV_SHM", "Memory", "ShmSpace", "memory", "shm_space"]
 
-DEV_SHM = "/dev/shm"  # noqa: S108 - the place where POSIX shared memory lives on Linux
+DEV_SHM = "/dev/shm"
 
 _UNLIMITED_BYTES = 2**60
 """Version 1 says "no limit" by a number of about 2**63."""
@@ -71,7 +71,7 @@ def _groups(root: Path) -> tuple[str, str | None]:
     except OSError:
         return v2, v1
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
             v2 = path
         elif "memory" in controllers.split(","):

@@ -35,7 +35,9 @@ def parse_size(text: str | int) -> int:
         if unit not in _FACTORS:
             if unit in "kmgt":
                 raise ValueError(f"write {number}{unit}b (powers of 1000) or {number}{unit}ib (powers of 1024)")
-            raise ValueError(f"unknown unit {unit!r}: use b, kb, mb, gb, tb (powers of 1000) or kib, mib, gib, tib (powers of 1024)")
+            raise ValueError(
+                f"unknown unit {unit!r}: use b, kb, mb, gb, tb (powers of 1000) or kib, mib, gib, tib (powers of 1024)"
+            )
         exact = Decimal(number) * _FACTORS[unit]
         nbytes = int(exact)
         if nbytes != exact:

@@ -7,6 +7,6 @@ __all__ = ["main"]
 
 def main() -> None:
     """Entry point of the console script."""
-    from kvplug.cli.app import app
+    from kvplug.cli.app import run
 
-    app()
+    run()

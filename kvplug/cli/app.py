@@ -1,0 +1,54 @@
+"""The command's frame: the sub-commands, and what an error looks like."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import kvplug
+from kvplug.cli import output, pools, surroundings
+from kvplug.errors import KvplugError
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="kvplug",
+    help="One KV-cache pool per host for every LLM engine process on it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        output.say(f"kvplug {kvplug.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """One KV-cache pool per host for every LLM engine process on it."""
+
+
+app.command("doctor", short_help="What is wrong here, and how to mend it.")(surroundings.doctor)
+app.command("config", short_help="Every setting and where it came from.")(surroundings.config)
+app.command("pools", short_help="The pools on this host.")(pools.pools)
+app.command("stat", short_help="A pool's figures.")(pools.stat)
+app.command("rm", short_help="Remove a pool.")(pools.rm)
+
+
+def run() -> None:
+    """The console script: an error of ours is one line on stderr and exit status 1, never a trace."""
+    try:
+        app()
+    except KvplugError as error:
+        output.complain(str(error))
+        sys.exit(1)

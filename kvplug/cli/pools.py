@@ -1,0 +1,116 @@
+"""`kvplug pools`, `kvplug stat` and `kvplug rm`: the pools on this host."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pwd
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from kvplug.cli import output
+from kvplug.sizes import format_size
+
+__all__ = ["pools", "rm", "stat"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PoolName = Annotated[str, typer.Option("--pool", help="Name of the pool. Default: the one that is configured.")]
+
+
+def _wanted(pool: str) -> str:
+    from kvplug.config import load
+
+    return load(pool=pool or None).pool
+
+
+def _owner(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _age(created_unix_s: float) -> str:
+    if created_unix_s <= 0:
+        return "?"
+    seconds = max(0, int(time.time() - created_unix_s))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def pools(as_json: Json = False) -> None:
+    """List the pools on this host: size, owner, whether anyone uses them."""
+    from kvplug.shm.segment import list_pools
+
+    found = list_pools()
+    if as_json:
+        output.emit_json([dataclasses.asdict(pool) for pool in found])
+        return
+    if not found:
+        output.say("no pools on this host")
+        return
+    table = output.table(
+        "pool",
+        "format",
+        "size",
+        "reserved",
+        "owner",
+        "mode",
+        "age",
+        "clients",
+        "",
+        right=("size", "reserved", "clients"),
+    )
+    for pool in found:
+        state = "in use" if pool.clients_alive > 0 else "not in use"
+        table.add_row(
+            Text(pool.name),
+            str(pool.format),
+            format_size(pool.size_bytes),
+            format_size(pool.reserved_bytes),
+            Text(_owner(pool.uid)),
+            f"{pool.mode:04o}",
+            _age(pool.created_unix_s),
+            str(pool.clients_alive) if pool.clients_alive >= 0 else "?",
+            Text(state if pool.usable else pool.problem, style="" if pool.usable else "yellow"),
+        )
+    output.show(table)
+
+
+def stat(pool: PoolName = "", as_json: Json = False) -> None:
+    """Print a pool's figures."""
+    from kvplug.store import KvStore
+
+    with KvStore(_wanted(pool), create=False) as store:
+        figures: dict[str, Any] = dataclasses.asdict(store.stats())
+    if as_json:
+        output.emit_json(figures)
+        return
+    table = output.table("figure", "value", "", right=("value",))
+    for name, value in figures.items():
+        meaning = format_size(value) if name.endswith("_bytes") and isinstance(value, int) else ""
+        table.add_row(
+            Text(name),
+            Text(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)),
+            meaning,
+        )
+    output.show(table)
+
+
+def rm(
+    pool: PoolName = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when processes are attached: they go on with misses.")
+    ] = False,
+) -> None:
+    """Remove a pool and give its memory back. Refuses while a process is attached, unless forced."""
+    from kvplug.shm.segment import remove_pool
+
+    name = _wanted(pool)
+    remove_pool(name, force=force)
+    output.say(f"removed pool {name}" + (f" (as {_owner(os.geteuid())})" if force else ""))

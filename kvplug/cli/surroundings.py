@@ -1,0 +1,60 @@
+"""`kvplug doctor` and `kvplug config`: what decides whether and how kvplug runs here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from kvplug.cli import output
+
+__all__ = ["config", "doctor"]
+
+_STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "fault": "bold red"}
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed and set up, what is wrong, and how to mend it. Exit status 1: kvplug can't work here."""
+    from kvplug.doctor import examine, report
+
+    findings = examine()
+    verdict = report(findings)
+    if as_json:
+        output.emit_json(verdict)
+    else:
+        table = output.table("check", "", "found")
+        for finding in findings:
+            found = Text(finding.found)
+            if finding.mend:
+                found.append(f"\n-> {finding.mend}", style="cyan")
+            table.add_row(Text(finding.name), Text(finding.status.value, style=_STYLES[finding.status.value]), found)
+        output.show(table)
+        faults = sum(finding.status.value == "fault" for finding in findings)
+        output.say("")
+        output.say(
+            "kvplug can work here"
+            if not faults
+            else f"{faults} fault{'s' * (faults > 1)}: kvplug can't work here until mended"
+        )
+    if not verdict["ok"]:
+        raise typer.Exit(1)
+
+
+def config(as_json: Json = False) -> None:
+    """Print every setting, its value, and where that came from."""
+    from kvplug.config import config_path, explain
+
+    settings = explain()
+    if as_json:
+        output.emit_json({one.name: {"value": one.value, "source": one.source} for one in settings})
+        return
+    table = output.table("setting", "value", "from")
+    for one in settings:
+        table.add_row(Text(one.name), Text(one.text), Text(one.source, style="dim" if one.source == "default" else ""))
+    output.show(table)
+    path, named = config_path()
+    output.say("")
+    output.say(f"settings file: {path}" + ("" if named or path.exists() else " (not there)"))

