@@ -57,6 +57,8 @@ class Code(enum.IntEnum):
     """The (slot, generation) does not name what it named: reused, aborted or reclaimed."""
     RETIRED = -9
     """The pool was removed (`kvplug rm`) while this client was attached."""
+    PINNED = -10
+    """remove: somebody holds a pin on the block; it stays."""
 
 
 class KvplugError(Exception):

@@ -1,0 +1,137 @@
+"""Pins: a sealed slot under a pin stays where it is until the pin is released or its session is gone.
+
+Each client has one bit in every slot. How often this process has pinned a slot is counted in its own memory (``counts``);
+the shared bit changes only between none and some, under the lock. A batch is looked up once without the lock, which
+brings its lines into the cache, and then looked up again under it: the section is short also for 2048 cold keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvplug.shm.atomics import load_acquire
+from kvplug.shm.failpoints import PINNED_BIT, UNPINNED_BIT, fail
+from kvplug.shm.index import find, find_sealed
+from kvplug.shm.jit import kernel
+from kvplug.shm.layout import (
+    C_PINS,
+    CLIENT_WORDS,
+    GEN_SHIFT,
+    H_N_ROWS,
+    H_O_CLIENT,
+    H_TICK,
+    R_PIN,
+    R_SIZE,
+    R_TICK,
+    R_WORD,
+    SEALED,
+    SIZE_MASK,
+    STATE_MASK,
+)
+from kvplug.shm.lists import row_at, slot_offset
+from kvplug.shm.local import L_BASE, L_CLIENT, L_PIN_BUDGET, L_TOUCH
+from kvplug.shm.lock import enter, leave
+from kvplug.shm.write import BUDGET, MISSING, OK, TOUCH_NONE, tick_of
+
+SECTION_KEYS = 512
+
+
+@kernel
+def pin(
+    T: Any, L: Any, counts: Any, keys: Any, prefix: bool, codes: Any, rows: Any, gens: Any, offsets: Any, nbytes: Any
+) -> int:
+    """Pin the sealed blocks with these keys (``prefix``: only up to the first miss). Leading hits, or a lock code.
+
+    After a lock code, keys before the first one whose ``rows`` entry is negative are pinned: the caller releases them.
+    """
+    n = keys.shape[0]
+    warm = n
+    for i in range(n):
+        codes[i] = MISSING
+        rows[i] = -1
+        row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+        if row < 0 and prefix:
+            warm = i
+            break
+    bit = 1 << (L[L_CLIENT] & 63) if (L[L_CLIENT] & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
+    w = R_PIN + (L[L_CLIENT] >> 6)
+    mine = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS + C_PINS
+    first = T[H_TICK] + 1
+    T[H_TICK] += n
+    leading = -1
+    begin = 0
+    while begin < warm:
+        end = min(begin + SECTION_KEYS, warm)
+        lock = enter(T, L)
+        if lock < 0:
+            return lock
+        for i in range(begin, end):
+            row = find(T, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+            r = row_at(T, row)
+            if row < 0 or T[r + R_WORD] & STATE_MASK != SEALED:
+                if leading < 0:
+                    leading = i
+                if prefix:
+                    break
+                continue
+            if counts[row] == 0:
+                if T[mine] >= L[L_PIN_BUDGET]:
+                    codes[i] = BUDGET
+                    if leading < 0:
+                        leading = i
+                    if prefix:
+                        break
+                    continue
+                T[r + w] |= bit
+                fail(L, PINNED_BIT)
+                T[mine] += 1
+            counts[row] += 1
+            if L[L_TOUCH] != TOUCH_NONE:
+                T[r + R_TICK] = tick_of(first, n, i, L[L_TOUCH])
+            codes[i] = OK
+            rows[i] = row
+            gens[i] = T[r + R_WORD] >> GEN_SHIFT
+            offsets[i] = slot_offset(T, row)
+            nbytes[i] = T[r + R_SIZE] & SIZE_MASK
+        leave(T, L)
+        if prefix and leading >= 0:
+            break
+        begin = end
+    return leading if leading >= 0 else warm
+
+
+@kernel
+def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
+    """Release pins, in as many sections as it takes. How many entries are done: fewer than given means a lock code."""
+    n = rows.shape[0]
+    bit = 1 << (L[L_CLIENT] & 63) if (L[L_CLIENT] & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
+    w = R_PIN + (L[L_CLIENT] >> 6)
+    mine = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS + C_PINS
+    begin = 0
+    while begin < n:
+        end = min(begin + SECTION_KEYS, n)
+        if enter(T, L) < 0:
+            return begin
+        for i in range(begin, end):
+            row = rows[i]
+            if row < 0 or counts[row] == 0:
+                continue
+            counts[row] -= 1
+            if counts[row] == 0:
+                T[row_at(T, row) + w] &= ~bit
+                fail(L, UNPINNED_BIT)
+                T[mine] -= 1
+        leave(T, L)
+        begin = end
+    return n
+
+
+@kernel
+def still_sealed(T: Any, L: Any, rows: Any, gens: Any, out: Any) -> None:
+    """Whether each (slot, generation) is still the sealed block that it was. No lock."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        out[i] = (
+            0 <= row < T[H_N_ROWS]
+            and load_acquire(L[L_BASE] + 8 * (row_at(T, row) + R_WORD)) == (gens[i] << GEN_SHIFT) | SEALED
+        )

@@ -1,0 +1,163 @@
+"""Reading without the lock: exists, match_prefix, get_into.
+
+A reader notes the slot's word, uses the slot, and looks at the word again behind an acquire fence. Every change of a slot
+steps its generation *before* anything in it changes, so the same word twice means that the slot held that sealed block
+all along; another word means a miss. Readers therefore never wait, for nobody: not for a busy lock, nor for a stopped holder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvplug.shm.atomics import fence_acquire, load_acquire
+from kvplug.shm.copy import copy
+from kvplug.shm.index import find_sealed
+from kvplug.shm.jit import kernel
+from kvplug.shm.layout import (
+    C_CORRUPT,
+    C_HITS,
+    C_MISSES,
+    C_READ_BYTES,
+    CLIENT_WORDS,
+    GEN_SHIFT,
+    H_O_CLIENT,
+    H_O_PART,
+    H_SEGMENT_BYTES,
+    H_TICK,
+    PART_ALIGN_BYTES,
+    PART_WORDS,
+    R_SIZE,
+    R_TICK,
+    R_WORD,
+    SEALED,
+    SIZE_BITS,
+    SIZE_MASK,
+)
+from kvplug.shm.lists import row_at, slot_offset
+from kvplug.shm.local import L_BASE, L_CLIENT, L_TOUCH, L_VERIFY
+from kvplug.shm.write import MISSING, OK, STALE, TOUCH_NONE, tick_of
+from kvplug.shm.xxh3 import xxh3_64
+
+SIZE = -6
+CORRUPT = -5
+
+
+@kernel
+def exists(T: Any, L: Any, keys: Any, out: Any) -> None:
+    """Whether a sealed block with each key is there."""
+    for i in range(keys.shape[0]):
+        row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+        out[i] = row >= 0
+
+
+@kernel
+def match_prefix(T: Any, L: Any, keys: Any) -> int:
+    """Number of leading keys that have a sealed block."""
+    for i in range(keys.shape[0]):
+        row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+        if row < 0:
+            return i
+    return keys.shape[0]
+
+
+@kernel
+def touch(T: Any, L: Any, keys: Any) -> None:
+    """Make the blocks with these keys, head of a prefix first, the most recently used."""
+    n = keys.shape[0]
+    first = T[H_TICK] + 1
+    T[H_TICK] += n
+    for i in range(n):
+        row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+        if row >= 0 and L[L_TOUCH] != TOUCH_NONE:
+            T[row_at(T, row) + R_TICK] = tick_of(first, n, i, L[L_TOUCH])
+
+
+@kernel
+def bytes_match(T: Any, row: int, addr: int) -> bool:
+    """Whether the bytes at ``addr`` (the payload, or a copy of it) have the checksums that the slot's parts were given."""
+    n_parts = T[row_at(T, row) + R_SIZE] >> SIZE_BITS
+    p0 = T[H_O_PART] + row * PART_WORDS
+    at = 0
+    for p in range(n_parts):
+        nbytes = T[p0 + p * PART_WORDS]
+        if xxh3_64(addr + at, nbytes) != T[p0 + p * PART_WORDS + 1]:
+            return False
+        at += (nbytes + PART_ALIGN_BYTES - 1) // PART_ALIGN_BYTES * PART_ALIGN_BYTES
+    return True
+
+
+@kernel
+def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: Any, rows: Any, words: Any) -> int:
+    """Copy each key's block to its destination; the number of hits.
+
+    ``rows``/``words`` name the block that was read, for the caller to drop one whose code says CORRUPT. A destination's
+    content counts only where the code is OK.
+    """
+    n = keys.shape[0]
+    base = L[L_BASE]
+    me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
+    first = T[H_TICK] + 1
+    T[H_TICK] += n
+    hits = 0
+    total = 0
+    for i in range(n):
+        codes[i] = MISSING
+        row, word = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+        rows[i] = row
+        words[i] = word
+        if row < 0:
+            continue
+        r = row_at(T, row)
+        size = T[r + R_SIZE] & SIZE_MASK
+        offset = slot_offset(T, row)
+        ok = True
+        fits = size == dst_nbytes[i] and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
+        if fits:
+            copy(dst_addrs[i], base + offset, size)
+            if L[L_VERIFY] != 0:
+                ok = bytes_match(T, row, dst_addrs[i])
+        fence_acquire()
+        if load_acquire(base + 8 * (r + R_WORD)) != word:
+            continue
+        if not fits:
+            codes[i] = SIZE
+        elif not ok:
+            codes[i] = CORRUPT
+            T[me + C_CORRUPT] += 1
+        else:
+            codes[i] = OK
+            hits += 1
+            total += size
+            if L[L_TOUCH] != TOUCH_NONE:
+                T[r + R_TICK] = tick_of(first, n, i, L[L_TOUCH])
+    T[me + C_HITS] += hits
+    T[me + C_MISSES] += n - hits
+    T[me + C_READ_BYTES] += total
+    return hits
+
+
+@kernel
+def verify_part(T: Any, L: Any, rows: Any, gens: Any, part: int, codes: Any) -> None:
+    """Check one part of each pinned block in place: OK, CORRUPT or STALE."""
+    base = L[L_BASE]
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        codes[i] = STALE
+        r = row_at(T, row)
+        word = load_acquire(base + 8 * (r + R_WORD))
+        if word != (gens[i] << GEN_SHIFT) | SEALED:
+            continue
+        n_parts = T[r + R_SIZE] >> SIZE_BITS
+        if part < 0 or part >= n_parts:
+            continue
+        p0 = T[H_O_PART] + row * PART_WORDS
+        at = slot_offset(T, row)
+        for p in range(part):
+            at += (T[p0 + p * PART_WORDS] + PART_ALIGN_BYTES - 1) // PART_ALIGN_BYTES * PART_ALIGN_BYTES
+        nbytes = T[p0 + part * PART_WORDS]
+        if at <= 0 or at + nbytes > T[H_SEGMENT_BYTES]:
+            continue
+        same = xxh3_64(base + at, nbytes) == T[p0 + part * PART_WORDS + 1]
+        fence_acquire()
+        if load_acquire(base + 8 * (r + R_WORD)) == word:
+            codes[i] = OK if same else CORRUPT

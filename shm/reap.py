@@ -1,0 +1,197 @@
+"""Clients: rows in the table, and what is done for those that are gone.
+
+A row is taken and published in one section after its liveness byte was locked. A client that died keeps its row, pins and
+reservations until its whole session is gone, since another process of that session may still be copying. Then its pin
+bits are cleared and its unfinished slots quarantined, slab range by slab range, and the row is free last: every step can
+be done again by somebody else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvplug.shm.failpoints import ATTACH_LOCKED, REAP_HALF, fail
+from kvplug.shm.jit import kernel
+from kvplug.shm.layout import (
+    C_PID,
+    C_PINS,
+    C_RESERVED,
+    C_SESSION,
+    C_STARTED_NS,
+    C_STATE,
+    CLIENT_DEAD,
+    CLIENT_FREE,
+    CLIENT_LIVE,
+    CLIENT_WORDS,
+    H_C_REAPED_CLIENTS,
+    H_C_REAPED_PINS,
+    H_C_REAPED_WRITES,
+    H_MAX_CLIENTS,
+    H_N_ROWS,
+    H_O_CLIENT,
+    H_SESSION_NEXT,
+    PIN_WORDS,
+    QUARANTINED,
+    R_NEXT,
+    R_PIN,
+    R_SESSION,
+    R_WORD,
+    STATE_MASK,
+    WRITING,
+)
+from kvplug.shm.lists import row_at
+from kvplug.shm.local import L_CLIENT, L_PID, L_SESSION
+from kvplug.shm.lock import clean, dirty, enter, leave
+from kvplug.shm.write import grace_end, quarantine
+
+REAP_ROWS_A_SECTION = 8192
+NO_SESSION = -20
+ROW_TAKEN = -21
+
+
+@kernel
+def client_at(T: Any, client: int) -> int:
+    """Word offset of a client's row."""
+    return T[H_O_CLIENT] + client * CLIENT_WORDS
+
+
+@kernel
+def publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int:
+    """Fill a client row whose liveness byte the caller holds locked. The session, or NO_SESSION, ROW_TAKEN, a lock code.
+
+    ``session`` 0 begins a new one; else it must have a living member, or what it owned may be reclaimed already.
+    """
+    lock = enter(T, L)
+    if lock < 0:
+        return lock
+    fail(L, ATTACH_LOCKED)
+    session = _publish(T, L, client, session, now_unix_ns)
+    leave(T, L)
+    return session
+
+
+@kernel
+def _publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int:
+    if T[client_at(T, client) + C_STATE] != CLIENT_FREE:
+        return ROW_TAKEN
+    if session == 0:
+        T[H_SESSION_NEXT] += 1
+        session = T[H_SESSION_NEXT]
+    else:
+        alive = False
+        for c in range(T[H_MAX_CLIENTS]):
+            if T[client_at(T, c) + C_STATE] == CLIENT_LIVE and T[client_at(T, c) + C_SESSION] == session:
+                alive = True
+        if not alive:
+            return NO_SESSION
+    at = client_at(T, client)
+    for w in range(CLIENT_WORDS):
+        T[at + w] = 0
+    T[at + C_PID] = L[L_PID]
+    T[at + C_SESSION] = session
+    T[at + C_STARTED_NS] = now_unix_ns
+    T[at + C_STATE] = CLIENT_LIVE
+    L[L_CLIENT] = client
+    L[L_SESSION] = session
+    return session
+
+
+@kernel
+def mark_dead(T: Any, L: Any, dead: Any, bits: Any) -> int:
+    """Note which clients died; fill ``bits`` with the rows of sessions that have nobody left. Their number, or a lock code."""
+    lock = enter(T, L)
+    if lock < 0:
+        return lock
+    for i in range(dead.shape[0]):
+        at = client_at(T, dead[i])
+        if T[at + C_STATE] == CLIENT_LIVE:
+            T[at + C_STATE] = CLIENT_DEAD
+    n = 0
+    for w in range(PIN_WORDS):
+        bits[w] = 0
+    for c in range(T[H_MAX_CLIENTS]):
+        if T[client_at(T, c) + C_STATE] != CLIENT_DEAD:
+            continue
+        session = T[client_at(T, c) + C_SESSION]
+        alive = False
+        for o in range(T[H_MAX_CLIENTS]):
+            if T[client_at(T, o) + C_STATE] == CLIENT_LIVE and T[client_at(T, o) + C_SESSION] == session:
+                alive = True
+        if not alive:
+            bits[c >> 6] |= 1 << (c & 63) if (c & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
+            n += 1
+    leave(T, L)
+    return n
+
+
+@kernel
+def has_bit(bits: Any, c: int) -> bool:
+    """Whether client ``c`` is in the set."""
+    return (bits[c >> 6] >> (c & 63)) & 1 != 0
+
+
+@kernel
+def reap_rows(T: Any, L: Any, bits: Any, begin: int) -> int:
+    """Clear the pins and quarantine the unfinished slots of the clients in ``bits``, from row ``begin``; next row or a lock code."""
+    lock = enter(T, L)
+    if lock < 0:
+        return lock
+    dirty(T, L)
+    end = min(begin + REAP_ROWS_A_SECTION, T[H_N_ROWS])
+    until = grace_end(T)
+    for row in range(begin, end):
+        r = row_at(T, row)
+        for w in range(PIN_WORDS):
+            gone = T[r + R_PIN + w] & bits[w]
+            if gone != 0:
+                T[r + R_PIN + w] &= ~gone
+                while gone != 0:
+                    gone &= gone - 1
+                    T[H_C_REAPED_PINS] += 1
+        if T[r + R_WORD] & STATE_MASK == WRITING:
+            for c in range(T[H_MAX_CLIENTS]):
+                if has_bit(bits, c) and T[client_at(T, c) + C_SESSION] == T[r + R_SESSION]:
+                    quarantine(T, L, row, until)
+                    T[H_C_REAPED_WRITES] += 1
+                    break
+        elif T[r + R_WORD] & STATE_MASK == QUARANTINED:
+            for c in range(T[H_MAX_CLIENTS]):
+                if has_bit(bits, c) and T[client_at(T, c) + C_SESSION] == T[r + R_SESSION]:
+                    if T[r + R_NEXT] > until:  # waiting for an acknowledgement that will not come
+                        T[r + R_NEXT] = until
+                    break
+    fail(L, REAP_HALF)
+    clean(T, L)
+    leave(T, L)
+    return end
+
+
+@kernel
+def free_clients(T: Any, L: Any, bits: Any) -> int:
+    """Let the rows of reaped clients be used again. Number freed, or a lock code."""
+    lock = enter(T, L)
+    if lock < 0:
+        return lock
+    n = 0
+    for c in range(T[H_MAX_CLIENTS]):
+        at = client_at(T, c)
+        if has_bit(bits, c) and T[at + C_STATE] == CLIENT_DEAD:
+            T[at + C_PINS] = 0
+            T[at + C_RESERVED] = 0
+            T[at + C_SESSION] = 0
+            T[at + C_STATE] = CLIENT_FREE
+            T[H_C_REAPED_CLIENTS] += 1
+            n += 1
+    leave(T, L)
+    return n
+
+
+@kernel
+def withdraw(T: Any, L: Any) -> int:
+    """An orderly end: this client's row says dead; whoever reaps next (usually itself) clears the rest. 0 or a lock code."""
+    lock = enter(T, L)
+    if lock < 0:
+        return lock
+    T[client_at(T, L[L_CLIENT]) + C_STATE] = CLIENT_DEAD
+    leave(T, L)
+    return 0
