@@ -135,7 +135,7 @@ class Config(BaseSettings):
     max_clients: int = Field(
         default=128,
         ge=1,
-        le=1024,
+        le=128,
         description="most processes that can be attached at one time; fixed when the pool is created",
     )
     prefault: bool = Field(
@@ -327,11 +327,14 @@ def _explained(error: pydantic.ValidationError, given: set[str]) -> ConfigError:
     name = str(detail["loc"][0]) if detail["loc"] else ""
     if not name:
         return ConfigError(f"settings that don't go together: {message}")
-    source = "given in the code" if name in given else _layers().get(name, (None, "default"))[1]
+    value: Any = detail["input"]
+    source = "given in the code"
+    if name not in given:
+        value, source = _layers().get(name, (value, "default"))
     if detail["type"] == "extra_forbidden":
         return ConfigError(f"unknown setting {name!r}, {source}: {_nearest(name)}")
     about = Config.model_fields[name].description or ""
-    return ConfigError(f"setting {name} = {detail['input']!r} ({source}): {message}. ({name}: {about})")
+    return ConfigError(f"setting {name} = {value!r} ({source}): {message}. ({name}: {about})")
 
 
 def load(**overrides: Any) -> Config:

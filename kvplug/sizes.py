@@ -50,7 +50,7 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """*nbytes* for people, in powers of 1024 with at most four digits: ``5.9 GiB``, ``64 MiB``, ``300 B``."""
+    """*nbytes* for people, in powers of 1024: ``5.9 GiB``, ``64 MiB``, ``300 B``."""
     if nbytes < 0:
         return "-" + format_size(-nbytes)
     value, unit = float(nbytes), "B"
