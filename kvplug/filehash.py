@@ -1,0 +1,189 @@
+"""blake3 of large files, done once: remembered by device, inode, size, mtime and ctime in a small cache file.
+
+Files are read, not mapped: a mapped file that someone truncates kills the process with SIGBUS, and this runs inside
+an engine. Reading costs little (about 6 GiB/s a core from the page cache, against 6.7 mapped), and disks are slower.
+
+The cache file is trusted only if it is a plain file of ours that nobody else may touch, and holds what it should;
+anything else is ignored and replaced. Losing it costs time, never correctness; so does not being able to write it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import stat
+import threading
+import time
+from typing import TypeAlias
+
+import msgspec
+from blake3 import blake3
+
+from kvplug.errors import NamespaceError
+
+__all__ = ["FileStamp", "HashCache", "hash_file", "stamp_of"]
+
+FileStamp: TypeAlias = tuple[int, int, int, int, int]
+"""(device, inode, size in bytes, mtime ns, ctime ns): if equal, the content is taken to be unchanged."""
+
+_CHUNK_BYTES = 4 << 20
+_CACHE_MAX_BYTES = 4 << 20
+_CACHE_MAX_FILES = 8192
+_CACHE_FORMAT = 1
+_CACHE_NAME = "weights.json"
+_SETTLED_NS = 2_000_000_000
+"""A file changed less than this ago is not remembered: a later change could fall on the same clock tick."""
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+
+
+class _CacheFile(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    files: list[tuple[int, int, int, int, int, str]]
+
+
+def stamp_of(status: os.stat_result) -> FileStamp:
+    """What a file is recognised by."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class HashCache:
+    """Hashes of files that were read before. All methods are safe to call from several threads and processes.
+
+    `directory`: where the cache file lies; by default `$XDG_CACHE_HOME/kvplug`, or `~/.cache/kvplug`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        self.directory = os.fspath(directory) if directory is not None else _default_directory()
+
+    @property
+    def path(self) -> str:
+        """The cache file."""
+        return os.path.join(self.directory, _CACHE_NAME)
+
+    def get(self, stamp: FileStamp) -> bytes | None:
+        """The 32-byte hash of the file with this stamp, or None."""
+        return self._load().get(stamp)
+
+    def put(self, stamp: FileStamp, digest: bytes) -> bool:
+        """Remember a hash; False if that could not be written (a full disk, a foreign directory), which is no error.
+
+        Of two processes that write at the same instant one may lose its entry, and hashes that file again.
+        """
+        entries = self._load()
+        entries.pop(stamp, None)
+        entries[stamp] = digest
+        newest = list(entries.items())[-_CACHE_MAX_FILES:]
+        data = msgspec.json.encode(_CacheFile(_CACHE_FORMAT, [(*known, value.hex()) for known, value in newest]))
+        try:
+            self._replace(data)
+        except OSError:
+            return False
+        return True
+
+    def _load(self) -> dict[FileStamp, bytes]:
+        data = self._read()
+        if data is None:
+            return {}
+        try:
+            content = msgspec.json.decode(data, type=_CacheFile)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return {}
+        if content.format != _CACHE_FORMAT or not all(_HEX64.fullmatch(row[5]) for row in content.files):
+            return {}
+        return {row[:5]: bytes.fromhex(row[5]) for row in content.files}
+
+    def _read(self) -> bytes | None:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        with open(fd, "rb") as file:
+            status = os.fstat(fd)
+            ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+            if not ours or status.st_size > _CACHE_MAX_BYTES:
+                return None
+            try:
+                return file.read(_CACHE_MAX_BYTES)
+            except OSError:
+                return None
+
+    def _replace(self, data: bytes) -> None:
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        status = os.stat(self.directory)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise PermissionError(f"{self.directory} is not ours alone to write")
+        temporary = f"{self.path}.{secrets.token_hex(8)}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+            os.replace(temporary, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def _default_directory() -> str:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "kvplug")
+
+
+def hash_file(
+    path: str | os.PathLike[str],
+    *,
+    cache: HashCache | None = None,
+    stop: threading.Event | None = None,
+    threads: int | None = None,
+) -> tuple[bytes, FileStamp]:
+    """blake3 (32 bytes) of a regular file's content, and the stamp of the file that has it.
+
+    `cache`: looked up first and filled afterwards. `stop`: set it to give up within one chunk (4 MiB).
+    `threads`: for hashing; by default half of the cores, at most 4, since an engine is starting beside it.
+
+    Raises NamespaceError if the path is no readable regular file, if the file changed while it was read, or if stopped.
+    """
+    path = os.fspath(path)
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise NamespaceError(f"{path}: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise NamespaceError(f"{path}: not a regular file")
+        stamp = stamp_of(status)
+        known = cache.get(stamp) if cache is not None else None
+        if known is not None:
+            return known, stamp
+        settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
+        digest, nbytes = _digest(fd, threads, stop)
+        if nbytes != status.st_size or stamp_of(os.fstat(fd)) != stamp or stamp_of(os.stat(path)) != stamp:
+            raise NamespaceError(f"{path}: changed while it was read")
+    except OSError as error:
+        raise NamespaceError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    if cache is not None and settled:
+        cache.put(stamp, digest)
+    return digest, stamp
+
+
+def _digest(fd: int, threads: int | None, stop: threading.Event | None) -> tuple[bytes, int]:
+    hasher = blake3(max_threads=threads or min(4, max(1, (os.cpu_count() or 1) // 2)))
+    buffer = bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    total = 0
+    while n := os.readv(fd, [buffer]):
+        if stop is not None and stop.is_set():
+            raise NamespaceError("hashing was stopped")
+        hasher.update(view[:n])
+        total += n
+    return hasher.digest(), total
