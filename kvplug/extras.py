@@ -37,25 +37,25 @@ def encode_extras(
     """
     out: list[bytes] = []
     if lora is not None:
-        out.append(_record(_TAG_LORA, _typed(lora, bytes, "lora"), "lora"))
+        out.append(_record(_TAG_LORA, _typed(lora, bytes, "lora")))
     if cache_salt is not None:
-        out.append(_record(_TAG_SALT, _typed(cache_salt, str, "cache_salt"), "cache_salt"))
+        out.append(_record(_TAG_SALT, _typed(cache_salt, str, "cache_salt")))
     items = sorted(encode(tuple(item), f"mm[{i}]") for i, item in enumerate(mm))
     if items:
-        out.append(_record(_TAG_MM, items, "mm"))
+        # the encoding of a list whose items are ordered by their encodings
+        out.append(_record(_TAG_MM, b"l" + struct.pack("<I", len(items)) + b"".join(items)))
     if prompt_embeds is not None:
-        out.append(_record(_TAG_EMBEDS, _typed(prompt_embeds, bytes, "prompt_embeds"), "prompt_embeds"))
+        out.append(_record(_TAG_EMBEDS, _typed(prompt_embeds, bytes, "prompt_embeds")))
     if other:
-        out.append(_record(_TAG_OTHER, other, "other"))
+        out.append(_record(_TAG_OTHER, encode(other, "other")))
     return b"".join(out)
 
 
-def _typed(value: object, kind: type, name: str) -> object:
+def _typed(value: object, kind: type, name: str) -> bytes:
     if type(value) is not kind:
         raise NamespaceError(f"{name} must be {kind.__name__}, not {type(value).__name__}")
-    return value
+    return encode(value, name)
 
 
-def _record(tag: int, value: object, name: str) -> bytes:
-    payload = encode(value, name)
+def _record(tag: int, payload: bytes) -> bytes:
     return struct.pack("<BI", tag, len(payload)) + payload

@@ -328,7 +328,11 @@ def as_key_array(keys: Sequence[bytes] | NDArray[np.uint8]) -> KeyArray:
         return np.require(keys, requirements=["C", "W"])
     if isinstance(keys, (bytes, bytearray, memoryview, str)):
         raise KeyFormatError(f"keys must be a sequence of 32-byte keys, not one {type(keys).__name__}; give [key]")
-    keys = keys if isinstance(keys, (list, tuple)) else tuple(keys)
+    if not isinstance(keys, (list, tuple)):
+        try:
+            keys = tuple(keys)
+        except TypeError as error:
+            raise KeyFormatError(f"keys must be a sequence of 32-byte keys, not {type(keys).__name__}") from error
     if set(map(type, keys)) - {bytes} or set(map(len, keys)) - {KEY_BYTES}:
         for i, key in enumerate(keys):
             if type(key) is not bytes:
