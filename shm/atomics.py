@@ -1,6 +1,6 @@
 """Atomic words, fences and the few libc calls that compiled kernels need.
 
-Everything here is usable inside ``@njit(nogil=True, cache=True)`` functions: addresses are plain ``int64``, and
+Everything here is usable inside ``@kernel`` functions: addresses are plain ``int64``, and
 libc is reached by symbol name (`ExternalFunction`), never by a ctypes pointer, so that numba can cache the caller.
 
 Memory order is that of C11. The words are 64 bits wide and **must be 8-byte aligned**: a misaligned atomic is
@@ -16,9 +16,11 @@ import platform
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from kvplug.shm.jit import kernel
 
 __all__ = [
     "clock_gettime",
@@ -190,7 +192,7 @@ def _monotonic_ns(typingctx: Any) -> Any:
     return types.int64(), codegen
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def now_ns() -> int:
     """Nanoseconds of CLOCK_MONOTONIC, comparable between the processes of this host. int64."""
     return _monotonic_ns()
@@ -204,7 +206,7 @@ def _load_i32(typingctx: Any, addr: Any) -> Any:
     return types.int32(types.int64), codegen
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def load_errno() -> int:
     """This thread's errno, right after a libc call that answered -1. int32."""
     return _load_i32(errno_location())

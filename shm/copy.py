@@ -1,43 +1,45 @@
 """Moving bytes, and taking their checksum on the way: compiled kernels over raw addresses.
 
 All of them run without the GIL, raise nothing and allocate nothing. An address is an int64, a length an int64 of
-bytes; every array is C-contiguous int64. Source and destination must not overlap, and the caller answers for both
-ranges being mapped: a wrong address ends the process.
+bytes; every array is C-contiguous, writable int64 (another layout or type compiles another kernel). Source and
+destination must not overlap, and the caller answers for both being mapped: a wrong address ends the process.
 
-The checksum is XXH3 (see :mod:`kvplug.shm.xxh3`) of **what was stored**: of the registers on their way into the
-destination or of the destination itself, never of a second read of the source. A source that somebody still writes
+**The checksum** is XXH3 (see :mod:`kvplug.shm.xxh3`) of what was stored: of the registers on their way into the
+destination, or of the destination itself; never of a second read of the source. A source that somebody still writes
 gives a block of mixed bytes, but not one whose checksum lies.
-"""
 
-# ruff: noqa: ARG001, PLR0917 -- numba fixes an intrinsic's arguments, and kernels take theirs by position
+**Two ways to store.** A plain store first reads the cache line that it is going to overwrite, and leaves it in the
+cache. A streamed (non-temporal) one does neither: a third less traffic, which more than pays for the checksum, but
+the bytes are in memory afterwards and not in the cache. So whatever goes *into* a slot is streamed: a pool is many
+times the last-level cache, and its next reader comes later. What comes *out* is for somebody who reads it at once:
+memcpy, unless one call moves STREAM_BYTES or more, of which the beginning would be gone from the cache anyway. Every
+kernel has fenced its streamed stores when it returns: an ordinary release publishes them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
 from kvplug.shm.atomics import memcpy
+from kvplug.shm.jit import kernel
 from kvplug.shm.xxh3 import (
     BLOCK_BYTES,
     STRIPE_BYTES,
-    emit_block,
+    block_walker,
     lanes_on_stack,
-    vector_at,
+    stream_fence,
     xxh3_64,
-    xxh3_blocks,
     xxh3_finish,
     xxh3_start,
 )
 
 __all__ = [
+    "STREAM_BYTES",
     "copy",
     "copy_batch",
     "copy_hash",
     "copy_hash_batch",
+    "copy_stream",
     "gather_multi",
     "gather_runs",
     "hash_batch",
@@ -46,64 +48,77 @@ __all__ = [
     "xxh3_64",
 ]
 
-_I64 = ir.IntType(64)
-_STRIPES = BLOCK_BYTES // STRIPE_BYTES
+STREAM_BYTES = 16 << 20
+"""A batch out of the pool of at least this size is streamed. Half of a common last-level cache: what is smaller, a
+consumer finds in the cache when it was copied plainly, and reads up to three times as fast."""
+_STREAM_RANGE_BYTES = 4096
+"""Ranges below this are never streamed on the way out: edges and the fence would cost more than is gained."""
+
+_put_streamed = block_walker(store="stream", hashed=True)
+_put_plain = block_walker(store="plain", hashed=True)
+_hash_blocks = block_walker(store=None, hashed=True)
+_copy_streamed = block_walker(store="stream", hashed=False)
 
 
-def _block_copier(nontemporal: bool) -> Any:
-    @intrinsic
-    def copy_blocks(typingctx: Any, state: Any, dst: Any, src: Any, blocks: Any) -> Any:
-        """copy_blocks(state, dst, src, blocks): copies whole blocks and takes them into the hash, in one pass."""
-
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            state, dst, src, blocks = args
-            lanes_at = cgutils.alloca_once_value(builder, builder.load(vector_at(builder, state), align=8))
-            mark = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-            with cgutils.for_range(builder, blocks) as loop:
-                offset = builder.mul(loop.index, ir.Constant(_I64, BLOCK_BYTES))
-                read, write = builder.add(src, offset), builder.add(dst, offset)
-                stripes = []
-                for i in range(_STRIPES):
-                    stripes.append(builder.load(vector_at(builder, read, STRIPE_BYTES * i), align=1))
-                    store = builder.store(
-                        stripes[-1], vector_at(builder, write, STRIPE_BYTES * i), align=64 if nontemporal else 1
-                    )
-                    if nontemporal:
-                        store.set_metadata("nontemporal", mark)
-                builder.store(emit_block(builder, builder.load(lanes_at), stripes), lanes_at)
-            builder.store(builder.load(lanes_at), vector_at(builder, state), align=8)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
-
-    return copy_blocks
-
-
-_copy_blocks = _block_copier(nontemporal=False)
-
-
-@njit(nogil=True, cache=True)
+@kernel
 def copy(dst: int, src: int, nbytes: int) -> None:
-    """memcpy."""
+    """memcpy: the way out of the pool for a little that is read at once."""
     memcpy(dst, src, nbytes)
 
 
-@njit(nogil=True, cache=True)
-def copy_hash(dst: int, src: int, nbytes: int) -> int:
-    """Copy and return the XXH3 of the bytes that are at `dst` now (bits as int64)."""
+@kernel
+def copy_stream(dst: int, src: int, nbytes: int, after: int) -> None:
+    """Copy past the caches, any alignment: the way out for much, see STREAM_BYTES.
+
+    `after` is the address that is going to be read next (it is prefetched), or `src` if there is none.
+    """
+    edge = min(-dst % STRIPE_BYTES, nbytes)
+    memcpy(dst, src, edge)
+    blocks = (nbytes - edge) // BLOCK_BYTES
+    _copy_streamed(0, dst + edge, src + edge, blocks, nbytes - edge, after)
+    edge += blocks * BLOCK_BYTES
+    memcpy(dst + edge, src + edge, nbytes - edge)
+    stream_fence()
+
+
+@kernel
+def _copy_out(dst: int, src: int, nbytes: int, after: int, stream: bool) -> None:
+    if stream and nbytes >= _STREAM_RANGE_BYTES:
+        copy_stream(dst, src, nbytes, after)
+    else:
+        memcpy(dst, src, nbytes)
+
+
+@kernel
+def _put_blocks(state: int, dst: int, src: int, blocks: int, nbytes: int, after: int) -> None:
+    if dst % STRIPE_BYTES == 0:  # a part of a slot always is
+        _put_streamed(state, dst, src, blocks, nbytes, after)
+    else:
+        _put_plain(state, dst, src, blocks, nbytes, after)
+
+
+@kernel
+def _copy_hash(dst: int, src: int, nbytes: int, after: int) -> int:
     state = lanes_on_stack()
     xxh3_start(state)
     done = 0
     if nbytes > BLOCK_BYTES:
         blocks = (nbytes - 1) // BLOCK_BYTES
-        _copy_blocks(state, dst, src, blocks)
+        _put_blocks(state, dst, src, blocks, nbytes, after)
         done = blocks * BLOCK_BYTES
     memcpy(dst + done, src + done, nbytes - done)
+    stream_fence()
     return xxh3_finish(state, dst, nbytes)
 
 
-@njit(nogil=True, cache=True)
-def _append(state: int, part: int, at: int, total: int, src: int, nbytes: int) -> int:
+@kernel
+def copy_hash(dst: int, src: int, nbytes: int) -> int:
+    """Copy and return the XXH3 of the bytes that are at `dst` now (bits as int64)."""
+    return _copy_hash(dst, src, nbytes, src)
+
+
+@kernel
+def _append(state: int, part: int, at: int, total: int, src: int, nbytes: int, after: int) -> int:
     """Copy the next `nbytes` of a part of `total` bytes to `part` + `at`; return the new `at`.
 
     Invariant: `state` has taken in every block that is whole and has something after it. So a piece that starts on a
@@ -114,44 +129,47 @@ def _append(state: int, part: int, at: int, total: int, src: int, nbytes: int) -
     end = at + nbytes
     while at < end:
         inside = at % BLOCK_BYTES
-        if inside == 0 and at < followed:
-            blocks = (min(end, followed) - at) // BLOCK_BYTES
-            if blocks > 0:
-                _copy_blocks(state, part + at, src, blocks)
-                at += blocks * BLOCK_BYTES
-                src += blocks * BLOCK_BYTES
-                continue
+        blocks = (min(end, followed) - at) // BLOCK_BYTES
+        if inside == 0 and blocks > 0:
+            _put_blocks(state, part + at, src, blocks, end - at, after)
+            at += blocks * BLOCK_BYTES
+            src += blocks * BLOCK_BYTES
+            continue
         piece = min(end - at, BLOCK_BYTES - inside)
         memcpy(part + at, src, piece)
         at += piece
         src += piece
-        if at % BLOCK_BYTES == 0 and at <= followed:
-            xxh3_blocks(state, part + at - BLOCK_BYTES, 1)
+        if inside + piece == BLOCK_BYTES and at <= followed:
+            whole = part + at - BLOCK_BYTES
+            _hash_blocks(state, 0, whole, 1, BLOCK_BYTES, src)
     return at
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def copy_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any) -> None:
     """Copy N ranges. dst_addrs, src_addrs, nbytes: int64[N]."""
-    for i in range(len(nbytes)):
-        memcpy(dst_addrs[i], src_addrs[i], nbytes[i])
+    n = len(nbytes)
+    stream = nbytes.sum() >= STREAM_BYTES
+    for i in range(n):
+        _copy_out(dst_addrs[i], src_addrs[i], nbytes[i], src_addrs[min(i + 1, n - 1)], stream)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def copy_hash_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any, out_hash: Any) -> None:
     """Copy N ranges and put the XXH3 of each into out_hash. All int64[N]."""
-    for i in range(len(nbytes)):
-        out_hash[i] = copy_hash(dst_addrs[i], src_addrs[i], nbytes[i])
+    n = len(nbytes)
+    for i in range(n):
+        out_hash[i] = _copy_hash(dst_addrs[i], src_addrs[i], nbytes[i], src_addrs[min(i + 1, n - 1)])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def hash_batch(addrs: Any, nbytes: Any, out_hash: Any) -> None:
     """XXH3 of N ranges where they lie. All int64[N]."""
     for i in range(len(nbytes)):
         out_hash[i] = xxh3_64(addrs[i], nbytes[i])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def gather_runs(block_ids: Any, dst_addrs: Any, run_base: Any, run_stride: Any, run_nbytes: Any, out_hash: Any) -> None:
     """An engine's blocks to slots: part i becomes R runs, one after another without gaps.
 
@@ -161,26 +179,39 @@ def gather_runs(block_ids: Any, dst_addrs: Any, run_base: Any, run_stride: Any, 
     """
     state = lanes_on_stack()
     total = run_nbytes.sum()
-    for i in range(len(block_ids)):
+    n, runs = len(block_ids), len(run_base)
+    for i in range(n):
         xxh3_start(state)
         at = 0
-        for r in range(len(run_base)):
+        for r in range(runs):
             src = run_base[r] + block_ids[i] * run_stride[r]
-            at = _append(state, dst_addrs[i], at, total, src, run_nbytes[r])
+            if r + 1 < runs:
+                after = run_base[r + 1] + block_ids[i] * run_stride[r + 1]
+            else:
+                after = run_base[0] + block_ids[min(i + 1, n - 1)] * run_stride[0]
+            at = _append(state, dst_addrs[i], at, total, src, run_nbytes[r], after)
+        stream_fence()
         out_hash[i] = xxh3_finish(state, dst_addrs[i], total)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def scatter_runs(block_ids: Any, src_addrs: Any, run_base: Any, run_stride: Any, run_nbytes: Any) -> None:
     """Slots to an engine's blocks, the way back of :func:`gather_runs`; src_addrs: int64[N], the parts."""
-    for i in range(len(block_ids)):
+    n = len(block_ids)
+    total = run_nbytes.sum()
+    stream = n * total >= STREAM_BYTES
+    for i in range(n):
         src = src_addrs[i]
+        end = src + total
         for r in range(len(run_base)):
-            memcpy(run_base[r] + block_ids[i] * run_stride[r], src, run_nbytes[r])
+            after = src + run_nbytes[r]
+            if after == end:
+                after = src_addrs[min(i + 1, n - 1)]
+            _copy_out(run_base[r] + block_ids[i] * run_stride[r], src, run_nbytes[r], after, stream)
             src += run_nbytes[r]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def gather_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, dst_addrs: Any, out_hash: Any) -> None:
     """Scattered fragments to parts: part i becomes fragments offsets[i] … offsets[i+1]-1, one after another.
 
@@ -188,20 +219,26 @@ def gather_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, dst_addrs: Any
     out_hash: int64[N], the XXH3 of each whole part.
     """
     state = lanes_on_stack()
+    last = len(frag_addrs) - 1
     for i in range(len(dst_addrs)):
         total = frag_nbytes[offsets[i] : offsets[i + 1]].sum()
         xxh3_start(state)
         at = 0
         for f in range(offsets[i], offsets[i + 1]):
-            at = _append(state, dst_addrs[i], at, total, frag_addrs[f], frag_nbytes[f])
+            after = frag_addrs[min(f + 1, last)]
+            at = _append(state, dst_addrs[i], at, total, frag_addrs[f], frag_nbytes[f], after)
+        stream_fence()
         out_hash[i] = xxh3_finish(state, dst_addrs[i], total)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def scatter_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, src_addrs: Any) -> None:
     """Parts to scattered fragments, the way back of :func:`gather_multi`; src_addrs: int64[N], the parts."""
-    for i in range(len(src_addrs)):
+    n = len(src_addrs)
+    stream = frag_nbytes.sum() >= STREAM_BYTES
+    for i in range(n):
         src = src_addrs[i]
         for f in range(offsets[i], offsets[i + 1]):
-            memcpy(frag_addrs[f], src, frag_nbytes[f])
+            after = src + frag_nbytes[f] if f + 1 < offsets[i + 1] else src_addrs[min(i + 1, n - 1)]
+            _copy_out(frag_addrs[f], src, frag_nbytes[f], after, stream)
             src += frag_nbytes[f]
