@@ -268,7 +268,11 @@ def _locks_broken(first: int, second: int) -> str:
 
 
 def _own_pool_exists(around: _Surroundings) -> bool:
-    return any(Path(around.shm).glob(f"kvplug.{around.config.pool}.v*"))
+    name = re.compile(rf"kvplug\.{re.escape(around.config.pool)}\.v\d+")
+    try:
+        return any(name.fullmatch(entry) for entry in os.listdir(around.shm))
+    except OSError:
+        return False
 
 
 def _pools(around: _Surroundings) -> Iterator[Finding]:

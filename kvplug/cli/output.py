@@ -14,15 +14,9 @@ __all__ = ["complain", "emit_json", "say", "show", "table"]
 PIPE_WIDTH = 400
 
 
-def _console() -> Console:
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, width=PIPE_WIDTH)
-
-
 def say(text: str) -> None:
     """One line, as it is: brackets in it are no markup."""
-    _console().print(text, markup=False)
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def complain(text: str) -> None:
@@ -31,8 +25,14 @@ def complain(text: str) -> None:
 
 
 def show(renderable: Any) -> None:
-    """A table or another rich object."""
-    _console().print(renderable)
+    """A table or another rich object. In a pipe: without colours, and without the blanks that pad a column."""
+    if sys.stdout.isatty():
+        Console(highlight=False).print(renderable)
+        return
+    console = Console(highlight=False, width=PIPE_WIDTH, color_system=None)
+    with console.capture() as captured:
+        console.print(renderable)
+    sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines())
 
 
 def emit_json(value: Any) -> None:

@@ -1,0 +1,278 @@
+"""The documentation is run: every command and piece of code in it either runs here or has a stated reason not to."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from kvplug.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / folder / "README.md" for folder in ("kvplug", "shm", "rdma", "adapters", "tests", "bench")),
+]
+POOL = f"docs-test-{os.getpid()}"
+
+RUN_ELSEWHERE = {
+    "./justw demo": "the demo's own test runs it",
+    "./justw test": "this is it",
+    "./justw test-fast": "these tests are in it",
+    "./justw bench": "takes minutes; the benches are collected by it",
+    "./justw stress": "the stress test runs it with few kills",
+    "pip install": "needs a package index; the wheel is built and looked into below",
+    "VLLM_PLUGINS=kvplug vllm serve": "the tests with real engines do it",
+    "docker run": "there is no docker here",
+}
+"""Commands that are not run here, by how they begin, and why. `./justw` recipes are checked to exist all the same."""
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        if not page.exists():
+            continue
+        fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+        text = page.read_text()
+        for match in fence.finditer(text):
+            yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+
+
+ALL = list(blocks())
+PYTHON = [block for block in ALL if block.language == "python"]
+SHELL = [block for block in ALL if block.language in ("sh", "console", "bash")]
+TOML = [block for block in ALL if block.language == "toml"]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("KVPLUG_")}
+    bin_folder = str(Path(sys.executable).parent)
+    clean |= {"XDG_CONFIG_HOME": str(tmp_path), "KVPLUG_POOL": POOL, "KVPLUG_SIZE": "64mib"}
+    return clean | {"PATH": bin_folder + os.pathsep + clean.get("PATH", "")}
+
+
+def run(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def remove_pool(name: str, tmp_path: Path) -> None:
+    run(["kvplug", "rm", "--force", "--pool", name], tmp_path)
+
+
+def test_the_pages_have_something_to_run() -> None:
+    assert PYTHON
+    assert SHELL
+    assert TOML
+
+
+@pytest.mark.parametrize("block", ALL, ids=str)
+def test_every_block_says_its_language(block: Block) -> None:
+    assert block.language in ("python", "sh", "bash", "console", "toml", "text"), "```text is for what is not run"
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_runs_as_printed(block: Block, tmp_path: Path) -> None:
+    pools = re.findall(r'KvStore\(\s*"([\w.-]+)"', block.text)
+    try:
+        done = run([sys.executable, "-c", block.text], tmp_path)
+        assert done.returncode == 0, done.stderr
+        check_comments(block.text, done.stdout)
+    finally:
+        for name in {*pools, POOL}:
+            remove_pool(name, tmp_path)
+
+
+def check_comments(code: str, output: str) -> None:
+    """What a comment behind a top-level print says is what the print prints: `print(x)  # [0]: stored` prints [0]."""
+    promised = re.findall(r"print\(.*\)\s+#\s*(\[[^\]]*\])", code)
+    lines = output.splitlines()
+    assert lines[: len(promised)] == promised if promised else True
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_commands_run_as_printed(block: Block, tmp_path: Path) -> None:
+    for line in block.text.splitlines():
+        command = line.split("  #")[0].strip()
+        if not command or command.startswith("#"):
+            continue
+        if command.startswith("./justw "):
+            recipe = shlex.split(command)[1]
+            shown = subprocess.run(
+                [Path(sys.executable).parent / "just", "--show", recipe],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert shown.returncode == 0, f"{command}: {shown.stderr}"
+        if any(command.startswith(known) for known in RUN_ELSEWHERE):
+            continue
+        words = shlex.split(command)
+        assert words[0] == "kvplug", f"{block}: nobody runs {command!r}: run it here or give a reason in RUN_ELSEWHERE"
+        if words[1] in ("stat", "rm"):
+            make_pool(words[words.index("--pool") + 1] if "--pool" in words else POOL, tmp_path)
+        done = run(words, tmp_path)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    remove_pool(POOL, tmp_path)
+
+
+def make_pool(name: str, tmp_path: Path) -> None:
+    code = f"from kvplug import KvStore; KvStore({name!r}, '64mib').close()"
+    done = run([sys.executable, "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", TOML, ids=str)
+def test_settings_files_are_taken_as_printed(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(block.text)
+    monkeypatch.setenv("KVPLUG_CONFIG", str(path))
+    Config()
+
+
+# ---- tables and links
+
+
+def settings_table() -> str:
+    """README's lines for the settings, made from the schema."""
+    shown = {
+        "pool": "`u<uid>`",
+        "size": "¼ of the memory that the container may use, at most ½ of what /dev/shm has left",
+        "min_block": "`16kib`",
+        "slab": "`auto`",
+        "weights_id": "",
+    }
+    lines = []
+    for name, field in Config.model_fields.items():
+        value = shown.get(name, f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`")
+        lines.append(f"| `{name}` | `KVPLUG_{name.upper()}` | {value} | {field.description} |")
+    return "\n".join(lines)
+
+
+def test_readmes_settings_are_the_schemas() -> None:
+    lines = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if "`KVPLUG_" in line and line.startswith("|")
+    ]
+    assert "\n".join(lines) == settings_table(), "README should have:\n" + settings_table()
+    assert Config.defaults().min_block == 16 * 1024
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.exists()], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+# ---- the FAQ's messages are those that the code says
+
+
+def messages() -> str:
+    """Every text in the sources, with … for what is put in when the program runs."""
+    found = []
+    for folder in ("kvplug", "shm", "rdma", "adapters"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return "\n".join(found)
+
+
+def faq_headings() -> list[str]:
+    return re.findall(r"^### `(.*)`$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("heading", faq_headings())
+def test_the_faqs_messages_are_said_by_the_code(heading: str) -> None:
+    pieces = [piece for piece in re.split("…", heading) if len(piece.strip(" ,;:()")) >= 4]
+    assert pieces, "a heading has a piece of text that can be searched for"
+    said = messages()
+    for piece in pieces:
+        assert piece.strip() in said, f"no source says {piece!r}"
+
+
+def test_a_message_that_nobody_says_would_be_found() -> None:
+    assert "this is said by " + "no source of kvplug" not in messages()
+
+
+# ---- what is installed
+
+
+def test_a_wheel_has_every_source_and_nothing_else(tmp_path: Path) -> None:
+    """Built from a copy, since a build leaves folders behind."""
+    import shutil
+    import zipfile
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("kvplug", "shm", "rdma", "adapters"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("kvplug-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "installed")
+    wanted = {"kvplug/" + str(path.relative_to(ROOT / "kvplug")) for path in (ROOT / "kvplug").rglob("*.py")}
+    for name in ("shm", "rdma", "adapters"):
+        wanted |= {f"kvplug/{name}/" + str(path.relative_to(ROOT / name)) for path in (ROOT / name).rglob("*.py")}
+    assert inside == wanted | {"kvplug/py.typed"}
+    # The wheel's files come before the editable checkout's, and work without it.
+    code = "import kvplug.shm, kvplug.rdma, kvplug.adapters, kvplug.config; print(kvplug.shm.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "installed",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == str(tmp_path / "installed" / "kvplug" / "shm" / "__init__.py")
+
+
+@pytest.mark.parametrize("where", ["the checkout", "elsewhere"])
+def test_the_checkout_is_importable_from(where: str, tmp_path: Path) -> None:
+    """kvplug.shm is found though kvplug/ on disk has no shm, also when the checkout itself is first on sys.path."""
+    code = "import kvplug, kvplug.shm, kvplug.rdma, kvplug.adapters.vllm; print(kvplug.shm.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT if where == "the checkout" else tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == str(ROOT / "shm" / "__init__.py")

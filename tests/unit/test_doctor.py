@@ -1,0 +1,258 @@
+"""`kvplug doctor` finds each fault that it is there for, names the mend, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvplug import doctor, engines
+from kvplug.doctor import Finding, Status, examine, report
+
+GIB = 1024**3
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_test_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in [name for name in os.environ if name.startswith(("KVPLUG_", "NUMBA_CACHE", "VLLM_PLUGINS"))]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("KVPLUG_POOL", "doctor-test")
+    monkeypatch.setenv("KVPLUG_SIZE", "16mib")
+
+
+def named(findings: list[Finding], name: str) -> Finding:
+    return next(finding for finding in findings if finding.name == name)
+
+
+def machine(root: Path, **files: str) -> Path:
+    """A tree of the kernel's files, `__` in a name standing for a slash."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_a_machine_that_is_fine_has_no_fault() -> None:
+    findings = examine()
+    assert [finding for finding in findings if finding.status is Status.FAULT] == []
+    assert report(findings)["ok"] is True
+    for name in ("platform", "python", "kvplug", "packages", "/dev/shm", "memory", "permissions", "kernel locks"):
+        assert named(findings, name).status is Status.OK, name
+
+
+def test_it_leaves_nothing_behind_in_shm() -> None:
+    before = {name for name in os.listdir("/dev/shm") if "doctor" in name}
+    examine()
+    assert {name for name in os.listdir("/dev/shm") if "doctor" in name} == before
+
+
+def test_every_fault_and_every_warning_names_a_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPLUG_SIZE", "900tb")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    findings = examine(root=machine(tmp_path, proc__meminfo="MemTotal: 1048576 kB\n"))
+    bad = [finding for finding in findings if finding.status in (Status.FAULT, Status.WARNING)]
+    assert {"/dev/shm", "memory", "vLLM plugin"} <= {finding.name for finding in bad}
+    assert all(finding.mend for finding in bad)
+    assert report(findings)["ok"] is False
+
+
+def test_settings_that_cannot_be_used_are_a_fault_and_the_rest_is_still_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KVPLUG_SIZ", "1gb")
+    findings = examine()
+    assert named(findings, "settings").status is Status.FAULT
+    assert "did you mean KVPLUG_SIZE?" in named(findings, "settings").found
+    assert named(findings, "kernel locks").status is Status.OK
+
+
+def test_no_shm_is_a_fault(tmp_path: Path) -> None:
+    findings = examine(shm=str(tmp_path / "absent"))
+    assert named(findings, "/dev/shm").status is Status.FAULT
+    assert "mount -t tmpfs" in named(findings, "/dev/shm").mend
+    assert named(findings, "permissions").status is Status.FAULT
+
+
+def test_a_pool_larger_than_shm_is_a_fault_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPLUG_SIZE", "64tib")
+    found = named(examine(), "/dev/shm")
+    assert found.status is Status.FAULT
+    assert "64 TiB" in found.found
+    assert "free" in found.found
+
+
+def test_dockers_default_shm_is_named_with_ipc_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    docker = doctor.hostmem.ShmSpace(64 * 1024**2, 60 * 1024**2)
+    monkeypatch.setattr(doctor.hostmem, "shm_space", lambda _="": docker)
+    monkeypatch.setenv("KVPLUG_SIZE", "1gb")
+    findings = examine()
+    assert named(findings, "/dev/shm").status is Status.FAULT
+    assert "--ipc=host" in named(findings, "/dev/shm").mend
+    assert named(findings, "container IPC").status is Status.WARNING
+    assert "--ipc=host" in named(findings, "container IPC").mend
+
+
+def test_a_pool_larger_than_the_containers_limit_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "proc__meminfo": "MemTotal: 16777216 kB\nMemAvailable: 16777216 kB\n",
+        "proc__self__cgroup": "0::/\n",
+        "sys__fs__cgroup__memory.max": f"{GIB}\n",
+    }
+    root = machine(tmp_path, **files)
+    monkeypatch.setenv("KVPLUG_SIZE", "2gib")
+    found = named(examine(root=root), "memory")
+    assert found.status is Status.FAULT
+    assert "1 GiB" in found.found
+    assert "2 GiB" in found.found
+    monkeypatch.setenv("KVPLUG_SIZE", "512mib")
+    assert named(examine(root=root), "memory").status is Status.OK
+    machine(tmp_path, **{"sys__fs__cgroup__memory.current": f"{GIB - 1024}\n"})
+    assert named(examine(root=root), "memory").status is Status.WARNING
+
+
+def test_a_limit_on_file_size_is_a_fault() -> None:
+    """Past RLIMIT_FSIZE comes a signal that ends the process. In a process of its own: it can't be raised again."""
+    code = "from kvplug.doctor import examine; print([f.status.value for f in examine() if f.name == 'process limits'])"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024**2, 1024**2))
+
+    run = subprocess.run(
+        [sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert run.stdout.strip() == "['fault']"
+
+
+def test_locks_that_do_not_exclude_are_seen(tmp_path: Path) -> None:
+    """Both descriptors being one description is what broken locks look like from outside."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100)
+    with path.open("r+b") as first, path.open("r+b") as second:
+        assert doctor._locks_broken(first.fileno(), second.fileno()) == ""
+    with path.open("r+b") as first:
+        assert "not seen" in doctor._locks_broken(first.fileno(), first.fileno())
+
+
+def test_no_place_for_numbas_cache_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "a-file"
+    blocked.write_text("")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(blocked / "below"))
+    around = doctor._Surroundings(doctor.settings.load())
+    (found,) = doctor._numba_cache(around)
+    assert found.status is Status.FAULT
+    assert "NUMBA_CACHE_DIR" in found.mend
+
+
+def test_a_numba_cache_that_anyone_can_write_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(shared))
+    around = doctor._Surroundings(doctor.settings.load())
+    assert next(doctor._numba_cache(around)).status is Status.OK
+    shared.chmod(0o777)
+    (found,) = doctor._numba_cache(around)
+    assert found.status is Status.WARNING
+    assert "run as code" in found.found
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "says"),
+    [
+        (None, Status.NOTE, "VLLM_PLUGINS is not set"),
+        ("kvplug", Status.OK, "on:"),
+        ("other, kvplug", Status.OK, "on:"),
+        ("other", Status.WARNING, "does not name it"),
+        ("", Status.WARNING, "does not name it"),
+    ],
+)
+def test_whether_the_plugin_would_load_is_said(
+    value: str | None, status: Status, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", value)
+    found = named(examine(), "vLLM plugin")
+    assert found.status is status
+    assert says in found.found
+    if status is Status.WARNING:
+        assert found.mend == ("VLLM_PLUGINS=other,kvplug" if value else "VLLM_PLUGINS=kvplug")
+
+
+@pytest.fixture
+def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in front of sys.path into which distributions' metadata can be put, as an installation would."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    importlib.invalidate_caches()
+
+
+def install(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("0.29.1", Status.FAULT),
+        ("0.30.0", Status.OK),
+        ("0.31.0rc1", Status.OK),
+        ("0.32.4+cu129", Status.OK),
+        ("0.33.0", Status.FAULT),
+        ("1.0", Status.FAULT),
+        ("unknown", Status.FAULT),
+    ],
+)
+def test_engine_versions_outside_the_tested_ones_are_faults(version: str, status: Status, fake_engine: Path) -> None:
+    install(fake_engine, "vllm", version)
+    found = named(examine(), "engines")
+    assert found.status is status
+    assert version in found.found
+
+
+def test_an_unsupported_engine_can_be_tried(fake_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(fake_engine, "vllm", "0.99.0")
+    monkeypatch.setenv("KVPLUG_UNSUPPORTED_ENGINE_OK", "1")
+    assert named(examine(), "engines").status is Status.WARNING
+
+
+def test_no_engine_is_imported() -> None:
+    seen = "[name for name in ('torch', 'vllm', 'sglang') if name in sys.modules]"
+    code = f"import sys; from kvplug.doctor import examine; examine(); print({seen})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_supported_range_is_the_same_everywhere() -> None:
+    """The engine table, the extra in the package's metadata and the range in words agree."""
+    wanted = engines.SUPPORTED["vllm"]
+    (requirement,) = [
+        line for line in importlib.metadata.requires("kvplug") or [] if line.startswith("vllm") and "extra" in line
+    ]
+    assert f">={wanted.first[0]}.{wanted.first[1]}" in requirement
+    assert f"<{wanted.end[0]}.{wanted.end[1]}" in requirement
+    assert str(wanted) == "0.30 to 0.32"
+
+
+def test_the_report_is_json() -> None:
+    verdict = json.loads(json.dumps(report(examine())))
+    assert set(verdict) == {"ok", "findings"}
+    assert all(set(finding) == {"name", "status", "found", "mend"} for finding in verdict["findings"])
+
+
+def test_rdma_devices_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
+    assert named(examine(root=tmp_path), "RDMA").found == "mlx5_0"
+    assert "no device" in named(examine(root=tmp_path / "other"), "RDMA").found
