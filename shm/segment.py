@@ -304,8 +304,14 @@ def remove_pool(name: str, *, force: bool = False) -> None:
             if info.clients_alive and not force:
                 raise PoolError(f"pool {name!r} has {info.clients_alive} processes attached; stop them, or force it")
         for info in infos:
-            retire(info.path)
-            os.unlink(info.path)
+            remove_segment_file(info.path)
+
+
+def remove_segment_file(path: str) -> None:
+    """Retire and unlink one segment. The caller holds the name lock."""
+    retire(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def retire(path: str) -> None:

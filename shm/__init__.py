@@ -1,0 +1,1 @@
+"""The pool on one host: segment, lock, tables, index, slabs, clients and pins, eviction, recovery."""

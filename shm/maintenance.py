@@ -1,0 +1,90 @@
+"""What a client does beside its calls, in one background thread: reserve and fault memory in, reap the dead, drain queues.
+
+No daemon: each attached process does it, whoever comes first; all of it can be done twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from kvplug import hostmem
+from kvplug.shm import layout as lay
+from kvplug.shm import segment
+from kvplug.shm.slabs import raise_watermark
+
+if TYPE_CHECKING:
+    from kvplug.shm.pool import Pool
+
+log = logging.getLogger("kvplug")
+INTERVAL_S: Final = 0.25
+MEMORY_RESERVE_BYTES: Final = 64 << 20
+MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
+_madvise = ctypes.CDLL(None, use_errno=True).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Maintenance:
+    """The thread. It holds the pool only weakly: a pool that nobody uses any more ends it."""
+
+    def __init__(self, pool: Pool, *, prefault: bool) -> None:
+        self._pool = weakref.ref(pool)
+        self._stop = threading.Event()
+        self._prefault = prefault
+        self._populated = 0
+        self._thread = threading.Thread(target=self._run, name="kvplug-maintenance", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 2.0) -> None:
+        """Ask it to end and wait a bounded time."""
+        self._stop.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            pool = self._pool()
+            if pool is None or pool.is_closed or pool.is_forked:
+                return
+            busy = self._prefault and self._step(pool)
+            if not busy:
+                pool.maintain()
+                del pool
+                self._stop.wait(INTERVAL_S)
+
+    def _step(self, pool: Pool) -> bool:
+        """Reserve or fault in one slab. False when there is nothing left to do."""
+        t = pool.T
+        watermark = int(t[lay.H_WATERMARK])
+        if self._populated < watermark:
+            g = pool.geometry
+            start = pool.base_address + g.data_offset + self._populated * g.slab_bytes
+            # An older kernel answers EINVAL: then pages fault in on first touch, as without this.
+            _madvise(start, g.slab_bytes, MADV_POPULATE_WRITE)
+            self._populated += 1
+            return True
+        return watermark < pool.geometry.n_slabs and pool.grow()
+
+
+def reserve_next_slab(pool: Pool) -> bool:
+    """Take memory for the slab at the watermark and raise it. False if there is no memory, or no slab left."""
+    slab = int(pool.T[lay.H_WATERMARK])
+    g = pool.geometry
+    if slab >= g.n_slabs:
+        return False
+    memory = hostmem.memory()
+    if memory.limit_bytes and memory.limit_bytes - memory.used_bytes < g.slab_bytes + MEMORY_RESERVE_BYTES:
+        pool.warn_once("memory", f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: memory is short")
+        return False
+    began = time.monotonic()
+    try:
+        segment.reserve(pool.lock_fd, g.data_offset + slab * g.slab_bytes, g.slab_bytes)
+    except OSError as e:
+        pool.warn_once("space", f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: {e.strerror}")
+        return False
+    log.debug("reserved slab %d in %.1f ms", slab, (time.monotonic() - began) * 1e3)
+    return int(raise_watermark(pool.T, pool.L, slab)) >= 0

@@ -1,0 +1,414 @@
+"""One attached pool: batches in, codes out. What :class:`kvplug.store.KvStore` and the adapters stand on.
+
+All arrays are numpy; keys are int64 (N, 4) views of N 32-byte keys. Nothing here raises for a full pool, a missing key or
+a lock that can't be had: those are codes (:class:`kvplug.errors.Code`). Calls that must happen sooner or later (releasing a
+pin, sealing, aborting) and find the lock busy past the deadline are queued and done by a later call or by the maintenance thread.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvplug.errors import Code, ConfigError, IntegrityError, LockTimeoutError, PoolError, StoreClosedError
+from kvplug.shm import layout as lay
+from kvplug.shm import pins, read, reap, segment, write
+from kvplug.shm.atomics import now_ns
+from kvplug.shm.attach import PoolOptions, attach, reap_dead
+from kvplug.shm.events import EventReader
+from kvplug.shm.integrity import findings
+from kvplug.shm.layout import Geometry
+from kvplug.shm.liveness import alive_clients
+from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_DOWN, L_HOLDS, L_SESSION
+from kvplug.shm.maintenance import Maintenance, reserve_next_slab
+from kvplug.shm.policies import by_number
+from kvplug.shm.scan import expired_rows
+from kvplug.shm.victims import VictimFinder
+
+I64 = npt.NDArray[np.int64]
+I8 = npt.NDArray[np.int8]
+log = logging.getLogger("kvplug")
+
+RESERVE_KEYS_A_SECTION: Final = 256
+RESERVE_ROUNDS: Final = 64  # scans and slab moves that one batch may ask for
+EXPIRED_AT_A_TIME: Final = 4096
+_attached: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SlotBatch:
+    """Slots for a batch of keys; all arrays have length N. An entry counts only where its code is OK (0).
+
+    ``offsets`` are bytes from the mapping's start (``Pool.base_address``); ``gens`` must accompany ``slots`` in every later call.
+    """
+
+    codes: I8
+    slots: I64
+    gens: I64
+    offsets: I64
+    nbytes: I64
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @classmethod
+    def empty(cls, n: int) -> SlotBatch:
+        """N entries that name nothing."""
+        return cls(
+            np.full(n, Code.MISSING, np.int8), np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
+        )
+
+
+def part_offsets(part_nbytes: npt.ArrayLike) -> tuple[I64, int]:
+    """(offset of each part inside a slot, bytes of the whole payload); parts are aligned to 64 bytes."""
+    sizes = np.asarray(part_nbytes, np.int64)
+    padded = -(-sizes // lay.PART_ALIGN_BYTES) * lay.PART_ALIGN_BYTES
+    starts = np.concatenate(([0], np.cumsum(padded)[:-1])).astype(np.int64)
+    return starts, int(starts[-1] + sizes[-1])
+
+
+class Pool:
+    """A client of one pool. Thread-safe. After a fork the child's copy attaches anew, in a session of its own."""
+
+    def __init__(self, name: str, options: PoolOptions, *, create: bool = True, session: int = 0, pool_uuid: bytes | None = None) -> None:
+        self.name = name
+        self.options = options
+        self.is_closed = False
+        self._warned: set[str] = set()
+        self._attach(create, session, pool_uuid)
+
+    def _attach(self, create: bool, session: int, pool_uuid: bytes | None) -> None:
+        self.segment, self.L = attach(self.name, self.options, create=create, session=session, pool_uuid=pool_uuid)
+        self.T = self.segment.table
+        self.geometry: Geometry = self.segment.geometry
+        self.policy = by_number(int(self.T[lay.H_POLICY]))
+        self.base_address = self.segment.base
+        self.lock_fd = self.segment.lock_fd
+        self.client, self.session = int(self.L[L_CLIENT]), int(self.L[L_SESSION])
+        self.is_forked = False
+        self._mutex = threading.RLock()
+        self._pin_counts = np.zeros(self.geometry.n_rows, np.int32)
+        self._pending: collections.deque[Callable[[], int]] = collections.deque()
+        self._victims = VictimFinder(self.T, self.L, self.geometry, self.policy)
+        if self.policy.name != self.options.policy:
+            log.info("pool %r evicts by %s, as it was created, not by %s", self.name, self.policy.name, self.options.policy)
+        if int(self.T[lay.H_WATERMARK]) == 0:
+            self.grow()
+        _attached.add(self)
+        self.reap()
+        self._maintenance = Maintenance(self, prefault=self.options.prefault)
+
+    # ---- calls under the lock ------------------------------------------------------------------------------------------
+
+    def _ready(self) -> None:
+        if self.is_closed:
+            raise StoreClosedError(f"the store on pool {self.name!r} was closed")
+        if self.is_forked:
+            self._attach(True, 0, None)
+
+    @contextlib.contextmanager
+    def _only_thread(self) -> Any:
+        self._ready()
+        if not self._mutex.acquire(timeout=self.options.lock_timeout_s):
+            yield False
+            return
+        try:
+            if self._pending:
+                self._drain()
+            yield True
+        finally:
+            self._mutex.release()
+
+    def _drain(self) -> None:
+        while self._pending and self.L[L_DOWN] == 0:
+            if self._pending[0]() < 0:
+                return
+            self._pending.popleft()
+
+    def _now_or_later(self, section: Callable[[], int]) -> int:
+        """Run a section that must happen; queue it if the lock is not to be had. Its answer, or Code.TIMEOUT."""
+        with self._only_thread() as mine:
+            answer = int(section()) if mine else int(Code.TIMEOUT)
+        if answer == Code.TIMEOUT:
+            self._pending.append(section)
+        return answer
+
+    # ---- writing -------------------------------------------------------------------------------------------------------
+
+    def reserve(self, keys: I64, part_nbytes: npt.ArrayLike) -> SlotBatch:
+        """A slot for each key that is not there yet, with one part per entry of ``part_nbytes``.
+
+        Codes: OK, EXISTS, IN_PROGRESS, FULL, BUDGET, TIMEOUT, RETIRED. Raises BlockTooLargeError, ConfigError, StoreClosedError.
+        """
+        sizes = np.ascontiguousarray(part_nbytes, np.int64)
+        if not 1 <= len(sizes) <= lay.MAX_PARTS or int(sizes.min()) < 1:
+            raise ConfigError(f"a block has 1 to {lay.MAX_PARTS} parts of at least one byte, not {sizes.tolist()}")
+        _, size = part_offsets(sizes)
+        stride = self.geometry.stride(size, len(sizes))
+        n = len(keys)
+        out = SlotBatch.empty(n)
+        out.nbytes[:] = size
+        with self._only_thread() as mine:
+            if not mine:
+                out.codes[:] = Code.TIMEOUT
+                return out
+            at = 0
+            rounds = 0
+            while at < n:
+                v = self._victims.of(stride)
+                end = min(at + RESERVE_KEYS_A_SECTION, n)
+                got = int(
+                    write.reserve(
+                        self.T, self.L, keys, at, end, stride, size, sizes,
+                        v.slots, v.words, v.ticks, v.used, out.codes, out.slots, out.gens, out.offsets,
+                    )  # fmt: skip
+                )
+                if got < 0:
+                    out.codes[at:] = got
+                    break
+                at = got
+                if at == end:
+                    continue
+                rounds += 1
+                if rounds > RESERVE_ROUNDS or not (self.grow() or self._victims.refill(stride, n - at)):
+                    self._report_full(keys, out, at)
+                    break
+        return out
+
+    def _report_full(self, keys: I64, out: SlotBatch, at: int) -> None:
+        there = self.exists(keys[at:])
+        out.codes[at:] = np.where(there, np.int8(Code.EXISTS), np.int8(Code.FULL))
+        write.count_full(self.T, self.L, int((~there).sum()))
+
+    def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
+        """Part ``part`` of each slot is written: record its XXH3; the last part seals. OK, PENDING, STALE or TIMEOUT (queued)."""
+        slots, gens = slots.copy(), gens.copy()
+        sums = np.ascontiguousarray(checksums).view(np.int64).copy()
+        codes = np.full(len(slots), Code.STALE, np.int8)
+        answer = self._now_or_later(lambda: write.complete(self.T, self.L, slots, gens, part, sums, codes))
+        return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+
+    def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> I8:
+        """Give up reservations: FREE at once if nobody can write any more, else QUARANTINED until :meth:`acknowledge`."""
+        slots, gens = slots.copy(), gens.copy()
+        codes = np.full(len(slots), Code.STALE, np.int8)
+        answer = self._now_or_later(lambda: write.abort(self.T, self.L, slots, gens, writers_done, codes))
+        return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+
+    def acknowledge(self, slots: I64, gens: I64) -> I8:
+        """Every possible writer of these quarantined reservations is done: free them."""
+        slots, gens = slots.copy(), gens.copy()
+        codes = np.full(len(slots), Code.STALE, np.int8)
+        answer = self._now_or_later(lambda: write.acknowledge(self.T, self.L, slots, gens, codes))
+        return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+
+    def still_writing(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
+        """Whether each reservation still stands; to be asked before a write. No lock."""
+        self._ready()
+        out = np.zeros(len(slots), np.bool_)
+        write.still_writing(self.T, self.L, slots, gens, out)
+        return out
+
+    def remove(self, keys: I64) -> I8:
+        """Free the blocks with these keys: OK, MISSING, PINNED, IN_PROGRESS, TIMEOUT."""
+        codes = np.full(len(keys), Code.TIMEOUT, np.int8)
+        with self._only_thread() as mine:
+            for at in range(0, len(keys) if mine else 0, RESERVE_KEYS_A_SECTION):
+                part = slice(at, at + RESERVE_KEYS_A_SECTION)
+                answer = int(write.remove(self.T, self.L, keys[part], codes[part]))
+                if answer < 0:
+                    codes[at:] = answer
+                    break
+        return codes
+
+    # ---- reading -------------------------------------------------------------------------------------------------------
+
+    def exists(self, keys: I64) -> npt.NDArray[np.bool_]:
+        """Whether each key has a sealed block. No lock."""
+        self._ready()
+        out = np.zeros(len(keys), np.bool_)
+        read.exists(self.T, self.L, keys, out)
+        return out
+
+    def match_prefix(self, keys: I64) -> int:
+        """Number of leading keys with a sealed block. No lock."""
+        self._ready()
+        return int(read.match_prefix(self.T, self.L, keys))
+
+    def touch(self, keys: I64) -> None:
+        """Date these blocks, head of a prefix first, as used just now. No lock."""
+        self._ready()
+        read.touch(self.T, self.L, keys)
+
+    def get_into(self, keys: I64, dst_addrs: I64, dst_nbytes: I64) -> I8:
+        """Copy each block to its destination: OK, MISSING, SIZE or CORRUPT. No lock."""
+        self._ready()
+        n = len(keys)
+        codes = np.empty(n, np.int8)
+        slots, words = np.empty((2, n), np.int64)
+        hits = read.get_into(self.T, self.L, keys, dst_addrs, dst_nbytes, codes, slots, words)
+        if hits < n and self.options.verify:
+            self._drop(slots, words, codes == Code.CORRUPT)
+        return codes
+
+    def _drop(self, slots: I64, words: I64, bad: npt.NDArray[np.bool_]) -> None:
+        if not bad.any():
+            return
+        self.warn_once("corrupt", f"pool {self.name!r}: {int(bad.sum())} block(s) did not match their checksum and were dropped")
+        with self._only_thread() as mine:
+            if mine:
+                write.drop_corrupt(self.T, self.L, slots[bad], words[bad])
+
+    def pin(self, keys: I64, *, prefix: bool = False) -> SlotBatch:
+        """Pin the blocks with these keys; ``prefix``: only the leading ones. OK, MISSING, BUDGET, TIMEOUT, RETIRED."""
+        out = SlotBatch.empty(len(keys))
+        with self._only_thread() as mine:
+            answer = int(Code.TIMEOUT)
+            if mine:
+                answer = int(
+                    pins.pin(self.T, self.L, self._pin_counts, keys, prefix, out.codes, out.slots, out.gens, out.offsets, out.nbytes)
+                )
+        if answer < 0:
+            pinned = out.slots[out.slots >= 0].copy()
+            out.codes[:] = answer
+            out.slots[:] = -1
+            if len(pinned):
+                self.unpin(pinned)
+        return out
+
+    def unpin(self, slots: I64) -> None:
+        """Release one pin of each slot; entries below zero are passed over. Never blocks for long: queued if need be."""
+        if not len(slots):
+            return
+        todo = slots.copy()
+
+        def section() -> int:
+            nonlocal todo
+            done = int(pins.unpin(self.T, self.L, self._pin_counts, todo))
+            todo = todo[done:]
+            return 0 if not len(todo) else int(Code.TIMEOUT)
+
+        self._now_or_later(section)
+
+    def still_sealed(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
+        """Whether each slot still holds the sealed block that it did. No lock."""
+        self._ready()
+        out = np.zeros(len(slots), np.bool_)
+        pins.still_sealed(self.T, self.L, slots, gens, out)
+        return out
+
+    def verify_part(self, slots: I64, gens: I64, part: int) -> I8:
+        """Compare one part of each pinned block with its checksum, in place: OK, CORRUPT or STALE."""
+        self._ready()
+        codes = np.empty(len(slots), np.int8)
+        read.verify_part(self.T, self.L, slots, gens, part, codes)
+        return codes
+
+    # ---- upkeep --------------------------------------------------------------------------------------------------------
+
+    def grow(self) -> bool:
+        """Reserve one more slab of memory. False when all is reserved or there is no more."""
+        with self._mutex:
+            return "memory" not in self._warned and "space" not in self._warned and reserve_next_slab(self)
+
+    def reap(self) -> int:
+        """Reclaim what dead sessions left. Number of clients, or a lock code."""
+        with self._only_thread() as mine:
+            return reap_dead(self.segment, self.L, me=self.client) if mine else int(Code.TIMEOUT)
+
+    def maintain(self) -> None:
+        """One round of upkeep: queued sections, the dead, quarantine that ran out. Called by the maintenance thread."""
+        if self.is_closed or self.is_forked:
+            return
+        with contextlib.suppress(StoreClosedError):
+            self.reap()
+            self.release_expired()
+
+    def release_expired(self) -> int:
+        """Free slots whose quarantine has run out. Their number."""
+        out = np.empty(EXPIRED_AT_A_TIME, np.int64)
+        n = int(expired_rows(self.T, int(now_ns()), 0, self.geometry.n_slabs, out))
+        if n:
+            with self._only_thread() as mine:
+                if mine:
+                    n = int(write.release_expired(self.T, self.L, out[:n].copy()))
+        return max(n, 0)
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """One log line per topic and store."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            log.warning("%s", message)
+
+    def hold_times_ns(self) -> I64:
+        """How long the last sections of this store held the lock."""
+        n = min(int(self.L[L_HOLDS]), HOLD_RING_LEN)
+        return self.L[HOLD_RING : HOLD_RING + n].copy()
+
+    def events(self, max_events: int = 4096) -> EventReader:
+        """A reader of the event ring, from now on."""
+        self._ready()
+        return EventReader(self.T, self.L, max_events=max_events)
+
+    def check_integrity(self, *, deep: bool = True) -> None:
+        """Raise IntegrityError if any invariant of the tables is broken; ``deep`` also checks every block's bytes."""
+        with self._only_thread() as mine:
+            n, sentences = findings(self.T, self.L, deep=deep) if mine else (int(Code.TIMEOUT), [])
+        if n == Code.TIMEOUT:
+            raise LockTimeoutError(f"the lock of pool {self.name!r} was not to be had within {self.options.lock_timeout_s} s")
+        if n < 0:
+            raise PoolError(f"pool {self.name!r} was removed")
+        if n:
+            raise IntegrityError(f"pool {self.name!r} has {n} finding(s): " + "; ".join(sentences))
+
+    def close(self) -> None:
+        """Release pins, leave, and reclaim what this session had in writing if it was its last process. Idempotent."""
+        if self.is_closed:
+            return
+        if self.is_forked:
+            self.is_closed = True
+            return
+        self._maintenance.stop()
+        with self._mutex:
+            held = np.flatnonzero(self._pin_counts)
+            self._pin_counts[held] = 1
+            self.unpin(held.astype(np.int64))
+            self._drain()
+            if int(reap.withdraw(self.T, self.L)) == 0:
+                reap_dead(self.segment, self.L)
+            self.is_closed = True
+            _attached.discard(self)
+            if int(self.T[lay.H_PERSIST]):
+                self._remove_if_last()
+            os.close(self.lock_fd)
+
+    def _remove_if_last(self) -> None:
+        with contextlib.suppress(PoolError), segment.name_lock(self.name):
+            alive = alive_clients(self.lock_fd, int(self.T[lay.P_LIVE_OFFSET]), lay.MAX_CLIENTS)
+            if not alive and self.segment.still_named():
+                segment.remove_segment_file(self.segment.path)
+
+    def _after_fork(self) -> None:
+        """In the child: close the parent's description without unlocking it; the next call attaches anew."""
+        with contextlib.suppress(OSError):
+            os.close(self.lock_fd)
+        self.is_forked = True
+        self._mutex = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_attached):
+        pool._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
