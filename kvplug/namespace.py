@@ -68,8 +68,8 @@ class GroupLayout:
     """The sliding window or chunk; None for groups that attend to everything."""
 
     def __post_init__(self) -> None:
-        if self.span_tokens < 1:
-            raise NamespaceError(f"a block of {self.span_tokens} tokens")
+        if type(self.span_tokens) is not int or self.span_tokens < 1:
+            raise NamespaceError(f"a block's span must be a positive number of tokens, not {self.span_tokens!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,11 @@ class Namespace:
     _canonical: bytes = dataclasses.field(init=False, repr=False, compare=False, default=b"")
 
     def __post_init__(self) -> None:
+        # Exact types, since a lookalike (a path for an identity, 1 for True) would make a valid but wrong namespace.
+        if type(self.weights) is not WeightsIdentity:
+            raise NamespaceError("weights must be a WeightsIdentity: unidentified weights are not cached")
+        if self.draft is not None and type(self.draft) is not WeightsIdentity:
+            raise NamespaceError("draft must be None or a WeightsIdentity")
         if type(self.config_digest) is not bytes or len(self.config_digest) != _DIGEST_BYTES:
             raise NamespaceError("config_digest must be the 32 bytes of digest_of(configuration)")
         if self.kv_scales == "dynamic":
@@ -126,6 +131,8 @@ class Namespace:
         for name in ("tp", "pp", "cp"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise NamespaceError(f"{name} must be an integer of at least 1")
+        if type(self.eagle) is not bool:
+            raise NamespaceError("namespace.eagle must be a bool")
         if not self.groups:
             raise NamespaceError("groups: a namespace without a KV cache group names no blocks")
         for name in ("weights_epoch", "rotation"):
