@@ -27,6 +27,8 @@ class Driver:
 
         self.llm = LLM(model=model, worker_extension_cls="tests.vllm_lab.worker.LabWorker", **kwargs)
         self.engine = self.llm.llm_engine
+        if kwargs.get("pipeline_parallel_size", 1) > 1:
+            self.llm.collective_rpc("lab_warm_up")
         self.boot_s = time.monotonic() - began
         self.live: dict[str, dict[str, Any]] = {}
         self.done: dict[str, dict[str, Any]] = {}
@@ -324,7 +326,7 @@ def main() -> None:
         try:
             driver = Driver(**json.loads(sys.stdin.readline()))
             reply({"ok": driver.info()})
-        except Exception:  # the test is told why the engine did not start
+        except Exception:  # noqa: BLE001 — the test is told why the engine did not start
             reply({"error": traceback.format_exc()})
             return
         for line in sys.stdin:
@@ -335,7 +337,7 @@ def main() -> None:
                 break
             try:
                 reply({"ok": getattr(driver, name)(**message)})
-            except Exception:
+            except Exception:  # noqa: BLE001 — whatever it is, the test is told
                 reply({"error": traceback.format_exc()})
 
 

@@ -24,6 +24,11 @@ class LabWorker:
         """Process id of this rank's worker."""
         return os.getpid()
 
+    def lab_warm_up(self) -> None:
+        """A dummy run. With eager execution the CPU worker leaves it out, though it is where a later pipeline stage
+        gets its input buffers; without it the first step of a pipeline fails."""
+        self.model_runner.profile_run()
+
     def lab_pages(self, block_ids: list[list[int]]) -> list[list[list[str]]]:
         """SHA-256 of each device page, as ``[group][position in block_ids[group]][layer of the group]``.
 
