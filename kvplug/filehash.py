@@ -33,8 +33,7 @@ _CACHE_MAX_BYTES = 4 << 20
 _CACHE_MAX_FILES = 8192
 _CACHE_FORMAT = 1
 _CACHE_NAME = "weights.json"
-_SETTLED_NS = 2_000_000_000
-"""A file changed less than this ago is not remembered: a later change could fall on the same clock tick."""
+_SETTLED_S = 2.0
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,9 +51,12 @@ class HashCache:
     """Hashes of files that were read before. All methods are safe to call from several threads and processes.
 
     `directory`: where the cache file lies; by default `$XDG_CACHE_HOME/kvplug`, or `~/.cache/kvplug`.
+    `settled_s`: a file changed less than this before it is read is not remembered, since a later change could fall on
+    the same tick of the file system's clock.
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, directory: str | os.PathLike[str] | None = None, *, settled_s: float = _SETTLED_S) -> None:
+        self.settled_ns = int(settled_s * 1e9)
         self.directory = os.fspath(directory) if directory is not None else _default_directory()
 
     @property
@@ -163,7 +165,7 @@ def hash_file(
         known = cache.get(stamp) if cache is not None else None
         if known is not None:
             return known, stamp
-        settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
+        age_ns = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
         digest, nbytes = _digest(fd, threads, stop)
         if nbytes != status.st_size or stamp_of(os.fstat(fd)) != stamp or stamp_of(os.stat(path)) != stamp:
             raise NamespaceError(f"{path}: changed while it was read")
@@ -171,7 +173,7 @@ def hash_file(
         raise NamespaceError(f"{path}: {error.strerror}") from error
     finally:
         os.close(fd)
-    if cache is not None and settled:
+    if cache is not None and age_ns > cache.settled_ns:
         cache.put(stamp, digest)
     return digest, stamp
 

@@ -128,9 +128,9 @@ def _resolve(
     what: str,
 ) -> str | WeightsIdentity:
     """A local path, or the identity of something that is named by a fixed commit and does not lie here."""
-    name = os.fspath(path_or_repo)
-    if not isinstance(name, str) or not name:
-        raise NamespaceError(f"{what}: no path or repository was given")
+    name = os.fspath(path_or_repo) if isinstance(path_or_repo, (str, os.PathLike)) else None
+    if not name or not isinstance(name, str) or "\0" in name:
+        raise NamespaceError(f"{what}: {path_or_repo!r} is no path and no repository's name")
     if os.path.lexists(name):
         return name
     if "://" in name and not name.startswith("hf://"):
