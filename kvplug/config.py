@@ -123,14 +123,14 @@ class Config(BaseSettings):
     )
     min_block: Size = Field(
         default=16 * 1024,
-        ge=1024,
+        ge=4096,
         le=64 * MIB,
-        description="smallest block that is expected; sizes the pool's tables when it is created",
+        description="smallest block that is expected, a power of two; sizes the pool's tables when it is created",
     )
     slab: Annotated[int | None, BeforeValidator(_size_or_auto)] = Field(
         default=None,
-        ge=64 * 1024,
-        description="size of a slab, the unit that moves between block sizes; auto: from the pool's size",
+        ge=4096,
+        description="size of a slab, which moves between block sizes as a whole; a multiple of min_block; auto: from size",
     )
     max_clients: int = Field(
         default=128,
@@ -182,12 +182,19 @@ class Config(BaseSettings):
             raise ValueError("a pool name is 1 to 64 of the characters A-Z a-z 0-9 . _ - and does not start with a dot")
         return value
 
-    @pydantic.model_validator(mode="after")
-    def _slab_holds_a_block(self) -> Config:
-        if self.slab is not None and self.slab < self.min_block:
+    @pydantic.field_validator("min_block")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
             raise ValueError(
-                f"slab ({self.slab} bytes) is smaller than min_block ({self.min_block} bytes): no block would fit in it"
+                f"it must be a power of two, such as {1 << value.bit_length() - 1} or {1 << value.bit_length()}"
             )
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _slab_holds_blocks(self) -> Config:
+        if self.slab is not None and self.slab % self.min_block:
+            raise ValueError(f"slab ({self.slab} bytes) is not a multiple of min_block ({self.min_block} bytes)")
         return self
 
     @classmethod

@@ -204,6 +204,7 @@ def test_what_is_no_setting_but_known_is_left_alone(variable: str, monkeypatch: 
         ("KVPLUG_POOL", "x\n", ["A-Z a-z 0-9"]),
         ("KVPLUG_POOL", "p" * 65, ["1 to 64"]),
         ("KVPLUG_PIN_BUDGET_SHARE", "1.5", ["less than or equal to 1"]),
+        ("KVPLUG_MIN_BLOCK", "48kib", ["power of two", "32768 or 65536"]),
         ("KVPLUG_PREFAULT", "maybe", ["'maybe'", "environment KVPLUG_PREFAULT"]),
         ("KVPLUG_CONFIG", "/nonexistent/kvplug.toml", ["/nonexistent/kvplug.toml", "KVPLUG_CONFIG", "does not exist"]),
     ],
@@ -229,7 +230,7 @@ def test_an_error_from_the_environment_says_value_source_and_remedy(
         ("size = [1]", ["[1]", "file "]),
         ("pool = 3", ["setting pool = 3", "file "]),
         ("size = ", ["can't be used", "TOML"]),
-        ("slab = 65536\nmin_block = 131072", ["slab (65536 bytes) is smaller than min_block (131072 bytes)"]),
+        ("slab = 65536\nmin_block = 131072", ["slab (65536 bytes) is not a multiple of min_block (131072 bytes)"]),
     ],
 )
 def test_an_error_from_the_file_says_value_source_and_remedy(text: str, says: list[str], tmp_path: Path) -> None:
@@ -354,3 +355,16 @@ def test_this_machine_has_memory_and_shm() -> None:
     space = hostmem.shm_space()
     assert space is not None
     assert space.free_bytes >= 0
+
+
+def test_every_setting_is_read_by_something() -> None:
+    """A setting that changes nothing is a promise that is not kept."""
+    root = Path(settings.__file__).resolve().parents[1]
+    sources = [
+        path.read_text()
+        for folder in ("kvplug", "shm", "rdma", "adapters")
+        for path in (root / folder).rglob("*.py")
+        if path.name not in ("config.py", "doctor.py")
+    ]
+    unread = [name for name in Config.model_fields if not any(f"config.{name}" in text for text in sources)]
+    assert not unread

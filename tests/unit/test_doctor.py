@@ -244,6 +244,9 @@ def test_the_supported_range_is_the_same_everywhere() -> None:
     assert f">={wanted.first[0]}.{wanted.first[1]}" in requirement
     assert f"<{wanted.end[0]}.{wanted.end[1]}" in requirement
     assert str(wanted) == "0.30 to 0.32"
+    adapter = (Path(__file__).resolve().parents[2] / "adapters" / "vllm" / "compat.py").read_text()
+    assert f"MIN_VERSION = {wanted.first}\n" in adapter
+    assert f"BELOW_VERSION = {wanted.end}\n" in adapter
 
 
 def test_the_report_is_json() -> None:
