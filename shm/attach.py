@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvplug.errors import ClientLimitError, Code, LockTimeoutError, PoolError, PoolNotFoundError
 from kvplug.shm import failpoints, segment
 from kvplug.shm import layout as lay
+from kvplug.shm.jit import warm_up
 from kvplug.shm.layout import DEFAULT_MIN_BLOCK_BYTES, Geometry
 from kvplug.shm.liveness import alive_clients, is_locked, try_lock_byte, unlock_byte
 from kvplug.shm.local import (
@@ -51,11 +52,14 @@ class PoolOptions:
     prefault: bool = True
 
 
-def attach(pool: str, options: PoolOptions, *, create: bool, session: int, pool_uuid: bytes | None) -> tuple[Segment, npt.NDArray[np.int64]]:
+def attach(
+    pool: str, options: PoolOptions, *, create: bool, session: int, pool_uuid: bytes | None
+) -> tuple[Segment, npt.NDArray[np.int64]]:
     """(segment, local words) of a new client. ``session`` 0 begins a session, else joins a living one.
 
     Raises PoolNotFoundError, PoolFormatError, PoolOwnerError, PoolSpaceError, ClientLimitError, LockTimeoutError, PoolError.
     """
+    warm_up()
     with segment.name_lock(pool):
         for _ in range(ATTEMPTS):
             try:
@@ -77,7 +81,9 @@ def attach(pool: str, options: PoolOptions, *, create: bool, session: int, pool_
                     segment.reserve(seg.lock_fd, seg.geometry.data_offset, seg.geometry.slab_bytes)
             try:
                 if pool_uuid is not None and seg.uuid != pool_uuid:
-                    raise PoolError(f"pool {pool!r} is another one than the session to be joined lives in: it was removed and made anew")
+                    raise PoolError(
+                        f"pool {pool!r} is another one than the session to be joined lives in: it was removed and made anew"
+                    )
                 if create and _left_by_the_last(seg):
                     segment.remove_segment_file(seg.path)
                     os.close(seg.lock_fd)
@@ -130,14 +136,18 @@ def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: Po
             if answer == Code.RETIRED:
                 return False
             if answer == NO_SESSION:
-                raise PoolError(f"session {session} of pool {seg.pool!r} has no living process: it can't be joined any more")
+                raise PoolError(
+                    f"session {session} of pool {seg.pool!r} has no living process: it can't be joined any more"
+                )
             raise LockTimeoutError(
                 f"the lock of pool {seg.pool!r} was held for {options.lock_timeout_s} s by process {int(t[lay.H_HOLDER])} "
                 f"(stopped?); attach again later"
             )
         if attempt == 0:
             reap_dead(seg, local)
-    raise ClientLimitError(f"pool {seg.pool!r} has {lay.MAX_CLIENTS} clients attached, the most that one pool takes; stop some")
+    raise ClientLimitError(
+        f"pool {seg.pool!r} has {lay.MAX_CLIENTS} clients attached, the most that one pool takes; stop some"
+    )
 
 
 def find_dead(seg: Segment, me: int) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.shm.atomics import fence_acquire, fence_release, load_acquire, store_release
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     EVENT_WORDS,
     GEN_SHIFT,
@@ -48,7 +48,7 @@ def emit(T: Any, L: Any, kind: int, row: int) -> None:
     store_release(L[L_BASE] + 8 * H_EVENT_SEQ, seq)
 
 
-@kernel
+@entry("i(I, I, i, K)")
 def read_events(T: Any, L: Any, after: int, out: Any) -> int:
     """Copy events ``after + 1 …`` into ``out`` (M, 8); their number, or -1 if the reader was lapped. No lock."""
     cap = T[H_EVENT_CAP]

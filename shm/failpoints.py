@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from kvplug.errors import ConfigError
 from kvplug.shm.atomics import getpid, kill
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry
 from kvplug.shm.local import L_FP_ID, L_FP_SIGNAL, L_FP_SKIP
 
 ENV: Final = "KVPLUG_FAILPOINT"
@@ -53,7 +53,7 @@ NAMES: Final[dict[str, int]] = {
 OUTSIDE_LOCK: Final = frozenset({"write_copy"})
 
 
-@kernel
+@entry("v(I, i)")
 def fail(L: Any, point: int) -> None:
     """Die (or stop) here if this point is armed and has been passed often enough."""
     if L[L_FP_ID] == point:

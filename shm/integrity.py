@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.shm.index import find
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     C_PINS,
     C_SESSION,
@@ -162,7 +162,7 @@ def _check_slab(T: Any, L: Any, slab: int, deep: bool, pins: Any, seen: Any, fou
     return n
 
 
-@kernel
+@entry("i(I, I, b, I, I8, K)")
 def check(T: Any, L: Any, deep: bool, pins: Any, seen: Any, found: Any) -> int:
     """Fill ``found`` (M, 2) with (finding, where); their number (may be more than M), or a lock code."""
     lock = enter(T, L)
@@ -208,7 +208,9 @@ def check(T: Any, L: Any, deep: bool, pins: Any, seen: Any, found: Any) -> int:
     return n
 
 
-def findings(T: npt.NDArray[np.int64], L: npt.NDArray[np.int64], *, deep: bool, max_findings: int = 64) -> tuple[int, list[str]]:
+def findings(
+    T: npt.NDArray[np.int64], L: npt.NDArray[np.int64], *, deep: bool, max_findings: int = 64
+) -> tuple[int, list[str]]:
     """(lock code or number of findings, the first of them as sentences)."""
     pins = np.zeros(int(T[H_MAX_CLIENTS]), np.int64)
     seen = np.zeros(int(T[H_N_ROWS]), np.int8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -31,6 +32,10 @@ def _sources_stamp() -> tuple[str, int]:
 _STAMP = _sources_stamp()
 
 
+_entries: list[tuple[Any, str]] = []
+_warm = threading.Lock()
+
+
 def kernel(fn: F) -> F:
     """Compile ``fn`` on its first call, without the GIL, cached on disk where numba finds a writable place."""
     try:
@@ -41,3 +46,38 @@ def kernel(fn: F) -> F:
         # compiling anew in every process is slow but right. `kvplug doctor` says so.
         dispatcher = njit(nogil=True)(fn)
     return cast(F, dispatcher)
+
+
+def entry(signature: str) -> Callable[[F], F]:
+    """A kernel that Python calls: it has one signature, which :func:`warm_up` compiles or loads before the first call.
+
+    In ``signature``, I, I8, I32, B, K stand for arrays of int64, int8, int32, bool and for keys, int64 (N, 4); i and b for scalars.
+    """
+
+    def decorate(fn: F) -> F:
+        dispatcher = kernel(fn)
+        _entries.append((dispatcher, signature))
+        return dispatcher
+
+    return decorate
+
+
+_TYPES = {
+    "I": "int64[::1]", "I8": "int8[::1]", "I32": "int32[::1]", "B": "boolean[::1]", "K": "int64[:,::1]", "i": "int64", "b": "boolean",
+    "v": "void", "ii": "UniTuple(int64, 2)",
+}  # fmt: skip
+
+
+def warm_up() -> None:
+    """Load every entry kernel, from numba's cache or by compiling it: seconds the first time ever, then a fraction of one.
+
+    Called before a store is attached, so that no call later compiles anything while others wait for it.
+    """
+    with _warm:
+        while _entries:
+            dispatcher, signature = _entries[-1]
+            result, _, arguments = signature.partition("(")
+            types = ", ".join(_TYPES[a.strip()] for a in arguments.rstrip(")").split(",") if a.strip())
+            dispatcher.compile(f"{_TYPES[result]}({types})")
+            dispatcher.disable_compile()
+            _entries.pop()

@@ -166,7 +166,9 @@ SLABS_WANTED: Final = 32
 
 def layout_hash() -> int:
     """64 bits over the name and value of every constant above: two builds that disagree on any refuse each other."""
-    names = sorted(k for k, v in globals().items() if k.isupper() and isinstance(v, int) and not k.startswith("DEFAULT"))
+    names = sorted(
+        k for k, v in globals().items() if k.isupper() and isinstance(v, int) and not k.startswith("DEFAULT")
+    )
     text = ";".join(f"{n}={globals()[n]}" for n in names)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
@@ -205,7 +207,9 @@ class Geometry:
         return self.n_slabs * self.slab_bytes
 
     @classmethod
-    def plan(cls, pool_bytes: int, *, min_block: int = DEFAULT_MIN_BLOCK_BYTES, slab_bytes: int | None = None) -> Geometry:
+    def plan(
+        cls, pool_bytes: int, *, min_block: int = DEFAULT_MIN_BLOCK_BYTES, slab_bytes: int | None = None
+    ) -> Geometry:
         """Lay out a pool whose segment is at most ``pool_bytes`` bytes, tables included.
 
         Raises :class:`ConfigError` when a size is out of range.
@@ -232,7 +236,9 @@ class Geometry:
         rows_per_slab = slab_bytes // min_block
         n_rows = n_slabs * rows_per_slab
         if n_rows > MAX_ROWS:
-            raise ConfigError(f"{n_rows} slots are more than the index can name; set a larger min_block (now {min_block})")
+            raise ConfigError(
+                f"{n_rows} slots are more than the index can name; set a larger min_block (now {min_block})"
+            )
         index_cap = _pow2_at_least(n_rows + n_rows // 2)
         event_cap = min(1 << 16, max(1 << 8, _pow2_at_least(n_rows) // 8))
         word = HEADER_WORDS
@@ -258,7 +264,9 @@ class Geometry:
         """Read back from the first ``HEADER_WORDS`` words; :class:`PoolFormatError` if they do not describe one layout."""
         n_slabs, slab_bytes, min_block = words[H_N_SLABS], words[H_SLAB_BYTES], words[H_MIN_BLOCK]
         if not (0 < n_slabs < 1 << 24 and 4096 <= min_block <= slab_bytes <= 1 << 34) or slab_bytes % min_block:
-            raise PoolFormatError(f"header says {n_slabs} slabs of {slab_bytes} bytes, smallest block {min_block}: not a pool")
+            raise PoolFormatError(
+                f"header says {n_slabs} slabs of {slab_bytes} bytes, smallest block {min_block}: not a pool"
+            )
         try:
             g = cls._lay_out(n_slabs, slab_bytes, min_block)
         except ConfigError as e:

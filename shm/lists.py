@@ -41,9 +41,11 @@ from kvplug.shm.layout import (
     S_STATE,
     S_STRIDE,
     SLAB_FREE,
-    SLAB_OWNED as STATE_OWNED,
     SLAB_WORDS,
     STATE_MASK,
+)
+from kvplug.shm.layout import (
+    SLAB_OWNED as STATE_OWNED,
 )
 from kvplug.shm.local import L_BASE
 

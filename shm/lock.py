@@ -102,8 +102,7 @@ def leave(T: Any, L: Any) -> None:
     n = L[L_HOLDS]
     L[HOLD_RING + n % HOLD_RING_LEN] = held
     L[L_HOLDS] = n + 1
-    if held > L[L_HOLD_MAX_NS]:
-        L[L_HOLD_MAX_NS] = held
+    L[L_HOLD_MAX_NS] = max(L[L_HOLD_MAX_NS], held)
 
 
 @kernel

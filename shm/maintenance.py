@@ -78,13 +78,18 @@ def reserve_next_slab(pool: Pool) -> bool:
         return False
     memory = hostmem.memory()
     if memory.limit_bytes and memory.limit_bytes - memory.used_bytes < g.slab_bytes + MEMORY_RESERVE_BYTES:
-        pool.warn_once("memory", f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: memory is short")
+        pool.warn_once(
+            "memory",
+            f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: memory is short",
+        )
         return False
     began = time.monotonic()
     try:
         segment.reserve(pool.lock_fd, g.data_offset + slab * g.slab_bytes, g.slab_bytes)
     except OSError as e:
-        pool.warn_once("space", f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: {e.strerror}")
+        pool.warn_once(
+            "space", f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: {e.strerror}"
+        )
         return False
     log.debug("reserved slab %d in %.1f ms", slab, (time.monotonic() - began) * 1e3)
     return int(raise_watermark(pool.T, pool.L, slab)) >= 0

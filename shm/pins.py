@@ -12,7 +12,7 @@ from typing import Any
 from kvplug.shm.atomics import load_acquire
 from kvplug.shm.failpoints import PINNED_BIT, UNPINNED_BIT, fail
 from kvplug.shm.index import find, find_sealed
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry
 from kvplug.shm.layout import (
     C_PINS,
     CLIENT_WORDS,
@@ -36,7 +36,7 @@ from kvplug.shm.write import BUDGET, MISSING, OK, TOUCH_NONE, tick_of
 SECTION_KEYS = 512
 
 
-@kernel
+@entry("i(I, I, I32, K, b, I8, I, I, I, I)")
 def pin(
     T: Any, L: Any, counts: Any, keys: Any, prefix: bool, codes: Any, rows: Any, gens: Any, offsets: Any, nbytes: Any
 ) -> int:
@@ -100,7 +100,7 @@ def pin(
     return leading if leading >= 0 else warm
 
 
-@kernel
+@entry("i(I, I, I32, I)")
 def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
     """Release pins, in as many sections as it takes. How many entries are done: fewer than given means a lock code."""
     n = rows.shape[0]
@@ -126,7 +126,7 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
     return n
 
 
-@kernel
+@entry("v(I, I, I, I, B)")
 def still_sealed(T: Any, L: Any, rows: Any, gens: Any, out: Any) -> None:
     """Whether each (slot, generation) is still the sealed block that it was. No lock."""
     for i in range(rows.shape[0]):

@@ -65,7 +65,11 @@ class SlotBatch:
     def empty(cls, n: int) -> SlotBatch:
         """N entries that name nothing."""
         return cls(
-            np.full(n, Code.MISSING, np.int8), np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
+            np.full(n, Code.MISSING, np.int8),
+            np.full(n, -1, np.int64),
+            np.zeros(n, np.int64),
+            np.zeros(n, np.int64),
+            np.zeros(n, np.int64),
         )
 
 
@@ -80,7 +84,9 @@ def part_offsets(part_nbytes: npt.ArrayLike) -> tuple[I64, int]:
 class Pool:
     """A client of one pool. Thread-safe. After a fork the child's copy attaches anew, in a session of its own."""
 
-    def __init__(self, name: str, options: PoolOptions, *, create: bool = True, session: int = 0, pool_uuid: bytes | None = None) -> None:
+    def __init__(
+        self, name: str, options: PoolOptions, *, create: bool = True, session: int = 0, pool_uuid: bytes | None = None
+    ) -> None:
         self.name = name
         self.options = options
         self.is_closed = False
@@ -101,7 +107,9 @@ class Pool:
         self._pending: collections.deque[Callable[[], int]] = collections.deque()
         self._victims = VictimFinder(self.T, self.L, self.geometry, self.policy)
         if self.policy.name != self.options.policy:
-            log.info("pool %r evicts by %s, as it was created, not by %s", self.name, self.policy.name, self.options.policy)
+            log.info(
+                "pool %r evicts by %s, as it was created, not by %s", self.name, self.policy.name, self.options.policy
+            )
         if int(self.T[lay.H_WATERMARK]) == 0:
             self.grow()
         _attached.add(self)
@@ -169,8 +177,22 @@ class Pool:
                 end = min(at + RESERVE_KEYS_A_SECTION, n)
                 got = int(
                     write.reserve(
-                        self.T, self.L, keys, at, end, stride, size, sizes,
-                        v.slots, v.words, v.ticks, v.used, out.codes, out.slots, out.gens, out.offsets,
+                        self.T,
+                        self.L,
+                        keys,
+                        at,
+                        end,
+                        stride,
+                        size,
+                        sizes,
+                        v.slots,
+                        v.words,
+                        v.ticks,
+                        v.used,
+                        out.codes,
+                        out.slots,
+                        out.gens,
+                        out.offsets,
                     )  # fmt: skip
                 )
                 if got < 0:
@@ -204,6 +226,16 @@ class Pool:
         codes = np.full(len(slots), Code.STALE, np.int8)
         answer = self._now_or_later(lambda: write.abort(self.T, self.L, slots, gens, writers_done, codes))
         return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+
+    def abort_later(self, slots: I64, gens: I64) -> None:
+        """Queue the giving-up of reservations that were forgotten. For finalisers."""
+        codes = np.empty(len(slots), np.int8)
+        if not self.is_closed:
+            self._pending.append(lambda: write.abort(self.T, self.L, slots, gens, False, codes))
+
+    def count_written(self, nbytes: int) -> None:
+        """Count bytes that were stored, at this client."""
+        self.T[self.geometry.o_client + self.client * lay.CLIENT_WORDS + lay.C_WRITTEN_BYTES] += nbytes
 
     def acknowledge(self, slots: I64, gens: I64) -> I8:
         """Every possible writer of these quarantined reservations is done: free them."""
@@ -264,7 +296,9 @@ class Pool:
     def _drop(self, slots: I64, words: I64, bad: npt.NDArray[np.bool_]) -> None:
         if not bad.any():
             return
-        self.warn_once("corrupt", f"pool {self.name!r}: {int(bad.sum())} block(s) did not match their checksum and were dropped")
+        self.warn_once(
+            "corrupt", f"pool {self.name!r}: {int(bad.sum())} block(s) did not match their checksum and were dropped"
+        )
         with self._only_thread() as mine:
             if mine:
                 write.drop_corrupt(self.T, self.L, slots[bad], words[bad])
@@ -276,7 +310,18 @@ class Pool:
             answer = int(Code.TIMEOUT)
             if mine:
                 answer = int(
-                    pins.pin(self.T, self.L, self._pin_counts, keys, prefix, out.codes, out.slots, out.gens, out.offsets, out.nbytes)
+                    pins.pin(
+                        self.T,
+                        self.L,
+                        self._pin_counts,
+                        keys,
+                        prefix,
+                        out.codes,
+                        out.slots,
+                        out.gens,
+                        out.offsets,
+                        out.nbytes,
+                    )
                 )
         if answer < 0:
             pinned = out.slots[out.slots >= 0].copy()
@@ -299,6 +344,15 @@ class Pool:
             return 0 if not len(todo) else int(Code.TIMEOUT)
 
         self._now_or_later(section)
+
+    def unpin_later(self, slots: I64) -> None:
+        """Queue a release of pins. For finalisers, which may run anywhere and must not take locks."""
+        if not self.is_closed:
+            self._pending.append(lambda: self._unpin_section(slots))
+
+    def _unpin_section(self, slots: I64) -> int:
+        done = int(pins.unpin(self.T, self.L, self._pin_counts, slots))
+        return 0 if done == len(slots) else int(Code.TIMEOUT)
 
     def still_sealed(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether each slot still holds the sealed block that it did. No lock."""
@@ -331,6 +385,8 @@ class Pool:
         if self.is_closed or self.is_forked:
             return
         with contextlib.suppress(StoreClosedError):
+            with self._only_thread():  # drains the queue
+                pass
             self.reap()
             self.release_expired()
 
@@ -365,7 +421,9 @@ class Pool:
         with self._only_thread() as mine:
             n, sentences = findings(self.T, self.L, deep=deep) if mine else (int(Code.TIMEOUT), [])
         if n == Code.TIMEOUT:
-            raise LockTimeoutError(f"the lock of pool {self.name!r} was not to be had within {self.options.lock_timeout_s} s")
+            raise LockTimeoutError(
+                f"the lock of pool {self.name!r} was not to be had within {self.options.lock_timeout_s} s"
+            )
         if n < 0:
             raise PoolError(f"pool {self.name!r} was removed")
         if n:

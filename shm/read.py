@@ -12,7 +12,7 @@ from typing import Any
 from kvplug.shm.atomics import fence_acquire, load_acquire
 from kvplug.shm.copy import copy
 from kvplug.shm.index import find_sealed
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     C_CORRUPT,
     C_HITS,
@@ -42,7 +42,7 @@ SIZE = -6
 CORRUPT = -5
 
 
-@kernel
+@entry("v(I, I, K, B)")
 def exists(T: Any, L: Any, keys: Any, out: Any) -> None:
     """Whether a sealed block with each key is there."""
     for i in range(keys.shape[0]):
@@ -50,7 +50,7 @@ def exists(T: Any, L: Any, keys: Any, out: Any) -> None:
         out[i] = row >= 0
 
 
-@kernel
+@entry("i(I, I, K)")
 def match_prefix(T: Any, L: Any, keys: Any) -> int:
     """Number of leading keys that have a sealed block."""
     for i in range(keys.shape[0]):
@@ -60,7 +60,7 @@ def match_prefix(T: Any, L: Any, keys: Any) -> int:
     return keys.shape[0]
 
 
-@kernel
+@entry("v(I, I, K)")
 def touch(T: Any, L: Any, keys: Any) -> None:
     """Make the blocks with these keys, head of a prefix first, the most recently used."""
     n = keys.shape[0]
@@ -86,7 +86,7 @@ def bytes_match(T: Any, row: int, addr: int) -> bool:
     return True
 
 
-@kernel
+@entry("i(I, I, K, I, I, I8, I, I)")
 def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: Any, rows: Any, words: Any) -> int:
     """Copy each key's block to its destination; the number of hits.
 
@@ -136,7 +136,7 @@ def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: 
     return hits
 
 
-@kernel
+@entry("v(I, I, I, I, i, I8)")
 def verify_part(T: Any, L: Any, rows: Any, gens: Any, part: int, codes: Any) -> None:
     """Check one part of each pinned block in place: OK, CORRUPT or STALE."""
     base = L[L_BASE]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.shm.failpoints import ATTACH_LOCKED, REAP_HALF, fail
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     C_PID,
     C_PINS,
@@ -55,7 +55,7 @@ def client_at(T: Any, client: int) -> int:
     return T[H_O_CLIENT] + client * CLIENT_WORDS
 
 
-@kernel
+@entry("i(I, I, i, i, i)")
 def publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int:
     """Fill a client row whose liveness byte the caller holds locked. The session, or NO_SESSION, ROW_TAKEN, a lock code.
 
@@ -96,7 +96,7 @@ def _publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int
     return session
 
 
-@kernel
+@entry("i(I, I, I, I)")
 def mark_dead(T: Any, L: Any, dead: Any, bits: Any) -> int:
     """Note which clients died; fill ``bits`` with the rows of sessions that have nobody left. Their number, or a lock code."""
     lock = enter(T, L)
@@ -130,7 +130,7 @@ def has_bit(bits: Any, c: int) -> bool:
     return (bits[c >> 6] >> (c & 63)) & 1 != 0
 
 
-@kernel
+@entry("i(I, I, I, i)")
 def reap_rows(T: Any, L: Any, bits: Any, begin: int) -> int:
     """Clear the pins and quarantine the unfinished slots of the clients in ``bits``, from row ``begin``; next row or a lock code."""
     lock = enter(T, L)
@@ -166,7 +166,7 @@ def reap_rows(T: Any, L: Any, bits: Any, begin: int) -> int:
     return end
 
 
-@kernel
+@entry("i(I, I, I)")
 def free_clients(T: Any, L: Any, bits: Any) -> int:
     """Let the rows of reaped clients be used again. Number freed, or a lock code."""
     lock = enter(T, L)
@@ -186,7 +186,7 @@ def free_clients(T: Any, L: Any, bits: Any) -> int:
     return n
 
 
-@kernel
+@entry("i(I, I)")
 def withdraw(T: Any, L: Any) -> int:
     """An orderly end: this client's row says dead; whoever reaps next (usually itself) clears the rest. 0 or a lock code."""
     lock = enter(T, L)

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry
 from kvplug.shm.layout import (
-    H_MAX_CLIENTS,
+    CLASS_WORDS,
+    FREE,
     H_N_SLABS,
     H_O_CLASS,
-    H_O_CLIENT,
     H_ROWS_PER_SLAB,
-    C_SESSION,
-    C_STATE,
-    CLASS_WORDS,
-    CLIENT_FREE,
-    CLIENT_WORDS,
-    FREE,
     K_STRIDE,
     MAX_CLASSES,
     PIN_WORDS,
     QUARANTINED,
     R_NEXT,
     R_PIN,
-    R_SESSION,
     R_SIZE,
     R_TICK,
     R_WORD,
@@ -39,12 +32,11 @@ from kvplug.shm.layout import (
     SIZE_MASK,
     SLAB_OWNED,
     STATE_MASK,
-    WRITING,
 )
 from kvplug.shm.lists import row_at, slab_at
 
 
-@kernel
+@entry("ii(I, i, i, i, I, I, I, I)")
 def candidates(T: Any, stride: int, hand: int, max_rows: int, rows: Any, words: Any, ticks: Any, sizes: Any) -> Any:
     """(found, next hand): unpinned sealed slots of this stride in slabs from ``hand`` on, at most ``max_rows`` looked at."""
     n_slabs = T[H_N_SLABS]
@@ -81,7 +73,7 @@ def candidates(T: Any, stride: int, hand: int, max_rows: int, rows: Any, words: 
     return found, slab
 
 
-@kernel
+@entry("v(I, i, I)")
 def slab_worth(T: Any, stride: int, worth: Any) -> None:
     """For each slab of *other* strides: mean tick of its blocks, 0 if it is empty, -1 if it must not be drained."""
     rps = T[H_ROWS_PER_SLAB]
@@ -112,7 +104,7 @@ def slab_worth(T: Any, stride: int, worth: Any) -> None:
             worth[slab] = total // sealed if sealed > 0 else 0
 
 
-@kernel
+@entry("i(I, i, i, i, I)")
 def expired_rows(T: Any, now: int, begin: int, end: int, out: Any) -> int:
     """Quarantined slots past their time among slabs ``begin … end``; their number."""
     rps = T[H_ROWS_PER_SLAB]
@@ -130,7 +122,7 @@ def expired_rows(T: Any, now: int, begin: int, end: int, out: Any) -> int:
     return n
 
 
-@kernel
+@entry("i(I, I, I, K)")
 def tally(T: Any, states: Any, class_live: Any, per_class: Any) -> int:
     """Count slots by state, pinned slots (returned), and for each class [stride, slabs, sealed, bytes sealed]. No lock."""
     rps = T[H_ROWS_PER_SLAB]
@@ -160,22 +152,3 @@ def tally(T: Any, states: Any, class_live: Any, per_class: Any) -> int:
             if any_pin != 0:
                 pinned += 1
     return pinned
-
-
-@kernel
-def orphans(T: Any, begin: int, end: int) -> int:
-    """WRITING slots among rows ``begin … end`` whose session has no client row at all. No lock; a hint."""
-    n = 0
-    for row in range(begin, end):
-        r = row_at(T, row)
-        if T[r + R_WORD] & STATE_MASK != WRITING:
-            continue
-        known = False
-        for c in range(T[H_MAX_CLIENTS]):
-            k = T[H_O_CLIENT] + c * CLIENT_WORDS
-            if T[k + C_STATE] != CLIENT_FREE and T[k + C_SESSION] == T[r + R_SESSION]:
-                known = True
-                break
-        if not known:
-            n += 1
-    return n

@@ -25,7 +25,14 @@ import numpy.typing as npt
 import posix_ipc
 
 from kvplug import hostmem
-from kvplug.errors import LockTimeoutError, PoolError, PoolFormatError, PoolNotFoundError, PoolOwnerError, PoolSpaceError
+from kvplug.errors import (
+    LockTimeoutError,
+    PoolError,
+    PoolFormatError,
+    PoolNotFoundError,
+    PoolOwnerError,
+    PoolSpaceError,
+)
 from kvplug.shm import layout as lay
 from kvplug.shm.layout import Geometry
 from kvplug.shm.liveness import alive_clients, byte_lock_path_fd
@@ -115,7 +122,9 @@ def check_space(pool_bytes: int) -> None:
         )
 
 
-def _header_words(geometry: Geometry, *, policy: int, until_last_exit: bool, grace_ns: int, pool_uuid: bytes) -> list[int]:
+def _header_words(
+    geometry: Geometry, *, policy: int, until_last_exit: bool, grace_ns: int, pool_uuid: bytes
+) -> list[int]:
     words = [0] * lay.HEADER_WORDS
     words[lay.P_MAGIC] = int.from_bytes(lay.MAGIC, "little", signed=True)
     words[lay.P_FORMAT] = lay.FORMAT
@@ -149,12 +158,18 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
         try:
             reserve(shm.fd, 0, geometry.data_offset)
             words = _header_words(
-                geometry, policy=policy, until_last_exit=until_last_exit, grace_ns=grace_ns, pool_uuid=uuid.uuid4().bytes
+                geometry,
+                policy=policy,
+                until_last_exit=until_last_exit,
+                grace_ns=grace_ns,
+                pool_uuid=uuid.uuid4().bytes,
             )
             os.pwrite(shm.fd, struct.pack(f"<{len(words)}q", *words), 0)
             os.link(temporary, segment_path(pool))
         except OSError as e:
-            raise PoolSpaceError(f"cannot reserve {geometry.data_offset} bytes of tables in {temporary}: {e.strerror}") from e
+            raise PoolSpaceError(
+                f"cannot reserve {geometry.data_offset} bytes of tables in {temporary}: {e.strerror}"
+            ) from e
     finally:
         shm.close_fd()
         os.unlink(temporary)
@@ -176,15 +191,21 @@ def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
     """The gates that need no mapping, in order: owner, mode, length, magic, format."""
     st = os.fstat(fd)
     if st.st_uid != os.geteuid():
-        raise PoolOwnerError(f"{path} belongs to uid {st.st_uid}, this process runs as {os.geteuid()}: choose another KVPLUG_POOL")
+        raise PoolOwnerError(
+            f"{path} belongs to uid {st.st_uid}, this process runs as {os.geteuid()}: choose another KVPLUG_POOL"
+        )
     if st.st_mode & 0o777 != _READ_WRITE:
-        raise PoolOwnerError(f"{path} has mode {st.st_mode & 0o777:o}, a pool has 600: it is not one, or was tampered with")
+        raise PoolOwnerError(
+            f"{path} has mode {st.st_mode & 0o777:o}, a pool has 600: it is not one, or was tampered with"
+        )
     raw = os.pread(fd, lay.HEADER_WORDS * 8, 0)
     if len(raw) < lay.HEADER_WORDS * 8:
         raise PoolFormatError(f"{path} is {st.st_size} bytes long, too short for a header: not a pool. Remove it")
     words = list(struct.unpack(f"<{lay.HEADER_WORDS}q", raw))
     if raw[:8] != lay.MAGIC:
-        raise PoolFormatError(f"{path} begins with {raw[:8]!r} instead of {lay.MAGIC!r}: not a pool. Remove it, or choose another KVPLUG_POOL")
+        raise PoolFormatError(
+            f"{path} begins with {raw[:8]!r} instead of {lay.MAGIC!r}: not a pool. Remove it, or choose another KVPLUG_POOL"
+        )
     if words[lay.P_FORMAT] != lay.FORMAT:
         raise PoolFormatError(f"{path} has format {words[lay.P_FORMAT]}, this version of kvplug uses {lay.FORMAT}")
     return words, st
@@ -201,7 +222,9 @@ def _check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
     if words[lay.H_MAX_CLIENTS] != lay.MAX_CLIENTS or words[lay.P_LIVE_OFFSET] != geometry.o_client * 8:
         raise PoolFormatError(f"{path}: the header's client table is not where this version has it")
     if st.st_size != geometry.segment_bytes:
-        raise PoolFormatError(f"{path} is {st.st_size} bytes long, its header says {geometry.segment_bytes}: truncated. Remove it")
+        raise PoolFormatError(
+            f"{path} is {st.st_size} bytes long, its header says {geometry.segment_bytes}: truncated. Remove it"
+        )
     return geometry
 
 
@@ -285,7 +308,17 @@ def _inspect(pool: str, fmt: int, path: str) -> PoolInfo:
         finally:
             os.close(fd)
     return PoolInfo(
-        pool, path, fmt, st.st_size, st.st_blocks * 512, st.st_uid, st.st_mode & 0o777, created, alive, not problem, problem
+        pool,
+        path,
+        fmt,
+        st.st_size,
+        st.st_blocks * 512,
+        st.st_uid,
+        st.st_mode & 0o777,
+        created,
+        alive,
+        not problem,
+        problem,
     )
 
 

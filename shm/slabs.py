@@ -10,7 +10,7 @@ from typing import Any
 
 from kvplug.shm.atomics import store_release
 from kvplug.shm.failpoints import DRAIN_EMPTY, DRAIN_STARTED, WATERMARK, fail
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry
 from kvplug.shm.layout import (
     E_EVICTED,
     FREE,
@@ -42,7 +42,7 @@ DRAIN_GOES_ON = 2
 DRAIN_CALLED_OFF = 3
 
 
-@kernel
+@entry("i(I, I, i)")
 def raise_watermark(T: Any, L: Any, slab: int) -> int:
     """The memory of ``slab`` is reserved: hand it out. No effect if somebody else was faster. 0 or a lock code."""
     lock = enter(T, L)
@@ -59,7 +59,7 @@ def raise_watermark(T: Any, L: Any, slab: int) -> int:
     return 0
 
 
-@kernel
+@entry("i(I, I, i, i)")
 def drain_step(T: Any, L: Any, wanted: int, stride: int) -> int:
     """Begin to drain slab ``wanted`` (or go on with the one that is being drained); DRAIN_* or a lock code.
 

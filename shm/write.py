@@ -26,7 +26,7 @@ from kvplug.shm.failpoints import (
     fail,
 )
 from kvplug.shm.index import delete, find, insert
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     C_RESERVED,
     CLIENT_WORDS,
@@ -149,7 +149,7 @@ def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at
     return -1
 
 
-@kernel
+@entry("i(I, I, K, i, i, i, i, I, I, I, I, I, I8, I, I, I)")
 def reserve(
     T: Any, L: Any, keys: Any, begin: int, end: int, stride: int, size: int, part_nbytes: Any,
     victims: Any, words: Any, ticks: Any, at: Any, codes: Any, rows: Any, gens: Any, offsets: Any,
@@ -222,13 +222,13 @@ def reserve(
     return i
 
 
-@kernel
+@entry("v(I, I, i)")
 def count_full(T: Any, L: Any, n: int) -> None:
     """Count blocks that found no room. Without the lock: a lost count is harmless."""
     T[H_C_FULL] += n
 
 
-@kernel
+@entry("i(I, I, I, I, i, I, I8)")
 def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: Any) -> int:
     """Record a written part of each slot and seal those that have all. 0 or a lock code.
 
@@ -267,7 +267,7 @@ def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: 
     return 0
 
 
-@kernel
+@entry("i(I, I, I, I, b, I8)")
 def abort(T: Any, L: Any, rows: Any, gens: Any, writers_done: bool, codes: Any) -> int:
     """Give up slots being written: FREE at once if nobody can write to them any more, else QUARANTINED."""
     lock = enter(T, L)
@@ -309,7 +309,7 @@ def quarantine(T: Any, L: Any, row: int, until_ns: int) -> None:
     T[H_C_QUARANTINED] += 1
 
 
-@kernel
+@entry("i(I, I, I, I, I8)")
 def acknowledge(T: Any, L: Any, rows: Any, gens: Any, codes: Any) -> int:
     """Free quarantined slots all of whose writers are done. ``gens`` are those of the reservation."""
     lock = enter(T, L)
@@ -332,7 +332,7 @@ def acknowledge(T: Any, L: Any, rows: Any, gens: Any, codes: Any) -> int:
     return 0
 
 
-@kernel
+@entry("i(I, I, I)")
 def release_expired(T: Any, L: Any, rows: Any) -> int:
     """Free those of ``rows`` that are quarantined past their time; their number, or a lock code."""
     lock = enter(T, L)
@@ -354,7 +354,7 @@ def release_expired(T: Any, L: Any, rows: Any) -> int:
     return n
 
 
-@kernel
+@entry("i(I, I, K, I8)")
 def remove(T: Any, L: Any, keys: Any, codes: Any) -> int:
     """Free the sealed, unpinned blocks with these keys."""
     lock = enter(T, L)
@@ -381,7 +381,7 @@ def remove(T: Any, L: Any, keys: Any, codes: Any) -> int:
     return 0
 
 
-@kernel
+@entry("i(I, I, I, I)")
 def drop_corrupt(T: Any, L: Any, rows: Any, words: Any) -> int:
     """Free unpinned blocks whose bytes were found to be wrong, if they are still the same blocks."""
     lock = enter(T, L)
@@ -399,7 +399,7 @@ def drop_corrupt(T: Any, L: Any, rows: Any, words: Any) -> int:
     return 0
 
 
-@kernel
+@entry("v(I, I, I, I, B)")
 def still_writing(T: Any, L: Any, rows: Any, gens: Any, out: Any) -> None:
     """Whether each reservation still stands. No lock."""
     for i in range(rows.shape[0]):

@@ -1,0 +1,141 @@
+"""Addresses of the buffers that a caller hands in, checked before anything is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvplug.errors import BufferError
+
+I64 = npt.NDArray[np.int64]
+
+
+def addresses(buffers: Any, n: int, *, writable: bool) -> tuple[I64, I64, Any]:
+    """(addresses int64[N], bytes int64[N], what keeps them alive) of ``n`` buffers.
+
+    ``buffers`` is an array or CPU tensor whose first dimension has length N, or a sequence of N objects with the buffer protocol,
+    numpy arrays or CPU tensors. Raises BufferError for a wrong number, a buffer that is not contiguous, empty, on another
+    device, or read-only although it would be written to.
+    """
+    array = _as_array(buffers)
+    if array is not None and array.ndim >= 2:
+        return _rows_of(array, n, writable)
+    if not isinstance(buffers, Sequence) or isinstance(buffers, (bytes, bytearray, memoryview)):
+        raise BufferError(
+            f"buffers must be a sequence of {n} buffers or an array of shape ({n}, …), not {type(buffers).__name__}"
+        )
+    if len(buffers) != n:
+        raise BufferError(f"{len(buffers)} buffers were given for {n} keys")
+    out = np.empty((2, n), np.int64)
+    keep = []
+    for i, buffer in enumerate(buffers):
+        out[0, i], out[1, i], alive = _one(buffer, i, writable)
+        keep.append(alive)
+    return out[0], out[1], keep
+
+
+def _as_array(buffer: Any) -> npt.NDArray[Any] | None:
+    """A numpy view of an array or tensor, None for anything else. No import of torch: a tensor brings its own methods."""
+    if isinstance(buffer, np.ndarray):
+        return buffer
+    if hasattr(buffer, "data_ptr") and hasattr(buffer, "untyped_storage"):
+        if buffer.device.type != "cpu":
+            raise BufferError(f"a tensor on device {buffer.device} was given; the store takes CPU memory only")
+        if not buffer.is_contiguous():
+            raise BufferError(f"a tensor of shape {tuple(buffer.shape)} is not contiguous; give tensor.contiguous()")
+        detached = buffer.detach()
+        # bfloat16 and the 8-bit floats have no numpy type: look at the bytes.
+        import torch
+
+        flat: npt.NDArray[Any] = (
+            detached.view(torch.uint8).numpy() if detached.ndim else detached.reshape(1).view(torch.uint8).numpy()
+        )
+        return flat
+    return None
+
+
+def _rows_of(array: npt.NDArray[Any], n: int, writable: bool) -> tuple[I64, I64, Any]:
+    if array.shape[0] != n:
+        raise BufferError(f"an array with {array.shape[0]} rows was given for {n} keys")
+    if writable and not array.flags.writeable:
+        raise BufferError("a read-only array was given to be written to")
+    if n == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64), array
+    if not array[0].flags.c_contiguous or array.strides[0] < 0:
+        raise BufferError(f"rows of an array of shape {array.shape}, strides {array.strides} are not contiguous")
+    nbytes = array[0].nbytes
+    if nbytes == 0:
+        raise BufferError(f"rows of an array of shape {array.shape} are empty")
+    base = int(array.__array_interface__["data"][0])
+    return base + np.arange(n, dtype=np.int64) * array.strides[0], np.full(n, nbytes, np.int64), array
+
+
+def _one(buffer: Any, i: int, writable: bool) -> tuple[int, int, Any]:
+    array = _as_array(buffer)
+    if array is None:
+        try:
+            array = np.frombuffer(buffer, np.uint8)
+        except (TypeError, ValueError, AttributeError) as e:
+            raise BufferError(f"buffer {i} of type {type(buffer).__name__} can't be used: {e}") from e
+    if not array.flags.c_contiguous:
+        raise BufferError(f"buffer {i} (shape {array.shape}, strides {array.strides}) is not contiguous")
+    if writable and not array.flags.writeable:
+        raise BufferError(f"buffer {i} is read-only and would be written to")
+    if array.nbytes == 0:
+        raise BufferError(f"buffer {i} is empty")
+    return int(array.__array_interface__["data"][0]), array.nbytes, array
+
+
+class RegisteredRanges:
+    """Memory that the caller has vouched for by ``register_buffer``: raw addresses are taken from nowhere else."""
+
+    def __init__(self) -> None:
+        self._starts: I64 = np.empty(0, np.int64)
+        self._ends: I64 = np.empty(0, np.int64)
+
+    def add(self, addr: int, nbytes: int) -> None:
+        """Vouch for ``nbytes`` bytes at ``addr``. Raises BufferError."""
+        if addr <= 0 or nbytes <= 0:
+            raise BufferError(f"register_buffer({addr:#x}, {nbytes}): address and length must be positive")
+        order = np.argsort(np.append(self._starts, addr), kind="stable")
+        self._starts = np.append(self._starts, addr)[order]
+        self._ends = np.append(self._ends, addr + nbytes)[order]
+
+    def remove(self, addr: int) -> None:
+        """Withdraw what was registered at this address. Raises BufferError if nothing was."""
+        if not (self._starts == addr).any():
+            raise BufferError(f"unregister_buffer({addr:#x}): nothing is registered there")
+        keep = self._starts != addr
+        self._starts, self._ends = self._starts[keep], self._ends[keep]
+
+    def check(self, addrs: I64, nbytes: I64) -> None:
+        """Raises BufferError naming the first fragment that is outside of every registered range."""
+        if not len(addrs):
+            return
+        inside = np.zeros(len(addrs), bool)
+        if len(self._starts):
+            reach = np.maximum.accumulate(self._ends)
+            at = np.searchsorted(self._starts, addrs, side="right") - 1
+            inside = (at >= 0) & (addrs + nbytes <= reach[np.maximum(at, 0)]) & (nbytes >= 0)
+        if not inside.all():
+            bad = int(np.flatnonzero(~inside)[0])
+            raise BufferError(
+                f"fragment {bad} ({int(nbytes[bad])} bytes at {int(addrs[bad]):#x}) is not inside a registered buffer; call register_buffer first"
+            )
+
+
+def fragments(addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], n: int) -> tuple[I64, I64, I64]:
+    """(offsets int64[N+1], addresses int64[M], bytes int64[M]) of N lists of fragments. Raises BufferError."""
+    if len(addrs) != n or len(sizes) != n:
+        raise BufferError(f"{len(addrs)} address lists and {len(sizes)} size lists were given for {n} keys")
+    counts = np.fromiter(map(len, addrs), np.int64, n)
+    if (counts != np.fromiter(map(len, sizes), np.int64, n)).any():
+        raise BufferError("an address list and its size list differ in length")
+    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+    total = int(offsets[-1])
+    flat_addrs = np.fromiter((a for one in addrs for a in one), np.int64, total)
+    flat_sizes = np.fromiter((s for one in sizes for s in one), np.int64, total)
+    return offsets, flat_addrs, flat_sizes

@@ -1,0 +1,378 @@
+"""KvStore: the SDK, and what the engine adapters stand on.
+
+    store = KvStore(pool="kvplug", size="30gb")
+    store.put(keys, buffers)          # codes: 0 stored, 1 already there, <0 a reason
+    store.get_into(keys, buffers)     # codes: 0 copied, -1 missing, …
+
+Keys are ``bytes`` of length 32 or an (N, 32) uint8 array; buffers anything with the buffer protocol, numpy arrays or CPU
+tensors. Wrong input raises a typed error (:mod:`kvplug.errors`) before anything was changed; a full pool, a missing
+block or a busy lock never raise: they are codes, one per key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from kvplug import config as configuration
+from kvplug.buffers import RegisteredRanges, addresses, fragments
+from kvplug.config import Config
+from kvplug.errors import BufferError, Code, ConfigError, KeyFormatError
+from kvplug.handles import PinnedBlocks, Reservation
+from kvplug.keys import as_key_array
+from kvplug.shm import copy as copies
+from kvplug.shm.attach import PoolOptions
+from kvplug.shm.failpoints import WRITE_COPY, fail
+from kvplug.shm.pool import Pool, SlotBatch, part_offsets
+from kvplug.shm.stats import PoolStats, pool_stats
+
+__all__ = ["KvStore", "PoolStats", "SlotBatch"]
+
+Keys = Sequence[bytes] | npt.NDArray[np.uint8]
+I64 = npt.NDArray[np.int64]
+I8 = npt.NDArray[np.int8]
+
+PUT_CHUNK_BYTES: Final = (
+    32 << 20
+)  # in writing at a time, so that a batch larger than a small pool still goes through it
+PUT_CHUNK_KEYS: Final = 1024
+
+
+def _words(keys: Keys) -> I64:
+    """Keys as int64 (N, 4): what the kernels take."""
+    words: I64 = as_key_array(keys).view(np.int64)
+    return words if words.flags.aligned else words.copy()
+
+
+def options_of(config: Config) -> PoolOptions:
+    """The part of the configuration that the pool needs."""
+    return PoolOptions(
+        size=config.size,
+        min_block=config.min_block,
+        slab=config.slab,
+        policy=config.policy,
+        until_last_exit=config.persist == "until-last-exit",
+        quarantine_grace_s=config.quarantine_grace_s,
+        lock_timeout_s=config.lock_timeout_s,
+        pin_budget_share=config.pin_budget_share,
+        reserve_budget_share=config.reserve_budget_share,
+        verify=config.verify == "always",
+        prefault=config.prefault,
+    )
+
+
+class KvStore:
+    """One attached store. Thread-safe; a copy that a fork made attaches anew on its first use."""
+
+    def __init__(
+        self,
+        pool: str | None = None,
+        size: int | str | None = None,
+        *,
+        config: Config | None = None,
+        create: bool = True,
+        _join: tuple[bytes, int] | None = None,
+    ) -> None:
+        """Attach to the pool, or create it.
+
+        Args:
+            pool: its name (default: the configuration's).
+            size: bytes or a size like ``"30gb"``; counts only where this call creates the pool.
+            config: settings; default: environment over file over defaults (:func:`kvplug.config.load`).
+            create: False: raise PoolNotFoundError instead of creating.
+        """
+        settings = config or configuration.load()
+        changes = {k: v for k, v in (("pool", pool), ("size", size)) if v is not None}
+        self.config: Config = settings.with_changes(**changes) if changes else settings
+        pool_uuid, session = _join or (None, 0)
+        self._pool = Pool(
+            self.config.pool, options_of(self.config), create=create, session=session, pool_uuid=pool_uuid
+        )
+        self._registered = RegisteredRanges()
+
+    @classmethod
+    def from_config(cls) -> KvStore:
+        """A store as the environment and the configuration file say."""
+        return cls()
+
+    @classmethod
+    def join(cls, token: str, *, config: Config | None = None) -> KvStore:
+        """Join the session of the store whose :attr:`token` this is: one engine's scheduler and workers are one session."""
+        try:
+            name, hexed, session = token.rsplit(":", 2)
+            joined = (bytes.fromhex(hexed), int(session))
+        except ValueError as e:
+            raise ConfigError(f"{token!r} is not the token of a store (pool:uuid:session)") from e
+        return cls(name, config=config, create=False, _join=joined)
+
+    # ---- who and where -------------------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        """The attached pool."""
+        return self._pool
+
+    @property
+    def pool_name(self) -> str:
+        """Name of the pool."""
+        return self._pool.name
+
+    @property
+    def session_id(self) -> int:
+        """This store's session: never used for another one of this pool."""
+        return self._pool.session
+
+    @property
+    def token(self) -> str:
+        """What another process of this engine hands to :meth:`join`."""
+        return f"{self._pool.name}:{self._pool.segment.uuid.hex()}:{self._pool.session}"
+
+    @property
+    def base_address(self) -> int:
+        """Address of the mapping in this process; slot offsets count from it."""
+        return self._pool.base_address
+
+    @property
+    def mapping(self) -> npt.NDArray[np.uint8]:
+        """The whole segment as uint8."""
+        return self._pool.segment.memory
+
+    # ---- copies in and out ---------------------------------------------------------------------------------------------
+
+    def put(self, keys: Keys, buffers: Any) -> I8:
+        """Store each buffer under its key: 0 stored, 1 already there, negative: not stored, and why (:class:`Code`).
+
+        A batch is taken to be in the order of a prefix, head first. Raises KeyFormatError, BufferError, BlockTooLargeError.
+        """
+        words = _words(keys)
+        addrs, nbytes, _keep = addresses(buffers, len(words), writable=False)
+        return self._put(
+            words, nbytes, lambda part, dst, size, sums: copies.copy_hash_batch(dst, addrs[part], size, sums)
+        )
+
+    def _put(self, words: I64, nbytes: I64, copy: Any) -> I8:
+        n = len(words)
+        codes = np.full(n, Code.FULL, np.int8)
+        if n == 0:
+            return codes
+        pool = self._pool
+        for size in np.unique(nbytes):
+            pool.geometry.stride(int(size), 1)  # refuse before anything is stored
+        starts = np.flatnonzero(np.append(True, nbytes[1:] != nbytes[:-1]))
+        for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), n], strict=True):
+            size = int(nbytes[begin])
+            step = max(1, min(PUT_CHUNK_KEYS, PUT_CHUNK_BYTES // size))
+            for at in range(begin, end, step):
+                part = np.arange(at, min(at + step, end))
+                codes[part] = self._put_chunk(words[part], part, size, copy)
+        again = codes == Code.IN_PROGRESS
+        if again.any():  # a duplicate within the batch waited for its twin
+            codes[again] = np.where(pool.exists(words[again]), np.int8(Code.EXISTS), np.int8(Code.IN_PROGRESS))
+        return codes
+
+    def _put_chunk(self, words: I64, part: I64, size: int, copy: Any) -> I8:
+        pool = self._pool
+        b = pool.reserve(words, (size,))
+        ok = np.flatnonzero(b.codes == Code.OK)
+        if not len(ok):
+            return b.codes
+        slots, gens = b.slots[ok], b.gens[ok]
+        sums = np.empty(len(ok), np.int64)
+        try:
+            copy(part[ok], pool.base_address + b.offsets[ok], b.nbytes[ok], sums)
+        except BaseException:
+            pool.abort(slots, gens, writers_done=True)
+            raise
+        fail(pool.L, WRITE_COPY)
+        b.codes[ok] = pool.complete(slots, gens, 0, sums)
+        pool.count_written(len(ok) * size)
+        return b.codes
+
+    def get_into(self, keys: Keys, buffers: Any) -> I8:
+        """Copy each key's block into its buffer: 0 copied, -1 missing, -5 corrupt (dropped), -6 other size.
+
+        A buffer whose code is not 0 may have been written to. Raises KeyFormatError, BufferError.
+        """
+        words = _words(keys)
+        addrs, nbytes, _keep = addresses(buffers, len(words), writable=True)
+        return self._pool.get_into(words, addrs, nbytes)
+
+    def exists(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Whether each key has a sealed block now."""
+        return self._pool.exists(_words(keys))
+
+    def match_prefix(self, keys: Keys) -> int:
+        """Number of leading keys that have a sealed block now."""
+        return self._pool.match_prefix(_words(keys))
+
+    def touch(self, keys: Keys) -> None:
+        """Date the blocks of a prefix, head first, as used just now."""
+        self._pool.touch(_words(keys))
+
+    def remove(self, keys: Keys) -> I8:
+        """Free these blocks: 0 removed, -1 missing, -10 pinned by somebody, -2 being written."""
+        return self._pool.remove(_words(keys))
+
+    # ---- in place ------------------------------------------------------------------------------------------------------
+
+    def pin(self, keys: Keys) -> PinnedBlocks:
+        """Keep these blocks in place and give read-only views: ``with store.pin(keys) as blocks: blocks[i]``."""
+        return PinnedBlocks(self._pool, self._pool.pin(_words(keys)))
+
+    def reserve(self, keys: Keys, nbytes: int) -> Reservation:
+        """Slots of ``nbytes`` to be written in place: ``r.views[i][:] = …; r.seal()`` or ``r.abort()``."""
+        return Reservation(self._pool, self._pool.reserve(_words(keys), (nbytes,)))
+
+    # ---- what adapters use ---------------------------------------------------------------------------------------------
+
+    def pin_batch(self, keys: Keys, *, prefix: bool = False) -> SlotBatch:
+        """Pin and locate blocks; ``prefix``: only the leading hits. Release by :meth:`unpin`."""
+        return self._pool.pin(_words(keys), prefix=prefix)
+
+    def unpin(self, slots: I64, gens: I64 | None = None) -> None:
+        """Release one pin of each slot (negative entries are passed over). Never blocks: queued if the lock is busy."""
+        self._pool.unpin(np.ascontiguousarray(slots, np.int64))
+
+    def reserve_batch(self, keys: Keys, part_nbytes: Sequence[int] | I64) -> SlotBatch:
+        """A slot with ``len(part_nbytes)`` parts for each key that is not there yet."""
+        return self._pool.reserve(_words(keys), part_nbytes)
+
+    @staticmethod
+    def part_offsets(part_nbytes: Sequence[int] | I64) -> I64:
+        """Offset of each part inside a slot (64-byte aligned), int64[P]."""
+        return part_offsets(part_nbytes)[0]
+
+    def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
+        """Part ``part`` is written: record its XXH3 (uint64[N] or its bits); the last part seals. OK, PENDING, STALE, TIMEOUT (queued)."""
+        return self._pool.complete(
+            np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64), part, checksums
+        )
+
+    def abort_batch(self, slots: I64, gens: I64, writers_done: bool) -> I8:
+        """Give up reservations; without ``writers_done`` the slots stay quarantined until :meth:`acknowledge`."""
+        return self._pool.abort(
+            np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64), writers_done=writers_done
+        )
+
+    def acknowledge(self, slots: I64, gens: I64) -> I8:
+        """Every possible writer of these given-up slots is done."""
+        return self._pool.acknowledge(np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64))
+
+    def still_writing(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
+        """Whether these reservations still stand. No lock."""
+        return self._pool.still_writing(np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64))
+
+    def verify_parts(self, slots: I64, gens: I64, part: int) -> I8:
+        """Compare a part of pinned blocks with its checksum: OK, CORRUPT, STALE."""
+        return self._pool.verify_part(np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64), part)
+
+    # ---- scatter and gather, under the names that connectors know ------------------------------------------------------
+
+    def register_buffer(self, addr: int, nbytes: int) -> int:
+        """Vouch for memory whose raw addresses the ``multi_buffers`` calls may use. 0; raises BufferError."""
+        self._registered.add(addr, nbytes)
+        return 0
+
+    def unregister_buffer(self, addr: int) -> int:
+        """Withdraw a registered buffer. 0; raises BufferError."""
+        self._registered.remove(addr)
+        return 0
+
+    def batch_put_from_multi_buffers(
+        self, keys: Sequence[str | bytes], addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Store for each key its fragments, one after another. 0 for each key that is there now, else a negative Code."""
+        words = _words(_named(keys))
+        offsets, frag_addrs, frag_sizes = fragments(addrs, sizes, len(words))
+        self._registered.check(frag_addrs, frag_sizes)
+        nbytes = _sums(offsets, frag_sizes)
+
+        def copy(part: I64, dst: I64, _size: I64, sums: I64) -> None:
+            picked, at = _pick(offsets, part)
+            copies.gather_multi(at, frag_addrs[picked], frag_sizes[picked], dst, sums)
+
+        codes = self._put(words, nbytes, copy)
+        return np.where(codes == Code.EXISTS, 0, codes).tolist()
+
+    def batch_get_into_multi_buffers(
+        self, keys: Sequence[str | bytes], addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Copy each key's block into its fragments. Bytes copied, or a negative Code."""
+        words = _words(_named(keys))
+        offsets, frag_addrs, frag_sizes = fragments(addrs, sizes, len(words))
+        self._registered.check(frag_addrs, frag_sizes)
+        nbytes = _sums(offsets, frag_sizes)
+        b = self._pool.pin(words)
+        try:
+            good = np.flatnonzero((b.codes == Code.OK) & (b.nbytes == nbytes))
+            out = np.where(b.codes == Code.OK, np.int64(Code.SIZE), b.codes.astype(np.int64))
+            if self.config.verify == "always" and len(good):
+                checked = self._pool.verify_part(b.slots[good], b.gens[good], 0)
+                out[good] = checked
+                good = good[checked == Code.OK]
+            picked, at = _pick(offsets, good)
+            copies.scatter_multi(at, frag_addrs[picked], frag_sizes[picked], self._pool.base_address + b.offsets[good])
+            out[good] = nbytes[good]
+        finally:
+            self._pool.unpin(b.slots)
+        return [int(x) for x in out]
+
+    def batch_is_exist(self, keys: Sequence[str | bytes]) -> list[int]:
+        """1 there, 0 not."""
+        return [int(x) for x in self._pool.exists(_words(_named(keys)))]
+
+    # ---- upkeep --------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> PoolStats:
+        """The pool's figures now: a frozen snapshot, taken without the lock."""
+        return pool_stats(self._pool)
+
+    def check_integrity(self, *, deep: bool = True) -> None:
+        """Raise IntegrityError unless every invariant of the pool holds; ``deep`` also compares every block with its checksum."""
+        self._pool.check_integrity(deep=deep)
+
+    def close(self) -> None:
+        """Release all pins and leave the pool; it stays for others. Views still in use keep their pins until they go."""
+        self._pool.close()
+
+    def __enter__(self) -> KvStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _named(keys: Sequence[str | bytes]) -> list[bytes]:
+    """32-byte keys of names: other stores' keys are strings; a name's key is its BLAKE3 under a tag of its own."""
+    out = []
+    for i, key in enumerate(keys):
+        if isinstance(key, bytes) and len(key) == 32:
+            out.append(key)
+        elif isinstance(key, str):
+            out.append(blake3(b"kvplug.named-key\0" + key.encode()).digest())
+        else:
+            raise KeyFormatError(f"key {i} is {type(key).__name__} {key!r:.40}; it must be a str or 32 bytes")
+    return out
+
+
+def _sums(offsets: I64, sizes: I64) -> I64:
+    total = np.concatenate(([0], np.cumsum(sizes)))
+    nbytes: I64 = total[offsets[1:]] - total[offsets[:-1]]
+    if len(nbytes) and int(nbytes.min()) <= 0:
+        raise BufferError(f"the fragments of key {int(nbytes.argmin())} have {int(nbytes.min())} bytes together")
+    return nbytes
+
+
+def _pick(offsets: I64, part: I64) -> tuple[I64, I64]:
+    """(indices of the fragments of ``part``, their own offsets)."""
+    counts = offsets[part + 1] - offsets[part]
+    at = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+    picked = np.arange(int(at[-1]), dtype=np.int64) + np.repeat(offsets[part] - at[:-1], counts)
+    return picked, at
