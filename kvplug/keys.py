@@ -106,6 +106,7 @@ class KeyChain:
     """
 
     __slots__ = (
+        "_extra",
         "_extras",
         "_fresh",
         "_keys",
@@ -131,6 +132,7 @@ class KeyChain:
         self._step_bytes = step_tokens * _TOKEN_BYTES
         self._unpack = struct.Struct(f"{self._step_bytes}s").iter_unpack
         self._extras = extras
+        self._extra = _by_step(extras)
         self._start = root
         self._last = root
         self._pending = b""
@@ -154,8 +156,7 @@ class KeyChain:
 
         The view stays as it is when the chain goes on or is truncated.
         """
-        if self._fresh:
-            self._flush()
+        self._flush()
         view = self._keys[: self._n]
         view.flags.writeable = False
         return view
@@ -169,8 +170,11 @@ class KeyChain:
         raw = _token_bytes(tokens)
         if self._pending:
             raw = self._pending + raw
-        if len(raw) == self._step_bytes and self._extras is None:  # one step, exactly: what a decoding engine gives
-            self._last = k = blake3(self._last + raw).digest()
+        if len(raw) == self._step_bytes:  # one step, exactly: what a decoding engine gives
+            message = self._last + raw
+            if self._extra is not None and (extra := self._extra(self._n)) != b"":
+                message += _checked(extra, self._n)
+            self._last = k = blake3(message).digest()
             self._fresh.append(k)
             self._n += 1
             self._pending = b""
@@ -180,38 +184,30 @@ class KeyChain:
             self._pending = raw
             return 0
         whole = n_new * self._step_bytes
-        if self._extras is not None:
-            digests = self._chain_with(self._extras, raw[:whole], n_new)
-        else:
-            digests = self._chain(raw[:whole])
+        digests = self._chain(raw[:whole], n_new)
         self._fresh += digests
         self._last = digests[-1]
         self._n += n_new
         self._pending = raw[whole:]
         return n_new
 
-    def _chain(self, data: bytes) -> list[bytes]:
-        k, hasher = self._last, blake3
-        return [k := hasher(k + tokens).digest() for (tokens,) in self._unpack(data)]
-
-    def _chain_with(self, extras: StepExtras, data: bytes, n_new: int) -> list[bytes]:
-        k, first, hasher = self._last, self._n, blake3
-        if isinstance(extras, Mapping):
-            if len(extras) <= n_new and not any(first <= step < first + n_new for step in extras):
-                return self._chain(data)  # the usual case: a salt at step 0, and this is a later step
-            mapping = extras
-            extras = lambda step: mapping.get(step, b"")  # noqa: E731
-        digests = []
-        for step, (tokens,) in enumerate(self._unpack(data), first):
-            extra = extras(step)
-            if type(extra) is not bytes:
-                raise KeyFormatError(f"extras of step {step} must be bytes, not {type(extra).__name__}")
-            k = hasher(k + tokens + extra).digest()
-            digests.append(k)
-        return digests
+    def _chain(self, data: bytes, n_new: int) -> list[bytes]:
+        k, first, hasher, extra = self._last, self._n, blake3, self._extra
+        steps = self._unpack(data)
+        if extra is not None and isinstance(self._extras, Mapping) and len(self._extras) < n_new:
+            # The usual mapping is a salt at step 0: none of it concerns the steps after that.
+            extra = extra if any(first <= step < first + n_new for step in self._extras) else None
+        if extra is None:
+            return [k := hasher(k + tokens).digest() for (tokens,) in steps]
+        return [
+            k := hasher(k + tokens + _checked(extra(step), step)).digest()
+            for step, (tokens,) in enumerate(steps, first)
+        ]
 
     def _flush(self) -> None:
         """Move digests made since the last look into the array, which grows geometrically."""
+        if not self._fresh:
+            return
         first, end = self._n - len(self._fresh), self._n
         if end > len(self._keys):
             grown = np.empty((max(end, 2 * len(self._keys)), KEY_BYTES), np.uint8)
@@ -241,6 +237,20 @@ class KeyChain:
             self._n = keep
             self._last = self._keys[keep - 1].tobytes() if keep else self._start
         return self.n_tokens
+
+
+def _by_step(extras: StepExtras | None) -> Callable[[int], bytes] | None:
+    if isinstance(extras, Mapping):
+        get = extras.get
+        return lambda step: get(step, b"")
+    return extras
+
+
+def _checked(extra: bytes, step: int) -> bytes:
+    """Never None for none: what is not known must not pass for what is not there."""
+    if type(extra) is not bytes:
+        raise KeyFormatError(f"extras of step {step} must be bytes, not {type(extra).__name__}")
+    return extra
 
 
 def _token_bytes(tokens: Sequence[int] | NDArray[Any]) -> bytes:
