@@ -1,0 +1,478 @@
+"""Everything that touches vLLM's insides, in one file, checked when it is loaded.
+
+kvplug's connector uses vLLM's connector interface, which is public but moves with every release, and a few things that
+are not public: the block pool (to hold blocks), requests (to name their contents), the configuration's
+``__post_init__`` (to switch itself on), and the methods that change weights. :func:`problems` compares each of them
+with what kvplug was written against, so that a changed engine is refused with one line instead of failing later.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from kvplug.adapters.vllm.groups import GroupRule
+from kvplug.errors import NamespaceError, UnsupportedEngineError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+MIN_VERSION = (0, 30)
+BELOW_VERSION = (0, 33)
+CONNECTOR_NAME = "KvplugConnector"
+CONNECTOR_MODULE = "kvplug.adapters.vllm.connector"
+
+_HARMLESS_RPCS = frozenset({
+    "add_lora", "check_health", "compute_weight_checksums", "determine_available_memory", "execute_dummy_batch",
+    "execute_model", "get_cache_block_size_bytes", "get_kv_cache_spec", "get_kv_connector_handshake_metadata",
+    "get_model_inspection", "get_supported_tasks", "init_weight_transfer_engine", "list_loras", "pin_lora", "profile",
+    "remove_lora", "reset_encoder_cache", "reset_mm_cache", "sample_tokens", "save_sharded_state",
+    "save_tensorized_model", "shutdown_weight_transfer_engine", "start_profile", "stop_profile", "supports_draft_weight_updates",
+    "synchronize_device", "take_draft_token_ids", "update_max_model_len",
+})  # fmt: skip
+"""Worker calls that leave the weights alone."""
+_CHANGING_RPCS = frozenset({
+    "finish_weight_update", "load_model", "reload_weights", "reset_weights", "sleep", "start_draft_weight_update",
+    "start_weight_update", "update_config", "update_weights", "wake_up",
+})  # fmt: skip
+"""Worker calls that change weights. After any other, weights are compared with what they were before it."""
+
+_WORKER_WEIGHT_METHODS = (
+    "reload_weights", "update_weights", "_start_weight_update", "finish_weight_update", "reset_weights", "load_model",
+    "update_config", "sleep", "wake_up", "discard",
+)  # fmt: skip
+_REQUEST_FIELDS = (
+    "_all_token_ids", "cache_salt", "lora_request", "mm_features", "num_computed_tokens", "num_prompt_tokens",
+    "prompt_embeds", "request_id", "resumable", "skip_reading_prefix_cache",
+)  # fmt: skip
+
+
+def version() -> str:
+    """The engine's version, as it says itself."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def version_supported(text: str) -> bool:
+    """Whether kvplug was written for this version: 0.30 <= v < 0.33."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return bool(found) and MIN_VERSION <= (int(found[1]), int(found[2])) < BELOW_VERSION
+
+
+def problems() -> list[str]:
+    """What of the engine is not as kvplug expects it; empty if everything is there."""
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+    connector = getattr(base, "KVConnectorBase_V1", None)
+    expected: list[tuple[Any, str, tuple[str, ...]]] = [
+        (connector, "__init__", ("vllm_config", "role", "kv_cache_config")),
+        (connector, "get_num_new_matched_tokens", ("request", "num_computed_tokens")),
+        (connector, "update_state_after_alloc", ("request", "blocks", "num_external_tokens")),
+        (connector, "build_connector_meta", ("scheduler_output",)),
+        (connector, "update_connector_output", ("connector_output",)),
+        (connector, "bind_kv_cache_manager", ("kv_cache_manager",)),
+        (connector, "get_transfer_results", ("finished_req_ids",)),
+        (connector, "set_xfer_handshake_metadata_pp_aware", ("metadata",)),
+        (connector, "register_kv_caches", ("kv_caches",)),
+        (getattr(base, "SupportsHMA", None), "request_finished_all_groups", ("request", "block_ids")),
+        (BlockPool, "touch", ("blocks",)),
+        (BlockPool, "free_blocks", ("ordered_blocks",)),
+        (KVCacheManager, "get_blocks", ("request_id",)),
+        (KVCacheManager, "reset_prefix_cache", ()),
+        (
+            kv_cache_utils,
+            "generate_block_hash_extra_keys",
+            ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+        ),
+        (VllmConfig, "__post_init__", ()),
+    ]
+    found = []
+    for owner, name, names in expected:
+        function = getattr(owner, name, None)
+        if function is None:
+            found.append(f"{getattr(owner, '__name__', owner)}.{name} is gone")
+            continue
+        parameters = tuple(p for p in inspect.signature(function).parameters if p != "self")
+        if parameters[: len(names)] != names:
+            found.append(f"{getattr(owner, '__name__', owner)}.{name} takes {parameters}, not {names}")
+    fields = set(Request.__init__.__code__.co_names)
+    found += [f"Request.{name} is gone" for name in _REQUEST_FIELDS if name not in fields]
+    pool_fields = set(BlockPool.__init__.__code__.co_names)
+    found += [
+        f"BlockPool.{name} is gone"
+        for name in ("blocks", "null_block", "num_gpu_blocks", "cached_block_hash_to_block")
+        if name not in pool_fields
+    ]
+    if "failed_recving" not in getattr(getattr(base, "KVConnectorTransferResults", None), "__dataclass_fields__", {}):
+        found.append("KVConnectorTransferResults.failed_recving is gone")
+    return found
+
+
+# -- switching on ------------------------------------------------------------------------------------------------
+
+
+def after_config_init(react: Callable[[VllmConfig], None]) -> None:
+    """Calls ``react`` with every VllmConfig once it is complete. A second call changes nothing."""
+    from vllm.config import VllmConfig
+
+    original = VllmConfig.__post_init__
+    if getattr(original, "_kvplug", False):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        react(self)
+
+    post_init._kvplug = True  # type: ignore[attr-defined]
+    VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
+
+
+def transfer_config() -> Any:
+    """The KVTransferConfig that names kvplug's connector; a load that fails is computed again, never an error."""
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(
+        kv_connector=CONNECTOR_NAME,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
+
+
+def register_connector() -> None:
+    """Makes the connector's name known, so that a user's configuration needs no module path."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR_NAME not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR_NAME, CONNECTOR_MODULE, CONNECTOR_NAME)
+
+
+def config_problem(config: Any) -> str | None:
+    """What in a complete configuration kvplug can't work with; None if nothing."""
+    parallel = config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            return f"{name} is not 1"
+    speculative = config.speculative_config
+    if speculative is not None and str(speculative.method) not in ("ngram", "ngram_gpu", "suffix"):
+        return f"speculative decoding by {speculative.method} keeps a draft model's state beside the model's own"
+    if getattr(config.attention_config, "hisparse_config", None) is not None:
+        return "HiSparse keeps KV outside the device's cache"
+    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") and not getattr(
+        config.model_config, "enable_cumem_allocator", False
+    ):
+        return "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True moves the cache's memory"
+    return None
+
+
+def host_hit_source() -> Any:
+    """What hits are called in the engine's own statistics, where it tells sources apart (0.32)."""
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    except ImportError:
+        return None
+    return CacheHitSource.HOST
+
+
+# -- cache groups and layout -------------------------------------------------------------------------------------
+
+
+def group_rules(kv_cache_config: KVCacheConfig) -> list[GroupRule]:
+    """One rule per cache group; UnsupportedEngineError, for the whole model, if any group is not understood."""
+    rules = []
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
+            raise UnsupportedEngineError(f"cache group {index} is not kept in the device's block pool")
+        if getattr(group, "is_eagle_group", False):
+            raise UnsupportedEngineError(f"cache group {index} holds a draft model's state")
+        rules.append(_rule_of(index, group.kv_cache_spec))
+    if not rules:
+        raise UnsupportedEngineError("the model keeps no KV cache")
+    if tuple(kv_cache_config.prefix_cacheable_group_ids) != tuple(range(len(rules))):
+        raise UnsupportedEngineError("some cache groups can't be reused by prefix")
+    return rules
+
+
+def _rule_of(index: int, spec: Any) -> GroupRule:
+    from vllm.v1 import kv_cache_interface as specs
+
+    if type(spec) is specs.UniformTypeKVCacheSpecs:
+        inner = {_rule_of(index, one) for one in spec.kv_cache_specs.values()}
+        if len(inner) != 1:
+            raise UnsupportedEngineError(f"cache group {index} mixes kinds of attention")
+        return inner.pop()
+    kinds = {
+        specs.FullAttentionSpec: ("full", None),
+        specs.MLAAttentionSpec: ("mla", None),
+        specs.SlidingWindowSpec: ("sliding", "sliding_window"),
+        specs.ChunkedLocalAttentionSpec: ("chunked", "attention_chunk_size"),
+    }
+    if type(spec) not in kinds:
+        raise UnsupportedEngineError(f"cache group {index} is a {type(spec).__name__}, which kvplug does not know")
+    if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "compress_ratio", 1) != 1:
+        raise UnsupportedEngineError(f"cache group {index} keeps compressed states")
+    if getattr(spec, "extra_retained_tokens", 0):
+        raise UnsupportedEngineError(f"cache group {index} keeps tokens beyond its window")
+    kind, window = kinds[type(spec)]
+    return GroupRule(kind=kind, span=int(spec.block_size), window=int(getattr(spec, window)) if window else None)
+
+
+def manager_blocks(cache: Any, num_blocks: int) -> Any:
+    """A layer's cache tensor with the scheduler's blocks as its first dimension (kernel blocks are grouped)."""
+    if cache.shape[0] == num_blocks:
+        return cache
+    if cache.shape[0] % num_blocks:
+        raise UnsupportedEngineError(f"a cache of shape {tuple(cache.shape)} does not hold {num_blocks} blocks")
+    return cache.unflatten(0, (num_blocks, -1))
+
+
+def attention_backends(vllm_config: VllmConfig) -> tuple[str, ...]:
+    """Names of the attention backends in use in this worker."""
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+
+    return tuple(sorted(str(backend.full_cls_name()) for backend in get_current_attn_backends(vllm_config)))
+
+
+def device_facts(vllm_config: VllmConfig) -> tuple[str, str | None]:
+    """The kind of device, and on a CPU what decides how bytes are packed inside a block."""
+    from vllm.platforms import current_platform
+
+    kind = str(current_platform.device_type)
+    if kind != "cpu":
+        import torch
+
+        return kind, f"{torch.cuda.get_device_capability()}" if kind == "cuda" else None
+    import torch
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    packings = sorted({str(getattr(layer, "isa", "")) for layer in layers})
+    return kind, f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {','.join(packings)}"
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------
+
+
+def ranks() -> tuple[int, int]:
+    """(pp rank, tp rank) of this worker."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    return get_pp_group().rank_in_group, get_tp_group().rank_in_group
+
+
+def from_first_rank(make: Callable[[], Any]) -> Any:
+    """Calls ``make`` in the engine's first worker; every worker of the engine gets its answer.
+
+    All workers must call this together, which they do while they set up their caches.
+    """
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    pp, tp = get_pp_group(), get_tp_group()
+    value = make() if pp.rank_in_group == 0 and tp.rank_in_group == 0 else None
+    if tp.world_size > 1:
+        value = tp.broadcast_object(value, src=0)
+    if pp.world_size > 1:
+        value = pp.broadcast_object(value, src=0)
+    return value
+
+
+# -- requests ----------------------------------------------------------------------------------------------------
+
+
+def extra_key_count(request: Request, end: int) -> int:
+    """How many extra keys the engine itself sees in tokens 0..end; a number that kvplug did not expect: a kind unknown."""
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    keys, _ = generate_block_hash_extra_keys(request, 0, end, 0)
+    return len(keys or ())
+
+
+def embeds_digest(request: Request, start: int, end: int) -> bytes:
+    """Digest of the prompt embeddings of tokens start..end."""
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+    last = keys[-1] if keys else b""
+    digest = last[1] if isinstance(last, tuple) else last  # plain bytes up to 0.30, tagged since
+    if not isinstance(digest, bytes):
+        raise NamespaceError("the engine gives no digest for prompt embeddings")
+    return digest
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------
+
+
+def request_blocks(manager: Any, request_id: str) -> tuple[Sequence[KVCacheBlock], ...]:
+    """The request's blocks, one sequence per group; nothing is copied."""
+    return manager.get_blocks(request_id).blocks
+
+
+def hold(pool: BlockPool, blocks: list[KVCacheBlock]) -> None:
+    """Keeps blocks from being given to another request. None of them may be the null block."""
+    pool.touch(blocks)
+
+
+def release(pool: BlockPool, blocks: Iterable[KVCacheBlock]) -> None:
+    """Takes back :func:`hold`, last block first, so that a prefix's tail is evicted before its head."""
+    pool.free_blocks(reversed(list(blocks)))
+
+
+def num_blocks(pool: BlockPool) -> int:
+    """Blocks of the engine's cache."""
+    return int(pool.num_gpu_blocks)
+
+
+def cache_identity(pool: BlockPool) -> object:
+    """An object that is replaced whenever the engine's own prefix cache is emptied."""
+    return pool.cached_block_hash_to_block
+
+
+def before_cache_reset(manager: Any, react: Callable[[], None]) -> None:
+    """Calls ``react`` before the engine empties its prefix cache, which fails while blocks are held."""
+    original = manager.reset_prefix_cache
+
+    @functools.wraps(original)
+    def reset_prefix_cache(*args: Any, **kwargs: Any) -> Any:
+        react()
+        return original(*args, **kwargs)
+
+    manager.reset_prefix_cache = reset_prefix_cache
+
+
+# -- weights -----------------------------------------------------------------------------------------------------
+
+
+def on_weights_rpc(react: Callable[[str], None]) -> None:
+    """In the scheduler's process: calls ``react`` when a call to the workers changes weights.
+
+    Calls that are known by name are judged by it. Around any other, a function or a method of the user's own, the
+    weights are looked at in every worker (:func:`weights_fingerprint`).
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    _reactions.append(react)
+    original = EngineCore.collective_rpc
+    if getattr(original, "_kvplug", False):
+        return
+
+    @functools.wraps(original)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _reactions or (isinstance(method, str) and method in _HARMLESS_RPCS):
+            return original(self, method, *args, **kwargs)
+        if isinstance(method, str) and method in _CHANGING_RPCS:
+            _react(method)
+            try:
+                return original(self, method, *args, **kwargs)
+            finally:
+                _react("")
+        before = _fingerprints(self)
+        try:
+            return original(self, method, *args, **kwargs)
+        finally:
+            if before is None or _fingerprints(self) != before:
+                _react(method if isinstance(method, str) else "by a function that was sent to the workers")
+
+    collective_rpc._kvplug = True  # type: ignore[attr-defined]
+    EngineCore.collective_rpc = collective_rpc  # type: ignore[method-assign]
+    set_version = EngineCore.set_weight_version
+
+    @functools.wraps(set_version)
+    def set_weight_version(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _react("a new weight version")
+        return set_version(self, *args, **kwargs)
+
+    EngineCore.set_weight_version = set_weight_version  # type: ignore[method-assign]
+
+
+def _fingerprints(core: Any) -> list[Any] | None:
+    try:
+        return list(core.model_executor.collective_rpc(weights_fingerprint))
+    except Exception:  # noqa: BLE001 - weights that can't be looked at count as changed
+        return None
+
+
+def weights_fingerprint(worker: Any) -> bytes:
+    """In a worker: a digest of a sample of every parameter and buffer, spread over each. 16 bytes.
+
+    An update of a model's weights moves practically every element that it touches; this notices a tensor that was
+    changed in more than a few places. It is not an identity.
+    """
+    import torch
+
+    digest = blake3()
+    model = worker.get_model() if hasattr(worker, "get_model") else worker.worker.get_model()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)].contiguous().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.data_ptr()}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.digest(length=16)
+
+
+_SAMPLED_ELEMENTS = 256
+_reactions: list[Callable[[str], None]] = []
+
+
+def _react(why: str) -> None:
+    for react in _reactions:
+        react(why)
+
+
+def on_worker_weights(react: Callable[[str], None]) -> None:
+    """In a worker's process: calls ``react`` around each method that changes weights or drops the cache's memory."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import gpu_worker
+
+    _worker_reactions.append(react)
+    classes = [gpu_worker.Worker]
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        classes.append(CPUWorker)
+    for owner in classes:
+        for name in _WORKER_WEIGHT_METHODS:
+            original = owner.__dict__.get(name)
+            if original is None or getattr(original, "_kvplug", False):
+                continue
+            setattr(owner, name, _watched(name, original))
+
+
+def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for react in _worker_reactions:
+            react(name)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for react in _worker_reactions:
+                react(name)
+
+    call._kvplug = True  # type: ignore[attr-defined]
+    return call
+
+
+_worker_reactions: list[Callable[[str], None]] = []
+
+
+def forget_reactions(*owned: Callable[[str], None]) -> None:
+    """Drops reactions of a connector that was shut down."""
+    for reactions in (_reactions, _worker_reactions):
+        reactions[:] = [react for react in reactions if react not in owned]

@@ -1,0 +1,302 @@
+"""vLLM's connector interface, handed on to the two sides of kvplug.
+
+Nothing is decided here. What is done here is the shield: whatever goes wrong in kvplug, the engine runs on without it,
+with one loud line. A load that was promised to the engine is always reported, since the request waits for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.logger import init_logger
+
+from kvplug.adapters.vllm import boot, compat
+from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
+from kvplug.adapters.vllm.metrics import KvplugPromMetrics, KvplugStats
+
+if TYPE_CHECKING:
+    from kvplug.adapters.vllm.scheduler import SchedulerSide
+    from kvplug.adapters.vllm.worker import LoadResult, WorkerSide
+
+logger = init_logger("vllm.kvplug")
+T = TypeVar("T")
+
+
+class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
+    """kvplug's KV connector; one object in the scheduler's process and one in each worker's."""
+
+    _cache_hit_source = compat.host_hit_source()
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._layout: RankLayout | None = None
+        self._errors = 0
+        self._step_errors: Counter[str] = Counter()
+        self._owed: dict[str, None] = {}
+        self._orphans: set[str] = set()
+        self._submitted_step = 0
+        self._failed: tuple[set[str], set[int]] = set(), set()
+        self._start: boot.SchedulerStart | None = None
+        self._pool: Any = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._start = self._shielded("start", boot.SchedulerStart, None, vllm_config)
+            self._shielded("start", compat.on_weights_rpc, None, self._on_rpc)
+        else:
+            self._shielded("start", compat.on_worker_weights, None, self._on_worker_weights)
+        atexit.register(_close, weakref.ref(self))
+
+    # -- the shield --------------------------------------------------------------------------------------------------
+
+    def _shielded(self, what: str, call: Callable[..., T], otherwise: T, *args: Any) -> T:
+        try:
+            return call(*args)
+        except Exception:
+            self._errors += 1
+            if self._errors == 1:
+                logger.exception("kvplug: OFF, an error in %s; the engine runs on without kvplug", what)
+            self._step_errors["hook_errors"] += 1
+            if self._scheduler is not None:
+                self._shielded_off(self._scheduler)
+            return otherwise
+
+    def _shielded_off(self, scheduler: SchedulerSide) -> None:
+        """From now on nothing is offered or stored; what the workers report is still taken in."""
+        scheduler.state.root = None
+        scheduler.off = True
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A store that is dropped is a later miss, nothing more."""
+        return False
+
+    # -- the scheduler's process: lookups and loads --------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """Keeps the cache manager, whose blocks are held while they are copied."""
+        self._kv_cache_manager = kv_cache_manager
+        self._pool = kv_cache_manager.block_pool
+        self._shielded("start", compat.before_cache_reset, None, kv_cache_manager, self._before_cache_reset)
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[Rank, Any]) -> None:
+        """All workers have told where their bytes lie: the engine begins to use kvplug, or says why it does not."""
+
+        def begin() -> SchedulerSide | None:
+            assert self._start is not None
+            side = self._start.begin(self._kv_cache_config, metadata, logger.warning)
+            if side is not None:
+                side.state.block_pool, side.state.manager = self._pool, self._kv_cache_manager
+            return side
+
+        if self._start is not None:
+            self._scheduler = self._shielded("start", begin, None)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens beyond the engine's own that the pool can give; loaded while other requests go on."""
+        side = self._scheduler
+        if side is None or side.off:
+            return 0, False
+        count = self._shielded("a lookup", side.matched_tokens, 0, request, num_computed_tokens)
+        return count, count > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Blocks were allocated; a load of ``num_external_tokens`` tokens is now owed to the request."""
+        side = self._scheduler
+        if side is None:
+            return
+        if num_external_tokens > 0:
+            self._owed[request.request_id] = None
+        elif side.off:
+            return
+        self._shielded("an allocation", side.allocated, None, request, blocks.blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """The step's jobs."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        meta = StepMetadata(0, bool(scheduled))
+        side = self._scheduler
+        if side is not None:
+            meta = self._shielded("a step", side.build, meta, {} if side.off else scheduled)
+        if self._owed:
+            for job in meta.loads:
+                self._owed.pop(job.request_id or "", None)
+            if self._owed:  # an error lost the job; the request must not wait for ever
+                lost = tuple(Job(0, -1, (), request_id, hopeless=True) for request_id in self._owed)
+                self._owed.clear()
+                meta = StepMetadata(meta.step, meta.runs_model, meta.plan, meta.loads + lost, meta.stores)
+        return meta
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the workers have to say."""
+        report = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(report, WorkerReport):
+            self._shielded("a report", self._scheduler.reported, None, report)
+
+    def on_new_request(self, request: Any) -> None:
+        """A request was added."""
+        if self._scheduler is not None:
+            self._shielded("a new request", self._scheduler.new_request, None)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request is over. Its blocks may go at once: those that are being copied are held."""
+        if self._scheduler is not None:
+            self._shielded("a request's end", self._scheduler.finished, None, request)
+        return False, None
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        """As :meth:`request_finished`."""
+        return self.request_finished(request, [])
+
+    def reset_cache(self) -> bool | None:
+        """This engine's namespace is rotated; other engines keep what is in the pool."""
+        if self._scheduler is not None:
+            self._shielded("a cache reset", self._scheduler.reset, None)
+        return True
+
+    def _before_cache_reset(self) -> None:
+        if self._scheduler is not None:
+            self._shielded("a cache reset", self._scheduler.before_reset, None)
+
+    def _on_rpc(self, why: str) -> None:
+        if self._scheduler is not None:
+            self._shielded("a change of weights", self._scheduler.weights_changed, None, why)
+
+    # -- the worker's process ------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Joins the engine's session and works out where the bytes of a block lie."""
+        self._layout, self._worker = boot.worker_start(
+            self._vllm_config, self._kv_cache_config, kv_caches, logger.warning
+        )
+
+    def get_handshake_metadata(self) -> RankLayout | None:
+        """Where this worker's bytes lie, for the scheduler's side."""
+        return self._layout
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins; its loads begin with it, since what they write to was allocated and is not in use."""
+        super().bind_connector_metadata(connector_metadata)
+        meta = connector_metadata
+        if not isinstance(meta, StepMetadata) or not meta.loads:
+            return
+        if self._worker is None:
+            self._orphans |= {job.request_id for job in meta.loads if job.request_id}
+            return
+        done = self._shielded("a load", self._submit_loads, False, meta)
+        if not done:
+            self._orphans |= {job.request_id for job in meta.loads if job.request_id}
+
+    def _submit_loads(self, meta: StepMetadata) -> bool:
+        assert self._worker is not None
+        self._worker.submit_loads(meta.loads, meta.plan)
+        return True
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Loads began when the step's metadata came."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """No forward pass uses blocks that are being loaded."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Whole blocks are stored after the step."""
+
+    def wait_for_save(self) -> None:
+        """The step's blocks are written, or the device has been told to: their stores begin. Does not wait."""
+        meta = self._connector_metadata
+        if self._worker is None or not isinstance(meta, StepMetadata) or meta.step <= self._submitted_step:
+            return
+        self._submitted_step = meta.step
+        if meta.stores:
+            self._shielded("a store", self._worker.submit_stores, None, meta.stores, meta.plan)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Loads that ended. One that failed is also reported as failed, and its tokens are computed."""
+        meta = self._connector_metadata
+        runs_model = meta.runs_model if isinstance(meta, StepMetadata) else True
+        if not runs_model:
+            self.wait_for_save()
+        loaded: list[LoadResult] = []
+        if self._worker is not None:
+            loaded = self._shielded("a load's end", self._worker.take_loaded, loaded, not runs_model)
+        finished, self._orphans = self._orphans, set()
+        failed = set(finished)
+        one_group = len(self._kv_cache_config.kv_cache_groups) == 1
+        invalid: set[int] = set()
+        for result in loaded:
+            request_id = result.job.request_id or ""
+            finished.add(request_id)
+            if not result.ok:
+                if one_group and result.failed_blocks:
+                    invalid |= result.failed_blocks
+                else:
+                    failed.add(request_id)
+        self._failed = failed, invalid
+        return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks of single-group models that do not hold what they should."""
+        invalid = self._failed[1]
+        self._failed = set(), set()
+        return invalid
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """What the scheduler's side has to know."""
+        return self._shielded("a report", self._worker.take_report, None) if self._worker is not None else None
+
+    def _on_worker_weights(self, why: str) -> None:
+        if self._worker is not None:
+            self._shielded("a change of weights", self._worker.weights_change, None, why)
+
+    # -- figures, end --------------------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KvplugStats | None:
+        """Counts since the last call; only the scheduler's side has any, workers send theirs there."""
+        counts: Counter[str] = Counter()
+        if self.role == KVConnectorRole.SCHEDULER:
+            counts, self._step_errors = self._step_errors, Counter()
+        if self._scheduler is not None:
+            counts += self._scheduler.state.counts
+            self._scheduler.state.counts = Counter()
+        return KvplugStats(data=dict(counts)) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvplugStats | None:
+        """The counts as vLLM's loggers want them."""
+        return KvplugStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KvplugPromMetrics:
+        """kvplug's counters for /metrics."""
+        return KvplugPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        """Leaves the pool."""
+        compat.forget_reactions(self._on_rpc, self._on_worker_weights)
+        worker, self._worker = self._worker, None
+        scheduler, self._scheduler = self._scheduler, None
+        if worker is not None:
+            self._shielded("the end", worker.close, None)
+        if scheduler is not None:
+            self._shielded("the end", scheduler.close, None)
+
+
+def _close(connector: weakref.ref[KvplugConnector]) -> None:
+    """Ends the copy threads before the interpreter's memory goes."""
+    living = connector()
+    if living is not None:
+        living.shutdown()

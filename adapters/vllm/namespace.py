@@ -1,0 +1,161 @@
+"""Builds kvplug's Namespace from vLLM's configuration and from what the workers say of their caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvplug.adapters.vllm import compat
+from kvplug.adapters.vllm.groups import GroupRule
+from kvplug.adapters.vllm.jobs import Part, Plan, Rank, RankLayout
+from kvplug.config import Config
+from kvplug.errors import NamespaceError, UnsupportedEngineError
+from kvplug.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
+from kvplug.weights import WeightsProbe
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_NOT_CONTENT = frozenset(
+    {"_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "_attn_implementation_autoset"}
+)
+"""Entries of a model's configuration that say where it came from, not what it computes."""
+_DUMMY_SEED = 1234
+"""vLLM fills dummy weights from a seed of its own, whatever the model's seed is."""
+
+
+def plan_parts(rules: Sequence[GroupRule], layouts: dict[Rank, RankLayout]) -> Plan:
+    """Which part of a group's slot belongs to which rank. Offsets are filled in by :func:`place_parts`.
+
+    UnsupportedEngineError if tensor-parallel ranks of one pipeline stage differ: such caches can't be told apart by
+    their sizes, and nothing is guessed.
+    """
+    plan: list[dict[Rank, Part]] = []
+    for group, rule in enumerate(rules):
+        parts: dict[Rank, Part] = {}
+        stages: dict[int, Part] = {}
+        index = 0
+        for rank in sorted(layouts):
+            pages = layouts[rank].groups[group]
+            first = next(r for r in sorted(layouts) if r[0] == rank[0])
+            if pages != layouts[first].groups[group]:
+                raise UnsupportedEngineError(f"ranks {first} and {rank} lay out cache group {group} differently")
+            nbytes = sum(page.nbytes for page in pages)
+            if nbytes == 0:
+                continue
+            if rule.kind == "mla" and rank[0] in stages:  # every rank holds the same bytes: stored once, read by all
+                shared = stages[rank[0]]
+                parts[rank] = Part(shared.index, 0, shared.nbytes, writer=False)
+                continue
+            parts[rank] = stages[rank[0]] = Part(index, 0, nbytes, writer=True)
+            index += 1
+        if not parts:
+            raise UnsupportedEngineError(f"no rank has a layer of cache group {group}")
+        plan.append(parts)
+    return tuple(plan)
+
+
+def place_parts(plan: Plan, part_offsets: Any) -> Plan:
+    """Fills in where each part lies in its slot; ``part_offsets`` is the pool's own rule: sizes to offsets."""
+    placed = []
+    for parts in plan:
+        sizes = {part.index: part.nbytes for part in parts.values()}
+        offsets = part_offsets([sizes[i] for i in range(len(sizes))])
+        placed.append({rank: Part(p.index, int(offsets[p.index]), p.nbytes, p.writer) for rank, p in parts.items()})
+    return tuple(placed)
+
+
+def model_configuration(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What the model computes, after every override, as plain values."""
+    model = vllm_config.model_config
+    values = json.loads(model.hf_config.to_json_string(use_diff=False))
+    rope = json.dumps([values.get("rope_scaling"), values.get("rope_parameters")])
+    stretched = any(word in rope for word in ("longrope", '"su"', "dynamic"))
+    return {
+        "hf": _without(values),
+        "dtype": str(model.dtype),
+        "max_model_len": int(model.max_model_len) if stretched else None,  # decides the factors of these kinds of RoPE
+        "disable_sliding_window": bool(getattr(model, "disable_sliding_window", False)),
+        "architecture": [str(name) for name in model.architectures],
+    }
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without(item) for key, item in value.items() if key not in _NOT_CONTENT}
+    if isinstance(value, list):
+        return [_without(item) for item in value]
+    return value
+
+
+def weights_probe(vllm_config: VllmConfig, config: Config, loading_since_ns: int | None) -> WeightsProbe:
+    """Begins to find out, in the background, which weights the engine has loaded."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    source = getattr(model, "model_weights", "") or model.model
+    return WeightsProbe(
+        source,
+        load_format=str(getattr(load.load_format, "value", load.load_format)),
+        revision=getattr(model.hf_config, "_commit_hash", None) or model.revision,
+        weights_id=config.weights_id,
+        dummy_seed=_DUMMY_SEED,
+        config_digest=digest_of(model_configuration(vllm_config), "configuration"),
+        unchanged_since_ns=loading_since_ns,
+        hub_cache=load.download_dir,
+    )
+
+
+def build(
+    vllm_config: VllmConfig,
+    rules: Sequence[GroupRule],
+    layouts: dict[Rank, RankLayout],
+    kv_layout: str | None,
+    weights: WeightsIdentity,
+) -> Namespace:
+    """The namespace of an engine; NamespaceError names what can't be identified."""
+    cache, model, parallel = vllm_config.cache_config, vllm_config.model_config, vllm_config.parallel_config
+    configuration = model_configuration(vllm_config)
+    kv_dtype = str(cache.cache_dtype)
+    if kv_dtype == "auto":
+        kv_dtype = str(model.dtype).removeprefix("torch.")
+    if getattr(cache, "calculate_kv_scales", False):
+        raise NamespaceError("KV scales are computed while running (calculate_kv_scales)")
+    ranks = sorted(layouts)
+    facts = {(layouts[rank].device, layouts[rank].isa, layouts[rank].backends) for rank in ranks}
+    if len({fact[:2] for fact in facts}) != 1:
+        raise NamespaceError(f"ranks run on different devices: {sorted(map(str, facts))}")
+    first = layouts[ranks[0]]
+    groups = tuple(
+        GroupLayout(
+            kind=rule.kind,
+            span_tokens=rule.span,
+            shards=tuple(
+                tuple(ByteRun(page.layer, page.nbytes) for page in layouts[rank].groups[group]) for rank in ranks
+            ),
+            window_tokens=rule.window,
+        )
+        for group, rule in enumerate(rules)
+    )
+    shapes = sorted({page.shape for rank in ranks for group in layouts[rank].groups for page in group})
+    return Namespace(
+        weights=weights,
+        config_digest=digest_of(configuration, "configuration"),
+        quantization=str(model.quantization) if model.quantization else None,
+        kv_dtype=kv_dtype,
+        kv_scales=None,
+        draft=None,
+        eagle=False,
+        engine="vllm",
+        engine_version=compat.version(),
+        device=first.device,
+        attention_backend={f"pp{rank[0]}": list(layouts[rank].backends) for rank in ranks},
+        cpu_isa=first.isa,
+        kv_layout={"name": str(kv_layout), "pages": list(shapes)},
+        groups=groups,
+        tp=int(parallel.tensor_parallel_size),
+        pp=int(parallel.pipeline_parallel_size),
+        cp=1,
+        other={
+            "kv_cache_dtype_skip_layers": [str(x) for x in getattr(cache, "kv_cache_dtype_skip_layers", None) or ()]
+        },
+    )

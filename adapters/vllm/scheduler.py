@@ -1,0 +1,287 @@
+"""The scheduler's side of the connector: decides, in batches, what is looked up, pinned, loaded and stored.
+
+It never touches a block's bytes and never waits: a pool that does not answer in time is a miss, or "not stored".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvplug.adapters.vllm import compat, namespace
+from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
+from kvplug.adapters.vllm.loads import Loads
+from kvplug.adapters.vllm.requests import LoraIdentities, Record, open_chain
+from kvplug.adapters.vllm.state import EngineState
+from kvplug.adapters.vllm.stores import Stores
+from kvplug.config import Config
+from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
+from kvplug.keys import block_keys
+from kvplug.namespace import Namespace
+from kvplug.sizes import format_size
+from kvplug.store import KvStore
+from kvplug.weights import AdapterProbe, WeightsProbe
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+WEIGHTS_WAIT_S = 1.0
+"""How long the start of an engine waits for the identity of its weights; small models are known by then."""
+NEVER = 1 << 62
+"""Tokens: a request that is not cached has no next block to store."""
+
+
+class SchedulerSide:
+    """One engine's scheduler, made when the workers have told where their bytes lie; KvplugError if it can't be."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        config: Config,
+        probe: WeightsProbe,
+        layouts: dict[Rank, RankLayout],
+        say: Callable[[str], None],
+    ) -> None:
+        parallel = vllm_config.parallel_config
+        tokens = {layout.token for layout in layouts.values()}
+        refusals = [f"rank {rank}: {layout.refusal}" for rank, layout in sorted(layouts.items()) if layout.refusal]
+        if refusals or len(tokens) != 1 or None in tokens:
+            raise UnsupportedEngineError("; ".join(refusals) or "the workers did not join one session")
+        if len(layouts) != parallel.tensor_parallel_size * parallel.pipeline_parallel_size:
+            raise UnsupportedEngineError(f"{len(layouts)} of {parallel.world_size} workers have told their layout")
+        self.off = False
+        """Set once an error was caught: nothing more is offered or stored."""
+        self._vllm_config = vllm_config
+        self._layouts = layouts
+        self._kv_layout = kv_cache_config.kv_cache_layout
+        self._config = config
+        self._probe: WeightsProbe | None = probe
+        self._say = say
+        rules = compat.group_rules(kv_cache_config)
+        plan = namespace.plan_parts(rules, layouts)
+        token = tokens.pop()
+        assert token is not None
+        store = KvStore.join(token, config=config)
+        try:
+            placed = namespace.place_parts(plan, store.part_offsets)
+            self.state = EngineState(store, config, rules, placed, len(layouts))
+        except BaseException:
+            store.close()
+            raise
+        self.state.on_namespace = self._announce
+        self.loads = Loads(self.state)
+        self.stores = Stores(self.state)
+        self._adapters: dict[str, AdapterProbe] = {}
+        self._lora = LoraIdentities(self._adapter_identity)
+        self._refusals: set[str] = set()
+        self._step = 0
+        self._weights_known(WEIGHTS_WAIT_S)
+        if self._probe is not None:
+            self._say(
+                f"kvplug: ON, pool {store.pool_name}; the weights are being identified, nothing is cached until then"
+            )
+
+    # -- identity ----------------------------------------------------------------------------------------------------
+
+    def _weights_known(self, wait_s: float = 0.0) -> None:
+        if self._probe is None:
+            return
+        try:
+            identity = self._probe.result(wait_s)
+            if identity is None:
+                return
+            self._probe = None
+            found = namespace.build(self._vllm_config, self.state.rules, self._layouts, self._kv_layout, identity)
+        except NamespaceError as error:
+            self._probe = None
+            self._say(f"kvplug: OFF, nothing is cached: {error}")
+            return
+        if self.state.weights_in_doubt:
+            self.state.namespace = found
+        else:
+            self.state.enter(found)
+
+    def _announce(self, found: Namespace) -> None:
+        stats = self.state.store.stats()
+        size = getattr(stats, "size_bytes", None) or self.state.store.mapping.nbytes
+        block = sum(sum(sizes) for sizes in self.state.part_nbytes)
+        self._say(
+            f"kvplug: ON, pool {self.state.store.pool_name} of {format_size(int(size))}, namespace {found.describe()}, "
+            f"{format_size(block)} for {self.state.span} tokens"
+        )
+
+    def _adapter_identity(self, path: str) -> bytes | None:
+        probe = self._adapters.get(path)
+        if probe is None:
+            probe = self._adapters[path] = AdapterProbe(path)
+            identity = probe.result(0.05)  # small adapters are known at their first request
+        else:
+            identity = probe.result()
+        return None if identity is None else identity.digest
+
+    def weights_changed(self, why: str) -> None:
+        """Weights were changed in the living engine, or may have been."""
+        self.state.weights_changed()
+        for record in self.state.records.values():
+            self.loads.give_back(record)
+        if why:
+            self._say(f"kvplug: weights changed ({why}); nothing is cached until the engine's prefix cache is reset")
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def matched_tokens(self, request: Request, local: int) -> int:
+        """Tokens beyond the engine's own that the pool can give; pinned."""
+        record = self._record(request)
+        if record.chain is None or record.load_failed or request.skip_reading_prefix_cache:
+            return 0
+        return self.loads.lookup(record, local)
+
+    def _record(self, request: Request) -> Record:
+        """The request's record; opened anew when the namespace was changed while the request had nothing computed."""
+        state = self.state
+        root = state.current_root()
+        record = state.records.get(request.request_id)
+        if record is None or (record.epoch != state.epoch and request.num_computed_tokens == 0):
+            if record is not None:
+                self.loads.give_back(record)
+            tokens = request._all_token_ids
+            record = Record(request, None, tokens, state.step_tokens, state.epoch, stored=[0] * len(state.rules))
+            state.records[request.request_id] = record
+        if record.chain is None and not record.refused and record.epoch == state.epoch:
+            self._open(record, root)
+        return record
+
+    def _open(self, record: Record, root: bytes | None) -> None:
+        if root is None:
+            self._weights_known()
+            root = self.state.root
+            if root is None:
+                return
+        try:
+            record.chain = open_chain(
+                record.request,
+                root,
+                self.state.step_tokens,
+                lora_identity=self._lora,
+                trust_mm_ids=self._config.trust_mm_ids,
+            )
+            record.next_at = min(rule.span for rule in self.state.rules)
+        except NamespaceError as error:
+            record.refused = True
+            record.next_at = NEVER
+            self.state.counts["requests_refused"] += 1
+            if str(error) not in self._refusals:
+                self._refusals.add(str(error))
+                self._say(f"kvplug: a request is not cached: {error}")
+
+    def allocated(self, request: Request, blocks: tuple[Any, ...], num_tokens: int) -> None:
+        """The engine has given the request its blocks, ``num_tokens`` of them to be loaded."""
+        record = self._record(request)
+        if num_tokens > 0:
+            self.loads.take_up(record, blocks, num_tokens)
+        elif record.load_job is None and record.offer is not None:
+            self.loads.give_back(record)
+
+    def finished(self, request: Request) -> None:
+        """The request is over; a load that was issued goes on until every rank has reported it."""
+        record = self.state.records.pop(request.request_id, None)
+        if record is None:
+            return
+        self.loads.give_back(record)
+        if record.chain is None or record.epoch != self.state.epoch:
+            return
+        for group, rule in enumerate(self.state.rules):
+            if record.stored[group]:
+                steps = record.chain.step_keys[: record.stored[group] * rule.span // self.state.step_tokens]
+                self.state.store.touch(block_keys(steps, rule.span // self.state.step_tokens, group))
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def build(self, scheduled: dict[str, int]) -> StepMetadata:
+        """The jobs of a step, given how many tokens it computes of each request."""
+        state = self.state
+        self._step += 1
+        if self.loads.offered:
+            self.loads.sweep(time.monotonic())
+        due = []
+        records = state.records
+        for request_id, count in scheduled.items():
+            record = records.get(request_id)
+            if record is None:
+                continue
+            computed = record.request.num_computed_tokens + count
+            if computed >= record.next_at and self._storable(record):
+                due.append((record, computed))
+        job = self.stores.plan(due) if due else None
+        loads, self.loads.queued = tuple(self.loads.queued), []
+        stores: tuple[Job, ...] = (job,) if job is not None else ()
+        return StepMetadata(
+            step=self._step,
+            runs_model=bool(scheduled),
+            plan=state.plan if loads or stores else None,
+            loads=loads,
+            stores=stores,
+        )
+
+    def _storable(self, record: Record) -> bool:
+        state = self.state
+        if record.chain is None and not record.refused and record.epoch == state.epoch and self._probe is not None:
+            self._open(record, state.current_root())
+        return record.chain is not None and record.epoch == state.epoch and state.root is not None
+
+    def reported(self, report: WorkerReport) -> None:
+        """What the workers have to say after a step."""
+        state = self.state
+        state.counts.update(report.counts)
+        if report.changed > state.worker_changes:
+            state.worker_changes = report.changed
+            self.weights_changed("in the workers")
+        for job_id in report.failed:
+            if job_id in state.pending:
+                state.pending[job_id].failed = True
+        for job_id, group, block in report.bad:
+            if job_id in state.pending:
+                state.pending[job_id].bad.add((group, block))
+        for job_id, ranks in report.done.items():
+            pending = state.pending.get(job_id)
+            if pending is None:
+                continue
+            pending.ranks_left -= ranks
+            if pending.ranks_left <= 0:
+                del state.pending[job_id]
+                (self.loads if pending.job.request_id is not None else self.stores).finished(pending)
+
+    def new_request(self) -> None:
+        """A request was added: a moment at which an engine that was idle gets its held blocks back."""
+        if self.stores.held:
+            self.stores.poll()
+
+    def before_reset(self) -> None:
+        """The engine is about to empty its prefix cache, which it can't while blocks are held."""
+        if self.stores.held:
+            self.stores.poll()
+        if self.stores.held:
+            self.stores.cancel_all()
+
+    def reset(self) -> None:
+        """The engine's user wants nothing that was cached so far to be used again."""
+        for record in self.state.records.values():
+            self.loads.give_back(record)
+        self.state.rotate()
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        for record in list(self.state.records.values()):
+            self.loads.give_back(record)
+        if self._probe is not None:
+            self._probe.stop()
+        for probe in self._adapters.values():
+            probe.stop()
+        try:
+            self.state.store.close()
+        except KvplugError as error:
+            self._say(f"kvplug: closing the pool failed: {error}")
