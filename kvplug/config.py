@@ -81,13 +81,8 @@ def _size_or_auto(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() == "auto" else _size(value)
 
 
-def _lower(value: object) -> object:
-    return value.strip().lower() if isinstance(value, str) else value
-
-
 Size = Annotated[int, BeforeValidator(_size)]
 Share = Annotated[float, Field(gt=0, le=1)]
-LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 
 
 class Config(BaseSettings):
@@ -130,13 +125,7 @@ class Config(BaseSettings):
     slab: Annotated[int | None, BeforeValidator(_size_or_auto)] = Field(
         default=None,
         ge=4096,
-        description="size of a slab, which moves between block sizes as a whole; a multiple of min_block; auto: from size",
-    )
-    max_clients: int = Field(
-        default=128,
-        ge=1,
-        le=128,
-        description="most processes that can be attached at one time; fixed when the pool is created",
+        description="size of a slab, which moves between block sizes whole; a multiple of min_block; auto: from size",
     )
     prefault: bool = Field(
         default=True, description="reserve the pool's memory in the background, ahead of its first use"
@@ -167,7 +156,6 @@ class Config(BaseSettings):
     unsupported_engine_ok: bool = Field(
         default=False, description="try an engine version that kvplug was not tested with"
     )
-    log_level: LogLevel = Field(default="info", description="debug, info, warning or error")
 
     def __init__(self, /, **values: Any) -> None:
         try:
