@@ -7,6 +7,7 @@ import mmap
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,8 +16,10 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from kvplug.shm import copy as kernels
+from kvplug.shm.atomics import load_acquire
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int64]
@@ -205,31 +208,40 @@ def test_fragments_gather_into_parts_and_scatter_back(items: list[list[tuple[int
     assert back.contents() == [source[at : at + n].tobytes() for at, n in frags]
 
 
-def test_the_hash_is_of_the_stored_bytes_while_somebody_still_writes_the_source() -> None:
-    source = np.zeros(1 << 20, np.uint8)
-    parts = Arena([source.nbytes - 640] * 2)
-    stop = threading.Event()
+@njit(nogil=True)
+def keep_writing(source: Bytes, stop_addr: int) -> None:
+    value = 0
+    while load_acquire(stop_addr) == 0:
+        value += 1
+        source[:] = value & 0xFF
 
-    def keep_writing() -> None:
-        while not stop.is_set():
-            np.add(source, 1, out=source)
 
-    writer = threading.Thread(target=keep_writing)
+@pytest.mark.parametrize("nbytes", [200, 1000, 5000])
+def test_the_hash_is_of_the_stored_bytes_while_somebody_still_writes_the_source(nbytes: int) -> None:
+    copies = 1000
+    source = np.zeros(nbytes, np.uint8)
+    parts = np.zeros((copies, -(-nbytes // 64) * 64), np.uint8)
+    src, dst = np.full(copies, source.ctypes.data), parts.ctypes.data + np.arange(copies) * parts.shape[1]
+    run_base, run_nbytes = words(source.ctypes.data, source.ctypes.data + 150), words(150, nbytes - 150)
+    ids, stride = np.zeros(copies, np.int64), words(0, 0)
+    lengths, got, there = np.full(copies, nbytes), np.zeros(copies, np.int64), np.zeros(copies, np.int64)
+    stop = np.ones(1, np.int64)
+    keep_writing(source, stop.ctypes.data)  # returns at once: compiled before the thread starts
+    stop[0] = 0
+    writer = threading.Thread(target=keep_writing, args=(source, stop.ctypes.data))
     writer.start()
     try:
-        mixed = 0
-        for _ in range(100):
-            n = parts.nbytes[0]
-            one = kernels.copy_hash(int(parts.addrs[0]), source.ctypes.data, n)
-            out = np.zeros(1, np.int64)
-            runs = words(1000, n - 1000)  # runs that end inside of blocks
-            base = words(source.ctypes.data, source.ctypes.data + 1000)
-            kernels.gather_runs(words(0), parts.addrs[1:], base, words(0, 0), runs, out)
-            for got, content in zip((one, int(out[0])), parts.contents(), strict=True):
-                assert got == reference(content)
-                mixed += len(set(content[::4096])) > 1
+        mixed, deadline = 0, time.monotonic() + 60
+        while mixed < 2 * copies and time.monotonic() < deadline:
+            kernels.copy_hash_batch(dst, src, lengths, got)
+            kernels.hash_batch(dst, lengths, there)
+            assert np.array_equal(got, there)
+            kernels.gather_runs(ids, dst, run_base, stride, run_nbytes, got)
+            kernels.hash_batch(dst, lengths, there)
+            assert np.array_equal(got, there)
+            mixed += int((parts[:, :nbytes].min(axis=1) != parts[:, :nbytes].max(axis=1)).sum())
     finally:
-        stop.set()
+        stop[0] = 1
         writer.join(timeout=60)
     assert mixed > 0, "the source never changed during a copy: nothing was tested"
 
