@@ -150,17 +150,18 @@ def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: Po
     )
 
 
-def find_dead(seg: Segment, me: int) -> npt.NDArray[np.int64]:
-    """Client rows whose process is gone. No lock: under the pool lock a published row's byte is locked."""
+def find_dead(seg: Segment, me: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(client rows whose process is gone, when those clients had started). No lock: the start was read before the probe."""
     t, offset = seg.table, int(seg.table[lay.P_LIVE_OFFSET])
     first = seg.geometry.o_client
-    states = t[first : first + lay.MAX_CLIENTS * lay.CLIENT_WORDS : lay.CLIENT_WORDS]
+    rows = t[first : first + lay.MAX_CLIENTS * lay.CLIENT_WORDS].reshape(-1, lay.CLIENT_WORDS)
+    states, started = rows[:, lay.C_STATE].copy(), rows[:, lay.C_STARTED_NS].copy()
     dead = [
         int(c)
         for c in np.flatnonzero(states != lay.CLIENT_FREE)
         if c != me and (states[c] == lay.CLIENT_DEAD or not is_locked(seg.lock_fd, offset + int(c)))
     ]
-    return np.array(dead, np.int64)
+    return np.array(dead, np.int64), started[dead]
 
 
 def reap_dead(seg: Segment, local: npt.NDArray[np.int64], *, me: int = -1) -> int:
@@ -168,16 +169,17 @@ def reap_dead(seg: Segment, local: npt.NDArray[np.int64], *, me: int = -1) -> in
 
     Every step can be done again, by anyone, should this process die in it.
     """
-    dead = find_dead(seg, me)
+    dead, dead_started = find_dead(seg, me)
     if not len(dead):
         return 0
     bits = np.zeros(lay.PIN_WORDS, np.int64)
-    n = int(mark_dead(seg.table, local, dead, bits))
+    started = np.zeros(lay.MAX_CLIENTS, np.int64)
+    n = int(mark_dead(seg.table, local, dead, dead_started, bits, started))
     if n <= 0:
         return n
     row = 0
     while row < seg.geometry.n_rows:
-        row = int(reap_rows(seg.table, local, bits, row))
+        row = int(reap_rows(seg.table, local, bits, started, row))
         if row < 0:
             return row
-    return int(free_clients(seg.table, local, bits))
+    return int(free_clients(seg.table, local, bits, started))

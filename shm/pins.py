@@ -19,16 +19,18 @@ from kvplug.shm.layout import (
     GEN_SHIFT,
     H_N_ROWS,
     H_O_CLIENT,
+    H_ROWS_PER_SLAB,
     H_TICK,
     R_PIN,
     R_SIZE,
     R_TICK,
     R_WORD,
+    S_ROW_STEP,
     SEALED,
     SIZE_MASK,
     STATE_MASK,
 )
-from kvplug.shm.lists import row_at, slot_offset
+from kvplug.shm.lists import row_at, slab_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_PIN_BUDGET, L_TOUCH
 from kvplug.shm.lock import enter, leave
 from kvplug.shm.write import BUDGET, MISSING, OK, TOUCH_NONE, tick_of
@@ -75,7 +77,8 @@ def pin(
                     break
                 continue
             if counts[row] == 0:
-                if T[mine] >= L[L_PIN_BUDGET]:
+                step = T[slab_at(T, row // T[H_ROWS_PER_SLAB]) + S_ROW_STEP]
+                if T[mine] > 0 and (T[mine] + 1) * step > L[L_PIN_BUDGET]:
                     codes[i] = BUDGET
                     if leading < 0:
                         leading = i

@@ -29,10 +29,11 @@ from kvplug.shm.events import EventReader
 from kvplug.shm.integrity import findings
 from kvplug.shm.layout import Geometry
 from kvplug.shm.liveness import alive_clients
-from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_DOWN, L_HOLDS, L_SESSION
+from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SESSION
 from kvplug.shm.maintenance import Maintenance, reserve_next_slab
 from kvplug.shm.policies import by_number
 from kvplug.shm.scan import expired_rows
+from kvplug.shm.slabs import drain_step
 from kvplug.shm.victims import VictimFinder
 
 I64 = npt.NDArray[np.int64]
@@ -138,7 +139,7 @@ class Pool:
             self._mutex.release()
 
     def _drain(self) -> None:
-        while self._pending and self.L[L_DOWN] == 0:
+        while self._pending:
             if self._pending[0]() < 0:
                 return
             self._pending.popleft()
@@ -389,6 +390,11 @@ class Pool:
                 pass
             self.reap()
             self.release_expired()
+            if int(self.T[lay.H_DRAINING]):  # its drainer may have died between two sections
+                drain_step(self.T, self.L, 0, -1)
+            if not self.segment.still_named() and not int(self.T[lay.H_RETIRED]):
+                self.T[lay.H_RETIRED] = 1
+                self.warn_once("name", f"{self.segment.path} was removed: nothing is stored any more until a restart")
 
     def release_expired(self) -> int:
         """Free slots whose quarantine has run out. Their number."""

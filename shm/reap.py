@@ -96,15 +96,19 @@ def _publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int
     return session
 
 
-@entry("i(I, I, I, I)")
-def mark_dead(T: Any, L: Any, dead: Any, bits: Any) -> int:
-    """Note which clients died; fill ``bits`` with the rows of sessions that have nobody left. Their number, or a lock code."""
+@entry("i(I, I, I, I, I, I)")
+def mark_dead(T: Any, L: Any, dead: Any, dead_started: Any, bits: Any, started: Any) -> int:
+    """Note which clients died; fill ``bits`` with the rows of sessions that have nobody left. Their number, or a lock code.
+
+    A row says when its client started, and that is compared in every step: by the time of a step another process may have
+    done the work and a new client, with pins of its own, may have the row. ``dead_started`` was read before the probe.
+    """
     lock = enter(T, L)
     if lock < 0:
         return lock
     for i in range(dead.shape[0]):
         at = client_at(T, dead[i])
-        if T[at + C_STATE] == CLIENT_LIVE:
+        if T[at + C_STATE] == CLIENT_LIVE and T[at + C_STARTED_NS] == dead_started[i]:
             T[at + C_STATE] = CLIENT_DEAD
     n = 0
     for w in range(PIN_WORDS):
@@ -119,9 +123,19 @@ def mark_dead(T: Any, L: Any, dead: Any, bits: Any) -> int:
                 alive = True
         if not alive:
             bits[c >> 6] |= 1 << (c & 63) if (c & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
+            started[c] = T[client_at(T, c) + C_STARTED_NS]
             n += 1
     leave(T, L)
     return n
+
+
+@kernel
+def still_theirs(T: Any, bits: Any, started: Any) -> None:
+    """Take those rows out of ``bits`` that somebody else has reaped meanwhile."""
+    for c in range(T[H_MAX_CLIENTS]):
+        at = client_at(T, c)
+        if has_bit(bits, c) and (T[at + C_STATE] != CLIENT_DEAD or T[at + C_STARTED_NS] != started[c]):
+            bits[c >> 6] &= ~(1 << (c & 63) if (c & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1)
 
 
 @kernel
@@ -130,12 +144,13 @@ def has_bit(bits: Any, c: int) -> bool:
     return (bits[c >> 6] >> (c & 63)) & 1 != 0
 
 
-@entry("i(I, I, I, i)")
-def reap_rows(T: Any, L: Any, bits: Any, begin: int) -> int:
+@entry("i(I, I, I, I, i)")
+def reap_rows(T: Any, L: Any, bits: Any, started: Any, begin: int) -> int:
     """Clear the pins and quarantine the unfinished slots of the clients in ``bits``, from row ``begin``; next row or a lock code."""
     lock = enter(T, L)
     if lock < 0:
         return lock
+    still_theirs(T, bits, started)
     dirty(T, L)
     end = min(begin + REAP_ROWS_A_SECTION, T[H_N_ROWS])
     until = grace_end(T)
@@ -166,16 +181,17 @@ def reap_rows(T: Any, L: Any, bits: Any, begin: int) -> int:
     return end
 
 
-@entry("i(I, I, I)")
-def free_clients(T: Any, L: Any, bits: Any) -> int:
+@entry("i(I, I, I, I)")
+def free_clients(T: Any, L: Any, bits: Any, started: Any) -> int:
     """Let the rows of reaped clients be used again. Number freed, or a lock code."""
     lock = enter(T, L)
     if lock < 0:
         return lock
+    still_theirs(T, bits, started)
     n = 0
     for c in range(T[H_MAX_CLIENTS]):
         at = client_at(T, c)
-        if has_bit(bits, c) and T[at + C_STATE] == CLIENT_DEAD:
+        if has_bit(bits, c):
             T[at + C_PINS] = 0
             T[at + C_RESERVED] = 0
             T[at + C_SESSION] = 0

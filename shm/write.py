@@ -43,6 +43,7 @@ from kvplug.shm.layout import (
     H_C_SEALED,
     H_GRACE_NS,
     H_MAX_CLIENTS,
+    H_MIN_BLOCK,
     H_N_ROWS,
     H_O_CLIENT,
     H_O_PART,
@@ -184,7 +185,7 @@ def reserve(
                 codes[i] = IN_PROGRESS
             i += 1
             continue
-        if T[me + C_RESERVED] >= L[L_RESERVE_BUDGET]:
+        if T[me + C_RESERVED] > 0 and (T[me + C_RESERVED] + 1) * stride > L[L_RESERVE_BUDGET] * T[H_MIN_BLOCK]:
             codes[i] = BUDGET
             i += 1
             continue
