@@ -91,15 +91,26 @@ def stat(pool: PoolName = "", as_json: Json = False) -> None:
     if as_json:
         output.emit_json(figures)
         return
+    parts = {name: value for name, value in figures.items() if isinstance(value, tuple | list)}
     table = output.table("figure", "value", "", right=("value",))
     for name, value in figures.items():
-        meaning = format_size(value) if name.endswith("_bytes") and isinstance(value, int) else ""
-        table.add_row(
-            Text(name),
-            Text(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)),
-            meaning,
-        )
+        if name not in parts:
+            meaning = format_size(value) if name.endswith("_bytes") and isinstance(value, int) else ""
+            table.add_row(Text(name), Text(_number(value)), meaning)
     output.show(table)
+    for name, entries in parts.items():
+        if entries:
+            columns = list(entries[0])
+            listed = output.table(*columns, right=tuple(columns))
+            for entry in entries:
+                listed.add_row(*(_number(value) for value in entry.values()))
+            output.say(f"\n{name}")
+            output.show(listed)
+    output.say("\nclients and sessions count this command too")
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def rm(
