@@ -183,6 +183,13 @@ class Driver:
         self.engine.abort_request(names)
         return states
 
+    def abort_mid_load(self, requests: list[dict[str, Any]], delay_s: float) -> list[str]:
+        """Adds requests, steps once so that their loads are issued, waits *delay_s*, aborts; their states before."""
+        names = self.add(requests)
+        self.engine.step()
+        time.sleep(delay_s)
+        return list(self.abort(names).values())
+
     # -- the cache ----------------------------------------------------------------------------------------------
 
     def reset(self, external: bool = False) -> bool:

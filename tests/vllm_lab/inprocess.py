@@ -112,9 +112,7 @@ class InProcess(LabProcess):
         return status
 
     def close(self) -> None:
-        if self.process.poll() is None and self._info is not None:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self.exit()
+        """Ends it at once; an orderly :meth:`exit` takes seconds, and nothing of the engine's is worth keeping."""
         super().close()
         self._replies.close()
         if self.process.stdin:
