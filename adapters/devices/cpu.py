@@ -17,6 +17,14 @@ from kvplug.shm.copy import gather_runs, scatter_runs
 class CpuCopy(DeviceCopy):
     """Copies with the compiled kernels of ``kvplug.shm.copy``; store hashes while the bytes are in cache."""
 
+    def __init__(self) -> None:
+        none, no_runs = (
+            np.empty(0, dtype=np.int64),
+            ByteRuns.of([]),
+        )  # compiled or fetched now, not at the first request
+        self.store(no_runs, none, none, None)
+        self.load(no_runs, none, none, None)
+
     def mark(self) -> Any:
         """Nothing: see the module's first lines."""
         return None

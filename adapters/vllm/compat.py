@@ -38,8 +38,8 @@ _HARMLESS_RPCS = frozenset({
     "execute_model", "get_cache_block_size_bytes", "get_kv_cache_spec", "get_kv_connector_handshake_metadata",
     "get_model_inspection", "get_supported_tasks", "init_weight_transfer_engine", "list_loras", "pin_lora", "profile",
     "remove_lora", "reset_encoder_cache", "reset_mm_cache", "sample_tokens", "save_sharded_state",
-    "save_tensorized_model", "shutdown_weight_transfer_engine", "start_profile", "stop_profile", "supports_draft_weight_updates",
-    "synchronize_device", "take_draft_token_ids", "update_max_model_len",
+    "save_tensorized_model", "shutdown_weight_transfer_engine", "start_profile", "stop_profile",
+    "supports_draft_weight_updates", "synchronize_device", "take_draft_token_ids", "update_max_model_len",
 })  # fmt: skip
 """Worker calls that leave the weights alone."""
 _CHANGING_RPCS = frozenset({
@@ -297,7 +297,7 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
 
 
 def extra_key_count(request: Request, end: int) -> int:
-    """How many extra keys the engine itself sees in tokens 0..end; a number that kvplug did not expect: a kind unknown."""
+    """How many extra keys the engine itself sees in tokens 0..end; one more than expected is one that is not known."""
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
     keys, _ = generate_block_hash_extra_keys(request, 0, end, 0)

@@ -53,6 +53,11 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._start: boot.SchedulerStart | None = None
         self._pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
+            if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+                logger.warning(
+                    "kvplug: a load that fails is computed again; kv_load_failure_policy is set to recompute"
+                )
+                vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
             self._start = self._shielded("start", boot.SchedulerStart, None, vllm_config)
             self._shielded("start", compat.on_weights_rpc, None, self._on_rpc)
         else:

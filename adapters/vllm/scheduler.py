@@ -13,7 +13,7 @@ from kvplug.adapters.vllm import compat, namespace
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
 from kvplug.adapters.vllm.requests import LoraIdentities, Record, open_chain
-from kvplug.adapters.vllm.state import EngineState
+from kvplug.adapters.vllm.state import EngineState, part_sizes
 from kvplug.adapters.vllm.stores import Stores
 from kvplug.config import Config
 from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
@@ -68,6 +68,8 @@ class SchedulerSide:
         store = KvStore.join(token, config=config)
         try:
             placed = namespace.place_parts(plan, store.part_offsets)
+            for sizes in map(part_sizes, placed):  # refuses what no slot can hold
+                store.pool.geometry.stride(sum(sizes), len(sizes))
             self.state = EngineState(store, config, rules, placed, len(layouts))
         except BaseException:
             store.close()

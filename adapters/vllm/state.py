@@ -59,7 +59,7 @@ class EngineState:
         self.rules = rules
         self.plan = plan
         self.world = world
-        self.part_nbytes = [_part_sizes(parts) for parts in plan]
+        self.part_nbytes = [part_sizes(parts) for parts in plan]
         self.span = common_span(rules)
         self.step_tokens = step_for_spans(rule.span for rule in rules)
         self.counts: Counter[str] = Counter()
@@ -129,7 +129,7 @@ class EngineState:
         return pending.job
 
 
-def _part_sizes(parts: dict[Any, Any]) -> list[int]:
+def part_sizes(parts: dict[Any, Any]) -> list[int]:
     """Bytes of each part of a slot, in the order of their indices."""
     sizes = {part.index: part.nbytes for part in parts.values()}
     return [sizes[index] for index in range(len(sizes))]

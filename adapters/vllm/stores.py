@@ -123,7 +123,7 @@ class Stores:
         self._let_go(pending)
 
     def poll(self) -> None:
-        """Lets go of blocks whose slots are sealed; the workers' word may be long in coming, since an idle engine has no steps."""
+        """Lets go of blocks whose slots are sealed. An idle engine has no steps in which the workers could say so."""
         store = self._state.store
         for pending in self._holding():
             if not any(store.still_writing(group.slots, group.gens).any() for group in pending.job.groups):
