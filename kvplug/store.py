@@ -49,6 +49,11 @@ def _words(keys: Keys) -> I64:
     return words if words.flags.aligned else words.copy()
 
 
+def _ints(values: Any) -> I64:
+    """int64, contiguous, aligned and writable, as compiled calls want it: copied only if it is not."""
+    return np.require(values, np.int64, ["C", "A", "W"])
+
+
 def options_of(config: Config) -> PoolOptions:
     """The part of the configuration that the pool needs."""
     return PoolOptions(
@@ -236,7 +241,7 @@ class KvStore:
 
     def unpin(self, slots: I64, gens: I64 | None = None) -> None:
         """Release one pin of each slot (negative entries are passed over). Never blocks: queued if the lock is busy."""
-        self._pool.unpin(np.ascontiguousarray(slots, np.int64))
+        self._pool.unpin(_ints(slots))
 
     def reserve_batch(self, keys: Keys, part_nbytes: Sequence[int] | I64) -> SlotBatch:
         """A slot with ``len(part_nbytes)`` parts for each key that is not there yet."""
@@ -250,26 +255,26 @@ class KvStore:
     def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
         """Part ``part`` is written: record its XXH3 (uint64[N] or its bits); the last part seals. OK, PENDING, STALE, TIMEOUT (queued)."""
         return self._pool.complete(
-            np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64), part, checksums
+            _ints(slots), _ints(gens), part, checksums
         )
 
     def abort_batch(self, slots: I64, gens: I64, writers_done: bool) -> I8:
         """Give up reservations; without ``writers_done`` the slots stay quarantined until :meth:`acknowledge`."""
         return self._pool.abort(
-            np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64), writers_done=writers_done
+            _ints(slots), _ints(gens), writers_done=writers_done
         )
 
     def acknowledge(self, slots: I64, gens: I64) -> I8:
         """Every possible writer of these given-up slots is done."""
-        return self._pool.acknowledge(np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64))
+        return self._pool.acknowledge(_ints(slots), _ints(gens))
 
     def still_writing(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether these reservations still stand. No lock."""
-        return self._pool.still_writing(np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64))
+        return self._pool.still_writing(_ints(slots), _ints(gens))
 
     def verify_parts(self, slots: I64, gens: I64, part: int) -> I8:
         """Compare a part of pinned blocks with its checksum: OK, CORRUPT, STALE."""
-        return self._pool.verify_part(np.ascontiguousarray(slots, np.int64), np.ascontiguousarray(gens, np.int64), part)
+        return self._pool.verify_part(_ints(slots), _ints(gens), part)
 
     # ---- scatter and gather, under the names that connectors know ------------------------------------------------------
 

@@ -26,6 +26,7 @@ from kvplug.shm.layout import (
     STATE_MASK,
 )
 from kvplug.shm.local import L_BASE
+from kvplug.shm.xxh3 import wrap_add, wrap_mul
 
 MISS_RETRIES = 3
 
@@ -33,10 +34,12 @@ MISS_RETRIES = 3
 @kernel
 def key_hash(k0: int, k1: int, k2: int, k3: int) -> int:
     """Mix a key's four words into 63 bits. Keys are digests, but a caller may bring any 32 bytes."""
-    h = k0 * -7046029254386353131 + k1 * -4417276706812531889
-    h = (h ^ ((h >> 32) & 0xFFFFFFFF)) + k2 * -5435081209227447693 + k3 * 1609587929392839161
-    h = (h ^ ((h >> 29) & 0x7FFFFFFFF)) * -4658895280553007687
-    h = (h ^ ((h >> 32) & 0xFFFFFFFF)) * -7723592293110705685
+    # Multiplied and added modulo 2**64 on purpose: numba's own signed operators promise LLVM that nothing overflows.
+    h = wrap_add(wrap_mul(k0, -7046029254386353131), wrap_mul(k1, -4417276706812531889))
+    h = wrap_add(h ^ ((h >> 32) & 0xFFFFFFFF), wrap_mul(k2, -5435081209227447693))
+    h = wrap_add(h, wrap_mul(k3, 1609587929392839161))
+    h = wrap_mul(h ^ ((h >> 29) & 0x7FFFFFFFF), -4658895280553007687)
+    h = wrap_mul(h ^ ((h >> 32) & 0xFFFFFFFF), -7723592293110705685)
     return (h ^ ((h >> 29) & 0x7FFFFFFFF)) & 0x7FFFFFFFFFFFFFFF
 
 

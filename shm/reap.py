@@ -160,9 +160,8 @@ def reap_rows(T: Any, L: Any, bits: Any, started: Any, begin: int) -> int:
             gone = T[r + R_PIN + w] & bits[w]
             if gone != 0:
                 T[r + R_PIN + w] &= ~gone
-                while gone != 0:
-                    gone &= gone - 1
-                    T[H_C_REAPED_PINS] += 1
+                for c in range(64):
+                    T[H_C_REAPED_PINS] += (gone >> c) & 1
         if T[r + R_WORD] & STATE_MASK == WRITING:
             for c in range(T[H_MAX_CLIENTS]):
                 if has_bit(bits, c) and T[client_at(T, c) + C_SESSION] == T[r + R_SESSION]:
