@@ -116,7 +116,7 @@ def _number(value: object) -> str:
 def rm(
     pool: PoolName = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Also when processes are attached: they go on with misses.")
+        bool, typer.Option("--force", help="Also while processes are attached: they store nothing more.")
     ] = False,
 ) -> None:
     """Remove a pool and give its memory back. Refuses while a process is attached, unless forced."""

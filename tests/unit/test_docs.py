@@ -265,6 +265,15 @@ def test_a_wheel_has_every_source_and_nothing_else(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(tmp_path / "installed" / "kvplug" / "shm" / "__init__.py")
 
 
+def test_a_python_started_in_a_checkout_that_is_not_installed_finds_all_of_it() -> None:
+    """-S leaves out site-packages, and with them the mapping that an editable installation makes."""
+    code = "import sys; sys.path.insert(0, ''); import kvplug.rdma, kvplug.errors; print(kvplug.rdma.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == str(ROOT / "rdma" / "__init__.py")
+
+
 @pytest.mark.parametrize("where", ["the checkout", "elsewhere"])
 def test_the_checkout_is_importable_from(where: str, tmp_path: Path) -> None:
     """kvplug.shm is found though kvplug/ on disk has no shm, also when the checkout itself is first on sys.path."""
