@@ -28,7 +28,8 @@ __all__ = ["FileStamp", "HashCache", "hash_file", "stamp_of"]
 FileStamp: TypeAlias = tuple[int, int, int, int, int]
 """(device, inode, size in bytes, mtime ns, ctime ns): if equal, the content is taken to be unchanged."""
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 16 << 20
+"""Large, since the GIL is taken between chunks: beside a busy Python thread each may wait 5 ms for it."""
 _CACHE_MAX_BYTES = 4 << 20
 _CACHE_MAX_FILES = 8192
 _CACHE_FORMAT = 1
@@ -146,7 +147,7 @@ def hash_file(
 ) -> tuple[bytes, FileStamp]:
     """blake3 (32 bytes) of a regular file's content, and the stamp of the file that has it.
 
-    `cache`: looked up first and filled afterwards. `stop`: set it to give up within one chunk (4 MiB).
+    `cache`: looked up first and filled afterwards. `stop`: set it to give up within one chunk (16 MiB).
     `threads`: for hashing; by default half of the cores, at most 4, since an engine is starting beside it.
 
     Raises NamespaceError if the path is no readable regular file, if the file changed while it was read, or if stopped.
@@ -166,8 +167,8 @@ def hash_file(
         if known is not None:
             return known, stamp
         age_ns = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
-        digest, nbytes = _digest(fd, threads, stop)
-        if nbytes != status.st_size or stamp_of(os.fstat(fd)) != stamp or stamp_of(os.stat(path)) != stamp:
+        digest, nbytes = _digest(fd, status.st_size, threads, stop)
+        if nbytes != status.st_size or stamp_of(os.stat(path)) != stamp:  # also if another file is there now
             raise NamespaceError(f"{path}: changed while it was read")
     except OSError as error:
         raise NamespaceError(f"{path}: {error.strerror}") from error
@@ -178,9 +179,9 @@ def hash_file(
     return digest, stamp
 
 
-def _digest(fd: int, threads: int | None, stop: threading.Event | None) -> tuple[bytes, int]:
+def _digest(fd: int, size_bytes: int, threads: int | None, stop: threading.Event | None) -> tuple[bytes, int]:
     hasher = blake3(max_threads=threads or min(4, max(1, (os.cpu_count() or 1) // 2)))
-    buffer = bytearray(_CHUNK_BYTES)
+    buffer = bytearray(min(_CHUNK_BYTES, size_bytes + 1))
     view = memoryview(buffer)
     total = 0
     while n := os.readv(fd, [buffer]):

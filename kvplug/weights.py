@@ -239,7 +239,8 @@ class _Probe:
     def __init__(self, identify: Callable[[threading.Event], WeightsIdentity], name: str) -> None:
         self._stop = threading.Event()
         self._done = threading.Event()
-        self._outcome: WeightsIdentity | NamespaceError | None = None
+        # What result() says if the thread ends by an error of ours, which threading.excepthook reports.
+        self._outcome: WeightsIdentity | NamespaceError = NamespaceError(f"{name}: ended by an unexpected error")
         self._identify = identify
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -249,9 +250,6 @@ class _Probe:
             self._outcome = self._identify(self._stop)
         except NamespaceError as error:
             self._outcome = error
-        except Exception as error:  # noqa: BLE001 - the thread's only way to say it; result() raises it
-            self._outcome = NamespaceError(f"identifying failed: {type(error).__name__}: {error}")
-            self._outcome.__cause__ = error
         finally:
             self._done.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from kvplug.extras import encode_extras
 from kvplug.keys import KEY_BYTES, KeyChain, as_key_array, block_keys, fold, root, step_for_spans
 
 ROOT = root(b"a namespace")
-TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=200)
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=8) | st.builds(
+    lambda n, seed: random.Random(seed).choices(range(2**32), k=n), st.integers(0, 200), st.integers(0, 2**16)
+)
+"""Few tokens of every kind, or many."""
 
 
 def plain_chain(start: bytes, tokens: list[int], extras: dict[int, bytes] | None = None, step: int = 16) -> bytes:

@@ -16,7 +16,7 @@ from blake3 import blake3
 from kvplug.errors import NamespaceError
 from kvplug.filehash import HashCache, hash_file, stamp_of
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 16 << 20
 WRONG = b"\xee" * 32
 
 
@@ -37,7 +37,7 @@ def truth(path: Path) -> bytes:
     return blake3(path.read_bytes()).digest()
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 77])
+@pytest.mark.parametrize("nbytes", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 77])
 @pytest.mark.parametrize("threads", [None, 1, 2])
 def test_the_hash_is_blake3_of_the_content(tmp_path: Path, nbytes: int, threads: int | None) -> None:
     path = tmp_path / "file"
@@ -109,7 +109,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_not_remembered(
     cache: HashCache, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     path = tmp_path / "large"
-    path.write_bytes(os.urandom(3 * CHUNK_BYTES))
+    path.write_bytes(os.urandom(2 * CHUNK_BYTES))
     stamp = stamp_of(path.stat())
     time.sleep(0.02)  # past the tick of the file system's clock
 
