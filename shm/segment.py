@@ -146,7 +146,7 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
     """Make the segment and link its name. The caller holds the name lock and knows that the name is free."""
     check_space(geometry.segment_bytes)
     for name in os.listdir(hostmem.DEV_SHM):  # what a creator that was killed left behind
-        if name.startswith(f"kvplug.{pool}.new.") and _ours(os.path.join(hostmem.DEV_SHM, name)):
+        if re.fullmatch(rf"kvplug\.{re.escape(pool)}\.new\.\d+\.[0-9a-f]{{8}}", name) and _ours(os.path.join(hostmem.DEV_SHM, name)):
             os.unlink(os.path.join(hostmem.DEV_SHM, name))
     name = f"kvplug.{pool}.new.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     temporary = os.path.join(hostmem.DEV_SHM, name)
@@ -327,6 +327,8 @@ def remove_pool(name: str, *, force: bool = False) -> None:
 
     Raises PoolNotFoundError, PoolError while processes are attached (unless ``force``), PoolOwnerError.
     """
+    if not any(info.name == name for info in list_pools()):
+        raise PoolNotFoundError(f"there is no pool {name!r}")
     with name_lock(name):
         infos = [info for info in list_pools() if info.name == name]
         if not infos:
