@@ -359,7 +359,11 @@ def before_cache_reset(manager: Any, react: Callable[[], None]) -> None:
 # -- weights -----------------------------------------------------------------------------------------------------
 
 
-def on_weights_rpc(react: Callable[[str], None]) -> None:
+WeightsReaction = Callable[[str, "int | None"], None]
+"""Called with what changes the weights ("" when that has ended) and the number of changes that workers saw, if known."""
+
+
+def on_weights_rpc(react: WeightsReaction) -> None:
     """In the scheduler's process: calls ``react`` when a call to the workers changes weights.
 
     Calls that are known by name are judged by it. Around any other, a function or a method of the user's own, the
@@ -381,7 +385,7 @@ def on_weights_rpc(react: Callable[[str], None]) -> None:
             try:
                 return original(self, method, *args, **kwargs)
             finally:
-                _react("")
+                _react("", _seen_by_workers(self))
         before = _fingerprints(self)
         try:
             return original(self, method, *args, **kwargs)
@@ -427,12 +431,26 @@ def weights_fingerprint(worker: Any) -> bytes:
 
 
 _SAMPLED_ELEMENTS = 256
-_reactions: list[Callable[[str], None]] = []
+_reactions: list[WeightsReaction] = []
 
 
-def _react(why: str) -> None:
+def _react(why: str, seen: int | None = None) -> None:
     for react in _reactions:
-        react(why)
+        react(why, seen)
+
+
+def _seen_by_workers(core: Any) -> int | None:
+    try:
+        return max(core.model_executor.collective_rpc(weight_changes_seen))
+    except Exception:  # noqa: BLE001 - they will say so themselves with the next step
+        return None
+
+
+def weight_changes_seen(_worker: Any) -> int:
+    """In a worker: how many changes of weights its connector has seen."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return int(get_kv_transfer_group().weight_changes_seen())
 
 
 def on_worker_weights(react: Callable[[str], None]) -> None:
@@ -472,7 +490,7 @@ def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 _worker_reactions: list[Callable[[str], None]] = []
 
 
-def forget_reactions(*owned: Callable[[str], None]) -> None:
+def forget_reactions(scheduler: WeightsReaction, worker: Callable[[str], None]) -> None:
     """Drops reactions of a connector that was shut down."""
-    for reactions in (_reactions, _worker_reactions):
-        reactions[:] = [react for react in reactions if react not in owned]
+    _reactions[:] = [react for react in _reactions if react != scheduler]
+    _worker_reactions[:] = [react for react in _worker_reactions if react != worker]

@@ -175,9 +175,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._shielded("a cache reset", self._scheduler.before_reset, None)
 
-    def _on_rpc(self, why: str) -> None:
+    def _on_rpc(self, why: str, seen: int | None) -> None:
         if self._scheduler is not None:
-            self._shielded("a change of weights", self._scheduler.weights_changed, None, why)
+            self._shielded("a change of weights", self._scheduler.weights_changed, None, why, seen)
 
     # -- the worker's process ------------------------------------------------------------------------------------------
 
@@ -260,6 +260,10 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What the scheduler's side has to know."""
         return self._shielded("a report", self._worker.take_report, None) if self._worker is not None else None
+
+    def weight_changes_seen(self) -> int:
+        """How many changes of weights there were in this worker; asked by :mod:`kvplug.adapters.vllm.compat`."""
+        return self._worker.changes_seen if self._worker is not None else 0
 
     def _on_worker_weights(self, why: str) -> None:
         if self._worker is not None:

@@ -125,12 +125,14 @@ class SchedulerSide:
             identity = probe.result()
         return None if identity is None else identity.digest
 
-    def weights_changed(self, why: str) -> None:
-        """Weights were changed in the living engine, or may have been."""
+    def weights_changed(self, why: str, seen: int | None = None) -> None:
+        """Weights were changed in the living engine, or may have been; ``seen`` by the workers so often in all."""
         self.state.weights_changed()
+        self.state.worker_changes = max(self.state.worker_changes, seen or 0)
         for record in self.state.records.values():
             self.loads.give_back(record)
         if why:
+            self.state.counts["weight_changes"] += 1
             self._say(f"kvplug: weights changed ({why}); nothing is cached until the engine's prefix cache is reset")
 
     # -- requests ----------------------------------------------------------------------------------------------------

@@ -88,7 +88,6 @@ class EngineState:
         self.epoch += 1
         self.root = None
         self._stale_cache = compat.cache_identity(self.block_pool) if self.block_pool is not None else object()
-        self.counts["weight_changes"] += 1
 
     def rotate(self) -> None:
         """This engine's blocks so far are hidden from it; they stay there for others."""

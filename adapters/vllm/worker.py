@@ -112,6 +112,11 @@ class WorkerSide:
             report.changed = self._changed_told = self._changed
         return report
 
+    @property
+    def changes_seen(self) -> int:
+        """How often weights were about to change or had just changed."""
+        return self._changed
+
     def weights_change(self, why: str) -> None:
         """Weights, or the cache's memory, are about to change or have just changed; copies under way are ended."""
         with self._lock:

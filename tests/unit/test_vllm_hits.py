@@ -14,7 +14,7 @@ FULL = GroupRule("full", 16)
 
 
 def by_definition(rules: list[GroupRule], present: list[np.ndarray], local: int, limit: int) -> int:
-    """Every length from the longest down; every token that the next token attends to must be in a block that is there."""
+    """Every length from the longest down: each token that the next one attends to must be in a block that is there."""
     for hit in range(limit, local, -1):
         if any(hit % rule.span for rule in rules):
             continue
@@ -35,7 +35,7 @@ def by_definition(rules: list[GroupRule], present: list[np.ndarray], local: int,
 
 
 def test_longest_hit_is_what_the_definition_says() -> None:
-    """4000 random pools: spans that differ, windows that do and do not end on block edges, gaps, tokens already there."""
+    """4000 random pools: spans that differ, windows off and on block edges, gaps, tokens that are there already."""
     seed = random.SystemRandom().randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -80,7 +80,7 @@ def test_a_chunked_group_needs_its_own_chunk_only() -> None:
 
 
 def test_a_token_is_left_to_compute() -> None:
-    """A prompt that ends on a block's edge keeps its last block to itself: the engine needs something to sample from."""
+    """A prompt that ends on a block's edge keeps its last block to itself: something must be left to sample from."""
     assert most_tokens(128, 128) == 0
     assert most_tokens(129, 128) == 128
     assert most_tokens(1, 16) == 0
