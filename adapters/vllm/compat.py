@@ -360,7 +360,7 @@ def before_cache_reset(manager: Any, react: Callable[[], None]) -> None:
 
 
 WeightsReaction = Callable[[str, "int | None"], None]
-"""Called with what changes the weights ("" when that has ended) and the number of changes that workers saw, if known."""
+"""Called with what changes the weights ("" at its end), and how many changes workers have seen, if that is known."""
 
 
 def on_weights_rpc(react: WeightsReaction) -> None:

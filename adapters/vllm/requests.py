@@ -162,11 +162,10 @@ class LoraIdentities:
     def __call__(self, lora: Any) -> bytes | None:
         """32 bytes, or None: not known (yet)."""
         name, number, path = str(lora.lora_name), int(lora.lora_int_id), str(lora.lora_path)
-        if (
-            self._bound.setdefault(name, (number, path)) != (number, path)
-            or self._names.setdefault(number, name) != name
-        ):
-            self._tainted |= {name, self._names[number]}
+        bound = self._bound.setdefault(name, (number, path))
+        named = self._names.setdefault(number, name)
+        if bound != (number, path) or named != name:
+            self._tainted |= {name, named}
         if getattr(lora, "load_inplace", False):
             self._tainted.add(name)
         if name in self._tainted:

@@ -16,7 +16,7 @@ from kvplug.adapters.vllm.requests import LoraIdentities, Record, open_chain
 from kvplug.adapters.vllm.state import EngineState, part_sizes
 from kvplug.adapters.vllm.stores import Stores
 from kvplug.config import Config
-from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
+from kvplug.errors import KeyFormatError, KvplugError, NamespaceError, UnsupportedEngineError
 from kvplug.keys import block_keys
 from kvplug.namespace import Namespace
 from kvplug.sizes import format_size
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_WAIT_S = 1.0
 """How long the start of an engine waits for the identity of its weights; small models are known by then."""
+MAX_REASONS_SAID = 20
 NEVER = 1 << 62
 """Tokens: a request that is not cached has no next block to store."""
 
@@ -142,7 +143,11 @@ class SchedulerSide:
         record = self._record(request)
         if record.chain is None or record.load_failed or request.skip_reading_prefix_cache:
             return 0
-        return self.loads.lookup(record, local)
+        try:
+            return self.loads.lookup(record, local)
+        except KeyFormatError as error:
+            self._refuse(record, error)
+            return 0
 
     def _record(self, request: Request) -> Record:
         """The request's record; opened anew when the namespace was changed while the request had nothing computed."""
@@ -175,12 +180,17 @@ class SchedulerSide:
             )
             record.next_at = min(rule.span for rule in self.state.rules)
         except NamespaceError as error:
-            record.refused = True
-            record.next_at = NEVER
-            self.state.counts["requests_refused"] += 1
-            if str(error) not in self._refusals:
-                self._refusals.add(str(error))
-                self._say(f"kvplug: a request is not cached: {error}")
+            self._refuse(record, error)
+
+    def _refuse(self, record: Record, error: KvplugError) -> None:
+        """This request is not cached; each reason is said once."""
+        self.loads.give_back(record)
+        record.chain, record.refused, record.next_at = None, True, NEVER
+        self.state.counts["requests_refused"] += 1
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyFormatError) else str(error)
+        if reason not in self._refusals and len(self._refusals) < MAX_REASONS_SAID:
+            self._refusals.add(reason)
+            self._say(f"kvplug: a request is not cached: {reason}")
 
     def allocated(self, request: Request, blocks: tuple[Any, ...], num_tokens: int) -> None:
         """The engine has given the request its blocks, ``num_tokens`` of them to be loaded."""
@@ -219,6 +229,11 @@ class SchedulerSide:
                 continue
             computed = record.request.num_computed_tokens + count
             if computed >= record.next_at and self._storable(record):
+                try:
+                    record.step_keys(min(computed, len(record.tokens)))
+                except KeyFormatError as error:
+                    self._refuse(record, error)
+                    continue
                 due.append((record, computed))
         job = self.stores.plan(due) if due else None
         loads, self.loads.queued = tuple(self.loads.queued), []

@@ -1,0 +1,217 @@
+"""When the plugin switches kvplug on, and what it says when it does not. On vLLM's own configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.config import KVTransferConfig, VllmConfig  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+
+from kvplug.adapters.vllm import compat, namespace, plugin  # noqa: E402
+from kvplug.adapters.vllm.groups import GroupRule  # noqa: E402
+from kvplug.adapters.vllm.jobs import RankLayout  # noqa: E402
+from kvplug.adapters.vllm.layout import LayerPage  # noqa: E402
+from kvplug.config import Config  # noqa: E402
+from kvplug.errors import NamespaceError, UnsupportedEngineError  # noqa: E402
+from kvplug.namespace import Namespace, WeightsIdentity  # noqa: E402
+from tests.vllm_lab.models import GEMMA3, LLAMA, model_dir  # noqa: E402
+
+WEIGHTS = WeightsIdentity("files", b"w" * 32)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """register() as in an engine's process, undone at the end."""
+    monkeypatch.setattr(VllmConfig, "__post_init__", VllmConfig.__post_init__)
+    plugin._said.clear()
+    yield
+    plugin._said.clear()
+
+
+@pytest.fixture
+def wanted(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "kvplug")
+    plugin.register()
+    plugin.register()
+
+
+def make(path: Path | str | None = None, **more: Any) -> VllmConfig:
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, **more}
+    return EngineArgs(model=str(path or model_dir(LLAMA)), **settings).create_engine_config()
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "kvplug" in record.getMessage()]
+
+
+def test_naming_the_plugin_is_enough(wanted: None) -> None:
+    """A load that fails is computed again, which is not the engine's own default."""
+    transfer = make().kv_transfer_config
+    assert transfer is not None
+    assert transfer.kv_connector == "KvplugConnector"
+    assert transfer.kv_connector_module_path == "kvplug.adapters.vllm.connector"
+    assert transfer.kv_load_failure_policy == "recompute"
+    assert transfer.is_kv_producer
+    assert transfer.is_kv_consumer
+
+
+def test_being_installed_is_not_enough(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With VLLM_PLUGINS unset the engine loads every plugin that there is; nobody has asked for kvplug then."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    plugin.register()
+    assert make().kv_transfer_config is None
+
+
+def test_another_connector_is_left_alone_and_that_is_said(
+    wanted: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    other = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    config = make(kv_transfer_config=other)
+    assert config.kv_transfer_config.kv_connector == "ExampleConnector"
+    assert any("ExampleConnector" in line for line in said(caplog))
+
+
+def test_a_users_own_configuration_of_kvplug_is_kept(wanted: None) -> None:
+    mine = KVTransferConfig(kv_connector="KvplugConnector", kv_role="kv_both", engine_id="mine")
+    assert make(kv_transfer_config=mine).kv_transfer_config.engine_id == "mine"
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("0.29.3", False),
+        ("0.30.0", True),
+        ("0.32.1+cpu", True),
+        ("0.33.0", False),
+        ("0.33.0rc1", False),
+        ("1.0", False),
+    ],
+)
+def test_versions(version: str, fits: bool) -> None:
+    assert compat.version_supported(version) is fits
+
+
+def test_an_unknown_version_runs_on_without_kvplug_unless_told_otherwise(
+    registered: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setenv("VLLM_PLUGINS", "kvplug")
+    monkeypatch.setattr(vllm, "__version__", "0.40.0")
+    plugin.register()
+    assert make().kv_transfer_config is None
+    (line,) = set(said(caplog))
+    assert "0.40.0" in line
+    assert "KVPLUG_UNSUPPORTED_ENGINE_OK" in line
+    monkeypatch.setenv("KVPLUG_UNSUPPORTED_ENGINE_OK", "1")
+    plugin.register()
+    assert make().kv_transfer_config is not None
+
+
+def test_this_engine_is_as_kvplug_knows_it() -> None:
+    assert compat.problems() == []
+
+
+def test_a_changed_engine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One method with another signature is enough to stay away."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    monkeypatch.setattr(BlockPool, "touch", lambda self, block_ids: None)
+    assert any("BlockPool.touch" in line for line in compat.problems())
+
+
+def page(layer: str, nbytes: int, shape: str = "float32 (2, 128, 64) (8192, 64, 1)") -> LayerPage:
+    return LayerPage(layer, nbytes, shape)
+
+
+def layouts(**more: Any) -> dict[tuple[int, int], RankLayout]:
+    values = {"groups": ((page("0", 4096),),), "device": "cpu", "isa": "x86_64 AVX2", "backends": ("CPU_ATTN",), **more}
+    return {(0, 0): RankLayout((0, 0), "token", None, **values)}
+
+
+RULES = [GroupRule("full", 128)]
+
+
+def build(config: VllmConfig, rules: Any = RULES, ranks: Any = None, weights: WeightsIdentity = WEIGHTS) -> Namespace:
+    return namespace.build(config, rules, ranks or layouts(), "LBHNC", weights)
+
+
+def test_equal_engines_have_one_namespace_wherever_the_model_lies(tmp_path: Path) -> None:
+    """A path is not content."""
+    elsewhere = tmp_path / "another-name"
+    elsewhere.symlink_to(model_dir(LLAMA))
+    assert build(make()).digest() == build(make(elsewhere)).digest()
+
+
+def test_whatever_decides_bytes_changes_the_namespace() -> None:
+    base = make()
+    made = [
+        build(base),
+        build(base, weights=WeightsIdentity("files", b"v" * 32)),
+        build(base, rules=[GroupRule("full", 64)]),
+        build(base, rules=[GroupRule("sliding", 128, 64)]),
+        build(base, ranks=layouts(isa="x86_64 AVX512")),
+        build(base, ranks=layouts(backends=("OTHER",))),
+        build(base, ranks=layouts(groups=((page("0", 8192),),))),
+        build(base, ranks=layouts(groups=((page("0", 4096, "bfloat16"),),))),
+        build(make(hf_overrides={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})),
+        build(make(dtype="bfloat16")),
+        build(make(model_dir(GEMMA3))),
+    ]
+    digests = [one.digest() for one in made]
+    assert len(set(digests)) == len(digests)
+
+
+def test_scales_that_depend_on_history_are_refused() -> None:
+    config = make()
+    object.__setattr__(config.cache_config, "calculate_kv_scales", True)
+    with pytest.raises(NamespaceError, match="scales"):
+        build(config)
+
+
+def ranks(*parts: tuple[int, int, int]) -> dict[tuple[int, int], RankLayout]:
+    return {(pp, tp): RankLayout((pp, tp), "t", None, ((page(f"{pp}", n),) if n else (),)) for pp, tp, n in parts}
+
+
+def test_each_rank_has_its_own_part_of_a_slot() -> None:
+    plan = namespace.plan_parts(RULES, ranks((0, 0, 100), (0, 1, 100), (1, 0, 70), (1, 1, 70)))
+    assert [(p.index, p.nbytes, p.writer) for p in plan[0].values()] == [
+        (0, 100, True),
+        (1, 100, True),
+        (2, 70, True),
+        (3, 70, True),
+    ]
+
+
+def test_identical_kv_is_stored_once_per_stage_and_read_by_all() -> None:
+    plan = namespace.plan_parts([GroupRule("mla", 16)], ranks((0, 0, 100), (0, 1, 100), (1, 0, 70), (1, 1, 70)))
+    assert [(p.index, p.nbytes, p.writer) for p in plan[0].values()] == [
+        (0, 100, True),
+        (0, 100, False),
+        (1, 70, True),
+        (1, 70, False),
+    ]
+
+
+def test_a_stage_without_a_layer_of_the_group_has_no_part() -> None:
+    plan = namespace.plan_parts(RULES, ranks((0, 0, 100), (1, 0, 0)))
+    assert list(plan[0]) == [(0, 0)]
+
+
+def test_ranks_that_differ_are_refused() -> None:
+    with pytest.raises(UnsupportedEngineError, match="differently"):
+        namespace.plan_parts(RULES, ranks((0, 0, 100), (0, 1, 50)))
+
+
+def test_parts_lie_where_the_pool_says() -> None:
+    plan = namespace.plan_parts(RULES, ranks((0, 0, 100), (0, 1, 100)))
+    placed = namespace.place_parts(plan, lambda sizes: [0, 128])
+    assert [part.offset for part in placed[0].values()] == [0, 128]
+    assert Config().verify in ("never", "always")

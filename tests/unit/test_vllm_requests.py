@@ -1,0 +1,135 @@
+"""What a request's keys take in besides its tokens, and which requests are not cached at all. On vLLM's own Request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.request import Request
+
+from kvplug.adapters.vllm.requests import LoraIdentities, open_chain
+from kvplug.errors import NamespaceError
+
+ROOT = b"r" * 32
+TOKENS = list(range(64))
+
+
+def request(**more: Any) -> Request:
+    params = SamplingParams(max_tokens=4)
+    return Request("r", list(TOKENS), params, None, **more)
+
+
+def keys(made: Request, lora: Any = None, trust: bool = False) -> bytes:
+    chain = open_chain(made, ROOT, 16, lora_identity=lambda _: lora, trust_mm_ids=trust)
+    chain.extend(TOKENS)
+    return chain.step_keys.tobytes()
+
+
+def image(name: str, offset: int = 20, length: int = 20) -> dict[str, Any]:
+    position = PlaceholderRange(offset=offset, length=length)
+    feature = MultiModalFeatureSpec(data=None, modality="image", identifier=name, mm_position=position)
+    return {"mm_features": [feature]}
+
+
+LORA = LoRARequest("adapter", 1, "/adapters/a")
+FIRST, SECOND = "a" * 64, "b" * 64
+
+
+def test_everything_that_decides_bytes_is_in_the_keys() -> None:
+    """Salt, adapter, image and the image's place each give keys of their own."""
+    made = [
+        keys(request()),
+        keys(request(cache_salt="one")),
+        keys(request(cache_salt="two")),
+        keys(request(lora_request=LORA), lora=b"1" * 32),
+        keys(request(lora_request=LORA), lora=b"2" * 32),
+        keys(request(cache_salt="one", lora_request=LORA), lora=b"1" * 32),
+        keys(request(**image(FIRST))),
+        keys(request(**image(SECOND))),
+        keys(request(**image(FIRST, offset=21))),
+    ]
+    assert len(set(made)) == len(made)
+
+
+def test_a_salt_hides_every_step_and_an_image_only_those_from_its_own_on() -> None:
+    """Keys are chained: what is before the image is shared with the request without one."""
+    plain, salted, seen = keys(request()), keys(request(cache_salt="s")), keys(request(**image(FIRST)))
+    assert all(plain[i : i + 32] != salted[i : i + 32] for i in range(0, 128, 32))
+    assert plain[:32] == seen[:32]
+    assert plain[32:64] != seen[32:64]
+
+
+def test_equal_requests_have_equal_keys() -> None:
+    """Otherwise nothing would ever be found again."""
+    for more in ({}, {"cache_salt": "x"}, image(FIRST)):
+        assert keys(request(**more)) == keys(request(**more))
+
+
+@pytest.mark.parametrize("name", ["my-image", "7", "request-3-image-0", "A" * 64, "a" * 63])
+def test_an_identifier_that_is_not_a_content_hash_is_not_trusted(name: str) -> None:
+    """A counter that starts again after a restart would make another image hit."""
+    with pytest.raises(NamespaceError, match="multimodal"):
+        keys(request(**image(name)))
+    assert keys(request(**image(name)), trust=True)
+
+
+def test_an_adapter_that_is_not_identified_is_not_cached() -> None:
+    """Not by its name, and not as if there were none."""
+    with pytest.raises(NamespaceError, match="LoRA"):
+        keys(request(lora_request=LORA))
+
+
+def test_a_session_whose_tokens_may_be_replaced_is_not_cached() -> None:
+    """A streaming session trims what it has generated."""
+    with pytest.raises(NamespaceError, match="streaming"):
+        keys(request(resumable=True))
+
+
+def test_an_extra_key_of_the_engine_that_kvplug_does_not_know_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new kind of extra key in the engine means: not cached, until kvplug knows it."""
+    from vllm.v1.core import kv_cache_utils
+
+    known = kv_cache_utils.generate_block_hash_extra_keys
+
+    def one_more(*arguments: Any) -> Any:
+        extra, index = known(*arguments)
+        return (*(extra or ()), ("novelty", "x")), index
+
+    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", one_more)
+    with pytest.raises(NamespaceError, match="does not know"):
+        keys(request())
+
+
+def adapter(name: str, number: int, path: str, **more: Any) -> Any:
+    return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path, **more)
+
+
+def test_an_adapter_is_its_content() -> None:
+    """The same content under another name and path is the same adapter; other content is not."""
+    content = {"/a": b"x" * 32, "/b": b"x" * 32, "/c": b"y" * 32}
+    known = LoraIdentities(content.get)
+    assert known(adapter("a", 1, "/a")) == known(adapter("b", 2, "/b")) != known(adapter("c", 3, "/c"))
+
+
+def test_a_name_that_is_given_to_another_adapter_is_never_cached_again() -> None:
+    """The engine's own prefix cache, up to 0.30, tells adapters apart by name alone."""
+    known = LoraIdentities({"/a": b"x" * 32, "/b": b"y" * 32}.get)
+    assert known(adapter("a", 1, "/a"))
+    assert known(adapter("a", 2, "/b")) is None
+    assert known(adapter("a", 1, "/a")) is None
+
+
+def test_an_adapter_that_is_loaded_in_place_is_not_cached() -> None:
+    """What is in memory then is not told by the path."""
+    known = LoraIdentities({"/a": b"x" * 32}.get)
+    assert known(adapter("a", 1, "/a", load_inplace=True)) is None
+    assert known(adapter("a", 1, "/a")) is None
