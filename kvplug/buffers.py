@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.errors import BufferError
+from kvplug.shm.jit import warm_up
+from kvplug.shm.objects import C_CONTIGUOUS, HEAD_BYTES, READ_BYTES, WRITEABLE, array_addresses
 
 I64 = npt.NDArray[np.int64]
+_INT64 = np.dtype(np.int64)
+_nbytes = operator.attrgetter("nbytes")
+_is_cpu = operator.attrgetter("is_cpu")
 
 
 def addresses(buffers: Any, n: int, *, writable: bool) -> tuple[I64, I64, Any]:
@@ -20,9 +29,13 @@ def addresses(buffers: Any, n: int, *, writable: bool) -> tuple[I64, I64, Any]:
     numpy arrays or CPU tensors. Raises BufferError for a wrong number, a buffer that is not contiguous, empty, on another
     device, or read-only although it would be written to.
     """
-    array = _as_array(buffers)
-    if array is not None and array.ndim >= 2:
-        return _rows_of(array, n, writable)
+    if type(buffers) is list or type(buffers) is tuple:
+        if quick := _of_one_kind(tuple(buffers), n, writable):
+            return quick
+    else:
+        array = _as_array(buffers)
+        if array is not None and array.ndim >= 2:
+            return _rows_of(array, n, writable)
     if not isinstance(buffers, Sequence) or isinstance(buffers, (bytes, bytearray, memoryview)):
         raise BufferError(
             f"buffers must be a sequence of {n} buffers or an array of shape ({n}, …), not {type(buffers).__name__}"
@@ -35,6 +48,62 @@ def addresses(buffers: Any, n: int, *, writable: bool) -> tuple[I64, I64, Any]:
         out[0, i], out[1, i], alive = _one(buffer, i, writable)
         keep.append(alive)
     return out[0], out[1], keep
+
+
+@functools.cache
+def _objects_are_as_expected() -> bool:
+    """Whether array objects of this interpreter and numpy look as :mod:`kvplug.shm.objects` has it."""
+    if sys.implementation.name != "cpython" or np.ndarray.__basicsize__ < READ_BYTES:
+        return False
+    warm_up()
+    plain, frozen, strided = np.zeros(3, np.uint8), np.zeros((2, 2)), np.zeros((4, 4))[:, ::2]
+    frozen.flags.writeable = False
+    found = np.zeros(1, np.int64)
+    for array in (plain, frozen, strided, strided.T.copy()):
+        ids = np.array([id(array)])
+        for flags, has in ((C_CONTIGUOUS, array.flags.c_contiguous), (WRITEABLE, array.flags.writeable)):
+            if (array_addresses(ids, np.ones(1, np.int64), flags, found) < 0) != has:
+                return False
+        if array_addresses(ids, np.ones(1, np.int64), 0, found) >= 0 or found[0] != array.ctypes.data:
+            return False
+    return True
+
+
+def _of_one_kind(buffers: tuple[Any, ...], n: int, writable: bool) -> tuple[I64, I64, Any] | None:
+    """Arrays only, or tensors only, without a Python statement for each. None: mixed, or one is not as it should be."""
+    kinds = set(map(type, buffers))
+    if len(kinds) != 1 or len(buffers) != n:
+        return None
+    kind: Any = kinds.pop()
+    if kind is np.ndarray:
+        if not _objects_are_as_expected():
+            return None
+        nbytes = np.fromiter(map(_nbytes, buffers), _INT64, n)
+        out = np.empty(n, _INT64)
+        if n == 1:  # the call of a kernel would cost more
+            have = buffers[0].flags
+            if not have.c_contiguous or (writable and not have.writeable) or not nbytes[0]:
+                return None
+            out[0] = ctypes.c_int64.from_address(id(buffers[0]) + HEAD_BYTES).value
+            return out, nbytes, buffers
+        flags = C_CONTIGUOUS | WRITEABLE if writable else C_CONTIGUOUS
+        if array_addresses(np.fromiter(map(id, buffers), _INT64, n), nbytes, flags, out) >= 0:
+            return None
+        return out, nbytes, buffers
+    if not (hasattr(kind, "data_ptr") and hasattr(kind, "untyped_storage")):
+        return None
+    if not (all(map(_is_cpu, buffers)) and all(map(kind.is_contiguous, buffers))):
+        return None
+    nbytes = np.fromiter(map(_nbytes, buffers), _INT64, n)
+    if int(nbytes.min()) <= 0:
+        return None
+    return np.fromiter(map(kind.data_ptr, buffers), _INT64, n), nbytes, buffers
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    if _objects_are_as_expected():
+        return ctypes.c_int64.from_address(id(array) + HEAD_BYTES).value
+    return int(array.ctypes.data)
 
 
 def _as_array(buffer: Any) -> npt.NDArray[Any] | None:
@@ -64,13 +133,18 @@ def _rows_of(array: npt.NDArray[Any], n: int, writable: bool) -> tuple[I64, I64,
         raise BufferError("a read-only array was given to be written to")
     if n == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64), array
-    if not array[0].flags.c_contiguous or array.strides[0] < 0:
+    stride = array.strides[0]
+    nbytes = array.nbytes // n
+    if not array.flags.c_contiguous and (not array[0].flags.c_contiguous or stride <= 0):
         raise BufferError(f"rows of an array of shape {array.shape}, strides {array.strides} are not contiguous")
-    nbytes = array[0].nbytes
     if nbytes == 0:
         raise BufferError(f"rows of an array of shape {array.shape} are empty")
-    base = int(array.__array_interface__["data"][0])
-    return base + np.arange(n, dtype=np.int64) * array.strides[0], np.full(n, nbytes, np.int64), array
+    sizes = np.empty(n, _INT64)
+    sizes.fill(nbytes)
+    base = _address(array)
+    if n == 1:  # numpy lets the stride of one row be anything
+        return np.fromiter((base,), _INT64, 1), sizes, array
+    return np.arange(base, base + n * stride, stride, _INT64), sizes, array
 
 
 def _one(buffer: Any, i: int, writable: bool) -> tuple[int, int, Any]:
@@ -86,7 +160,7 @@ def _one(buffer: Any, i: int, writable: bool) -> tuple[int, int, Any]:
         raise BufferError(f"buffer {i} is read-only and would be written to")
     if array.nbytes == 0:
         raise BufferError(f"buffer {i} is empty")
-    return int(array.__array_interface__["data"][0]), array.nbytes, array
+    return _address(array), array.nbytes, array
 
 
 class RegisteredRanges:

@@ -43,9 +43,12 @@ PUT_CHUNK_BYTES: Final = (
 PUT_CHUNK_KEYS: Final = 1024
 
 
+_INT64: Final = np.dtype(np.int64)
+
+
 def _words(keys: Keys) -> I64:
     """Keys as int64 (N, 4): what the kernels take."""
-    words: I64 = as_key_array(keys).view(np.int64)
+    words: I64 = as_key_array(keys).view(_INT64)
     return words if words.flags.aligned else words.copy()
 
 
@@ -254,15 +257,11 @@ class KvStore:
 
     def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
         """Part ``part`` is written: record its XXH3 (uint64[N] or its bits); the last part seals. OK, PENDING, STALE, TIMEOUT (queued)."""
-        return self._pool.complete(
-            _ints(slots), _ints(gens), part, checksums
-        )
+        return self._pool.complete(_ints(slots), _ints(gens), part, checksums)
 
     def abort_batch(self, slots: I64, gens: I64, writers_done: bool) -> I8:
         """Give up reservations; without ``writers_done`` the slots stay quarantined until :meth:`acknowledge`."""
-        return self._pool.abort(
-            _ints(slots), _ints(gens), writers_done=writers_done
-        )
+        return self._pool.abort(_ints(slots), _ints(gens), writers_done=writers_done)
 
     def acknowledge(self, slots: I64, gens: I64) -> I8:
         """Every possible writer of these given-up slots is done."""

@@ -37,6 +37,7 @@ __all__ = [
     "load_relaxed",
     "memcpy",
     "now_ns",
+    "prefetch",
     "sched_yield",
     "store_relaxed",
     "store_release",
@@ -149,6 +150,21 @@ def fence_release(typingctx: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, addr: Any) -> Any:
+    """prefetch(addr: int64): the cache line there is going to be read. A hint: any address will do."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        fnty = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        fn = builder.module.declare_intrinsic("llvm.prefetch", [pointer], fnty)
+        read, keep, data = (ir.Constant(_I32, flag) for flag in (0, 3, 1))
+        builder.call(fn, [builder.inttoptr(args[0], pointer), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 _MACHINE = platform.machine().lower()

@@ -39,6 +39,7 @@ __all__ = [
     "copy_batch",
     "copy_hash",
     "copy_hash_batch",
+    "copy_out",
     "copy_stream",
     "gather_multi",
     "gather_runs",
@@ -82,7 +83,8 @@ def copy_stream(dst: int, src: int, nbytes: int, after: int) -> None:
 
 
 @kernel
-def _copy_out(dst: int, src: int, nbytes: int, after: int, stream: bool) -> None:
+def copy_out(dst: int, src: int, nbytes: int, after: int, stream: bool) -> None:
+    """The way out of the pool, streamed if the whole batch is (see STREAM_BYTES); `after` as in copy_stream."""
     if stream and nbytes >= _STREAM_RANGE_BYTES:
         copy_stream(dst, src, nbytes, after)
     else:
@@ -151,7 +153,7 @@ def copy_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any) -> None:
     n = len(nbytes)
     stream = nbytes.sum() >= STREAM_BYTES
     for i in range(n):
-        _copy_out(dst_addrs[i], src_addrs[i], nbytes[i], src_addrs[min(i + 1, n - 1)], stream)
+        copy_out(dst_addrs[i], src_addrs[i], nbytes[i], src_addrs[min(i + 1, n - 1)], stream)
 
 
 @kernel
@@ -207,7 +209,7 @@ def scatter_runs(block_ids: Any, src_addrs: Any, run_base: Any, run_stride: Any,
             after = src + run_nbytes[r]
             if after == end:
                 after = src_addrs[min(i + 1, n - 1)]
-            _copy_out(run_base[r] + block_ids[i] * run_stride[r], src, run_nbytes[r], after, stream)
+            copy_out(run_base[r] + block_ids[i] * run_stride[r], src, run_nbytes[r], after, stream)
             src += run_nbytes[r]
 
 
@@ -240,5 +242,5 @@ def scatter_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, src_addrs: An
         src = src_addrs[i]
         for f in range(offsets[i], offsets[i + 1]):
             after = src + frag_nbytes[f] if f + 1 < offsets[i + 1] else src_addrs[min(i + 1, n - 1)]
-            _copy_out(frag_addrs[f], src, frag_nbytes[f], after, stream)
+            copy_out(frag_addrs[f], src, frag_nbytes[f], after, stream)
             src += frag_nbytes[f]

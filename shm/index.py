@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug.shm.atomics import fence_acquire, load_acquire, store_release
+from kvplug.shm.atomics import fence_acquire, load_acquire, prefetch, store_release
 from kvplug.shm.failpoints import INDEX_SHIFT, fail
 from kvplug.shm.jit import kernel
 from kvplug.shm.layout import (
@@ -18,7 +18,9 @@ from kvplug.shm.layout import (
     H_INDEX_SEQ,
     H_N_ROWS,
     H_O_INDEX,
+    H_O_PART,
     H_O_ROW,
+    PART_WORDS,
     R_KEY,
     R_WORD,
     ROW_WORDS,
@@ -29,6 +31,9 @@ from kvplug.shm.local import L_BASE
 from kvplug.shm.xxh3 import wrap_add, wrap_mul
 
 MISS_RETRIES = 3
+ANNOUNCE_KEYS = 64
+"""Keys that are looked up together: more cache misses under way at once than a core can have."""
+ANNOUNCE_PROBES = 8
 
 
 @kernel
@@ -65,6 +70,56 @@ def find(T: Any, k0: int, k1: int, k2: int, k3: int) -> int:
                     return row
         i = (i + 1) & mask
     return -1
+
+
+@kernel
+def announce(T: Any, L: Any, keys: Any, begin: int, end: int) -> None:
+    """Send for the index entries and rows of ``keys[begin:end]``, all at once, for the look-ups that follow.
+
+    A cold look-up is two misses one after the other; those of different keys need not wait for each other. Pure hint.
+    """
+    base = L[L_BASE]
+    mask = T[H_INDEX_CAP] - 1
+    index = T[H_O_INDEX]
+    rows = T[H_O_ROW]
+    n_rows = T[H_N_ROWS]
+    for i in range(begin, end):
+        h = key_hash(keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+        prefetch(base + 8 * (index + (h & mask)))
+    for i in range(begin, end):
+        h = key_hash(keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
+        tag = h >> 32
+        at = h & mask
+        for _ in range(ANNOUNCE_PROBES):
+            e = T[index + at]
+            if e == 0:
+                break
+            row = (e & 0xFFFFFFFF) - 1
+            if (e >> 32) == tag and 0 <= row < n_rows:
+                prefetch(base + 8 * (rows + row * ROW_WORDS))
+                prefetch(base + 8 * (rows + row * ROW_WORDS + ROW_WORDS - 1))
+                break
+            at = (at + 1) & mask
+
+
+@kernel
+def announce_rows(T: Any, L: Any, slots: Any, begin: int, end: int) -> None:
+    """The same for known rows: with their part entries and, once the rows are here, their index entries."""
+    base = L[L_BASE]
+    mask = T[H_INDEX_CAP] - 1
+    index = T[H_O_INDEX]
+    rows = T[H_O_ROW]
+    parts = T[H_O_PART]
+    n_rows = T[H_N_ROWS]
+    for i in range(begin, end):
+        if 0 <= slots[i] < n_rows:
+            prefetch(base + 8 * (rows + slots[i] * ROW_WORDS))
+            prefetch(base + 8 * (rows + slots[i] * ROW_WORDS + ROW_WORDS - 1))
+            prefetch(base + 8 * (parts + slots[i] * PART_WORDS))
+    for i in range(begin, end):
+        if 0 <= slots[i] < n_rows:
+            k = rows + slots[i] * ROW_WORDS + R_KEY
+            prefetch(base + 8 * (index + (key_hash(T[k], T[k + 1], T[k + 2], T[k + 3]) & mask)))
 
 
 @kernel

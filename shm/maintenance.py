@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvplug")
 INTERVAL_S: Final = 0.25
 MEMORY_RESERVE_BYTES: Final = 64 << 20
+TABLE_STEP_BYTES: Final = 64 << 20  # some 10 ms
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -35,6 +36,7 @@ class Maintenance:
         self._pool = weakref.ref(pool)
         self._stop = threading.Event()
         self._prefault = prefault
+        self._tables_populated = 0
         self._populated = 0
         self._thread = threading.Thread(target=self._run, name="kvplug-maintenance", daemon=True)
         self._thread.start()
@@ -50,11 +52,19 @@ class Maintenance:
             pool = self._pool()
             if pool is None or pool.is_closed or pool.is_forked:
                 return
-            busy = self._prefault and self._step(pool)
+            busy = self._step_tables(pool) or (self._prefault and self._step(pool))
             if not busy:
                 pool.maintain()
                 del pool
                 self._stop.wait(INTERVAL_S)
+
+    def _step_tables(self, pool: Pool) -> bool:
+        """Map some more of the tables, so that look-ups meet no page faults. False when all are."""
+        start, end = self._tables_populated, pool.geometry.data_offset
+        if start < end:
+            self._tables_populated = min(start + TABLE_STEP_BYTES, end)
+            _madvise(pool.base_address + start, self._tables_populated - start, MADV_POPULATE_WRITE)
+        return self._tables_populated < end
 
     def _step(self, pool: Pool) -> bool:
         """Reserve or fault in one slab. False when there is nothing left to do."""

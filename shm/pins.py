@@ -11,7 +11,7 @@ from typing import Any
 
 from kvplug.shm.atomics import load_acquire
 from kvplug.shm.failpoints import PINNED_BIT, UNPINNED_BIT, fail
-from kvplug.shm.index import find, find_sealed
+from kvplug.shm.index import ANNOUNCE_KEYS, announce, announce_rows, find, find_sealed
 from kvplug.shm.jit import entry
 from kvplug.shm.layout import (
     C_PINS,
@@ -51,6 +51,8 @@ def pin(
     for i in range(n):
         codes[i] = MISSING
         rows[i] = -1
+        if i % ANNOUNCE_KEYS == 0:
+            announce(T, L, keys, i, min(i + ANNOUNCE_KEYS, n))
         row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
         if row < 0 and prefix:
             warm = i
@@ -113,6 +115,7 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
     begin = 0
     while begin < n:
         end = min(begin + SECTION_KEYS, n)
+        announce_rows(T, L, rows, begin, end)
         if enter(T, L) < 0:
             return begin
         for i in range(begin, end):

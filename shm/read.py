@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.shm.atomics import fence_acquire, load_acquire
-from kvplug.shm.copy import copy
-from kvplug.shm.index import find_sealed
+from kvplug.shm.copy import STREAM_BYTES, copy_out
+from kvplug.shm.index import ANNOUNCE_KEYS, announce, find_sealed
 from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     C_CORRUPT,
@@ -46,6 +46,8 @@ CORRUPT = -5
 def exists(T: Any, L: Any, keys: Any, out: Any) -> None:
     """Whether a sealed block with each key is there."""
     for i in range(keys.shape[0]):
+        if i % ANNOUNCE_KEYS == 0:
+            announce(T, L, keys, i, min(i + ANNOUNCE_KEYS, keys.shape[0]))
         row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
         out[i] = row >= 0
 
@@ -54,6 +56,8 @@ def exists(T: Any, L: Any, keys: Any, out: Any) -> None:
 def match_prefix(T: Any, L: Any, keys: Any) -> int:
     """Number of leading keys that have a sealed block."""
     for i in range(keys.shape[0]):
+        if i % ANNOUNCE_KEYS == 0:
+            announce(T, L, keys, i, min(i + ANNOUNCE_KEYS, keys.shape[0]))
         row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
         if row < 0:
             return i
@@ -67,6 +71,8 @@ def touch(T: Any, L: Any, keys: Any) -> None:
     first = T[H_TICK] + 1
     T[H_TICK] += n
     for i in range(n):
+        if i % ANNOUNCE_KEYS == 0:
+            announce(T, L, keys, i, min(i + ANNOUNCE_KEYS, n))
         row, _ = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
         if row >= 0 and L[L_TOUCH] != TOUCH_NONE:
             T[row_at(T, row) + R_TICK] = tick_of(first, n, i, L[L_TOUCH])
@@ -98,22 +104,28 @@ def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: 
     me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
     first = T[H_TICK] + 1
     T[H_TICK] += n
+    stream = L[L_VERIFY] == 0 and dst_nbytes.sum() >= STREAM_BYTES
     hits = 0
     total = 0
     for i in range(n):
+        if i % ANNOUNCE_KEYS == 0:
+            looked_up = min(i + ANNOUNCE_KEYS, n)
+            announce(T, L, keys, i, looked_up)
+            for j in range(i, looked_up):
+                rows[j], words[j] = find_sealed(T, L, keys[j, 0], keys[j, 1], keys[j, 2], keys[j, 3])
         codes[i] = MISSING
-        row, word = find_sealed(T, L, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
-        rows[i] = row
-        words[i] = word
+        row = rows[i]
+        word = words[i]
         if row < 0:
             continue
         r = row_at(T, row)
         size = T[r + R_SIZE] & SIZE_MASK
         offset = slot_offset(T, row)
+        after = slot_offset(T, rows[i + 1]) if i + 1 < looked_up and rows[i + 1] >= 0 else offset
         ok = True
         fits = size == dst_nbytes[i] and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
         if fits:
-            copy(dst_addrs[i], base + offset, size)
+            copy_out(dst_addrs[i], base + offset, size, base + after, stream)
             if L[L_VERIFY] != 0:
                 ok = bytes_match(T, row, dst_addrs[i])
         fence_acquire()

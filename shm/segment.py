@@ -146,7 +146,9 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
     """Make the segment and link its name. The caller holds the name lock and knows that the name is free."""
     check_space(geometry.segment_bytes)
     for name in os.listdir(hostmem.DEV_SHM):  # what a creator that was killed left behind
-        if re.fullmatch(rf"kvplug\.{re.escape(pool)}\.new\.\d+\.[0-9a-f]{{8}}", name) and _ours(os.path.join(hostmem.DEV_SHM, name)):
+        if re.fullmatch(rf"kvplug\.{re.escape(pool)}\.new\.\d+\.[0-9a-f]{{8}}", name) and _ours(
+            os.path.join(hostmem.DEV_SHM, name)
+        ):
             os.unlink(os.path.join(hostmem.DEV_SHM, name))
     name = f"kvplug.{pool}.new.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     temporary = os.path.join(hostmem.DEV_SHM, name)

@@ -25,7 +25,7 @@ from kvplug.shm.failpoints import (
     SEALED_WORD,
     fail,
 )
-from kvplug.shm.index import delete, find, insert
+from kvplug.shm.index import announce, announce_rows, delete, find, insert
 from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     C_RESERVED,
@@ -159,6 +159,8 @@ def reserve(
 
     It stops early at the first key that needs a victim when there is none left; ``at[0]`` victims have been looked at.
     """
+    announce(T, L, keys, begin, end)  # what is in the cache already needs no wait under the lock
+    announce_rows(T, L, victims, at[0], min(at[0] + end - begin, victims.shape[0]))
     lock = enter(T, L)
     if lock < 0:
         return lock
@@ -235,6 +237,7 @@ def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: 
 
     Marked dirty although no list changes: a rebuild seals what lacks only its word, and starts a new event epoch.
     """
+    announce_rows(T, L, rows, 0, rows.shape[0])
     lock = enter(T, L)
     if lock < 0:
         return lock
