@@ -273,13 +273,16 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KvplugStats | None:
         """Counts since the last call; only the scheduler's side has any, workers send theirs there."""
-        counts: Counter[str] = Counter()
-        if self.role == KVConnectorRole.SCHEDULER:
-            counts, self._step_errors = self._step_errors, Counter()
-        if self._scheduler is not None:
-            counts += self._scheduler.state.counts
-            self._scheduler.state.counts = Counter()
-        return KvplugStats(data=dict(counts)) if counts else None
+        side = self._scheduler
+        if self.role != KVConnectorRole.SCHEDULER or not (
+            self._step_errors or (side is not None and side.state.counts)
+        ):
+            return None
+        counts, self._step_errors = self._step_errors, Counter()
+        if side is not None:
+            counts.update(side.state.counts)
+            side.state.counts.clear()
+        return KvplugStats(data=dict(counts))
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvplugStats | None:
