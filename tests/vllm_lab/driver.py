@@ -21,8 +21,10 @@ from typing import Any
 class Driver:
     """One LLM and the requests that are under way in it."""
 
-    def __init__(self, model: str, **kwargs: Any) -> None:
+    def __init__(self, model: str, force_prefix_caching: bool = False, **kwargs: Any) -> None:
         began = time.monotonic()
+        if force_prefix_caching:
+            _force_prefix_caching()
         from vllm import LLM
 
         self.llm = LLM(model=model, worker_extension_cls="tests.vllm_lab.worker.LabWorker", **kwargs)
@@ -309,6 +311,20 @@ SCHEDULER_HOOKS = (
     "on_new_request",
 )
 """The connector's calls on the scheduler's path, in whatever vLLM version has them."""
+
+
+def _force_prefix_caching() -> None:
+    """Keeps vLLM's own prefix cache on where its CPU platform turns it off (MLA): a control with the same schedule
+    needs it. Call before the engine is made."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    plain = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        plain(cls, config)
+        config.cache_config.enable_prefix_caching = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _margin(logprobs: Any) -> float | None:

@@ -1,0 +1,87 @@
+"""Engines of several ranks on one host: each rank's bytes are its own, a block is whole only when all have written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
+from tests.vllm_lab.engine import EngineError, InProcess
+
+BURST = [{"prompt": p, "max_tokens": 64} for p in make_prompts(16, 81)]
+
+
+@pytest.fixture(scope="module")
+def cases(control: Control) -> list[Case]:
+    return control.pick(make_prompts(8, 80), 6)
+
+
+def full_blocks(case: Case, record: dict[str, Any]) -> list[list[int]]:
+    return [ids[: storable(len(case.prompt)) // BLOCK] for ids in record["block_ids"]]
+
+
+def fill(engine: InProcess, cases: list[Case], pool: str) -> list[Any]:
+    """Has the cases computed and stored; answers their pages' digests, by rank."""
+    records = engine.each(requests(cases))
+    agree(cases, records)
+    assert records[0]["external"] == 0
+    with attached(pool) as store:
+        blocks = sum(len(case.prompt) // BLOCK for case in cases)
+        eventually("every rank's parts are in and sealed", lambda: store.stats().sealed_blocks >= blocks)
+        eventually("nothing waits for a part", lambda: store.stats().writing_slots == 0)
+    return [engine.do("pages", block_ids=full_blocks(c, r)) for c, r in zip(cases, records, strict=True)]
+
+
+def check_warm(engine: InProcess, cases: list[Case], pages: list[Any]) -> None:
+    """Everything comes from the pool, with the right bytes on every rank, and answers are right."""
+    for case, expected in zip(cases, pages, strict=True):
+        (record,) = engine.each([case.request()])
+        agree([case], [record])
+        assert record["external"] == storable(len(case.prompt))
+        assert engine.do("pages", block_ids=full_blocks(case, record)) == expected
+
+
+def kill_in_flight(engine: InProcess, pid: int, pool: str) -> None:
+    """SIGKILL to one process of the engine while it stores and computes; the others end by themselves."""
+    with attached(pool) as store:
+        before = store.stats().stored_blocks
+        engine.ask("generate", requests=BURST)
+        eventually("the engine is at work", lambda: store.stats().stored_blocks > before)
+        engine.kill(pid)
+        with contextlib.suppress(EngineError):
+            engine.answer(60)
+        engine.close()
+        eventually("nothing stays half-written", lambda: store.stats().writing_slots == 0)
+        eventually("nothing stays quarantined", lambda: store.stats().quarantined_slots == 0)
+        eventually("nothing stays pinned", lambda: store.stats().pinned_slots == 0)
+        store.check_integrity()
+
+
+def test_two_tensor_parallel_ranks_share_survive_kills_and_read_their_own_bytes(
+    start: Callable[..., InProcess], cases: list[Case], pool: str
+) -> None:
+    first = start("tp-first", tensor_parallel_size=2)
+    second = start("tp-second", tensor_parallel_size=2)
+    pages = fill(first.ready(), cases, pool)
+    assert all(rank0 != rank1 for rank0, rank1 in pages), "the ranks hold different heads"
+    check_warm(second.ready(), cases, pages)
+
+    # A worker alone, then the scheduler alone (which runs in the first process here), each followed by a restart.
+    kill_in_flight(first, first.info["worker_pids"][1], pool)
+    kill_in_flight(second, second.pid, pool)
+    third = start("tp-third", tensor_parallel_size=2)
+    check_warm(third.ready(), cases, pages)
+    third.do("reset")
+    agree(cases, third.generate(requests(cases)))
+
+
+def test_two_pipeline_stages_share_a_block(start: Callable[..., InProcess], cases: list[Case], pool: str) -> None:
+    """Each stage has half of the layers; a namespace of its own, since the parts differ from those of other splits."""
+    first = start("pp-first", pipeline_parallel_size=2)
+    second = start("pp-second", pipeline_parallel_size=2)
+    pages = fill(first.ready(), cases, pool)
+    check_warm(second.ready(), cases, pages)
+    agree(cases, second.generate(requests(cases)))
