@@ -183,6 +183,19 @@ def config_problem(config: Any) -> str | None:
     return None
 
 
+def reuse_problem(config: Any) -> str | None:
+    """Why the engine itself does not reuse KV here, though kvplug could; None if it does, or if that is the user's wish."""
+    from vllm.platforms import current_platform
+
+    mla = bool(getattr(config.model_config, "use_mla", False))
+    if mla and current_platform.is_cpu() and not config.cache_config.enable_prefix_caching:
+        return (
+            "vLLM turns prefix caching off for MLA on this device, where an answer that continues from cached tokens "
+            "differs from one that was computed; KVPLUG_UNSUPPORTED_ENGINE_OK=1 tries it all the same"
+        )
+    return None
+
+
 def host_hit_source() -> Any:
     """What hits are called in the engine's own statistics, where it tells sources apart (0.32)."""
     try:

@@ -11,6 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from kvplug import config as settings
 from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.started import STARTED_KEY, started_ns
 
@@ -48,10 +49,8 @@ def wanted_by_environment() -> bool:
 
 def unsupported() -> str | None:
     """Why this engine can't be used with kvplug; None if it can."""
-    from kvplug import config
-
     version = compat.version()
-    if config.load().unsupported_engine_ok:
+    if settings.load().unsupported_engine_ok:
         return None
     if not compat.version_supported(version):
         low, high = compat.MIN_VERSION, compat.BELOW_VERSION
@@ -97,7 +96,10 @@ def against(config: Any) -> str | None:
         return f"{model.runner_type} models keep no KV cache worth sharing"
     if getattr(model, "is_attention_free", False) or getattr(model, "is_hybrid", False):
         return "models with Mamba or other recurrent state are not supported"
-    return compat.config_problem(config)
+    problem = compat.config_problem(config)
+    if problem is None and not settings.load().unsupported_engine_ok:
+        problem = compat.reuse_problem(config)
+    return problem
 
 
 def _say(line: str) -> None:

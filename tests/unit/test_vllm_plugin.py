@@ -21,7 +21,7 @@ from kvplug.adapters.vllm.layout import LayerPage  # noqa: E402
 from kvplug.config import Config  # noqa: E402
 from kvplug.errors import NamespaceError, UnsupportedEngineError  # noqa: E402
 from kvplug.namespace import Namespace, WeightsIdentity  # noqa: E402
-from tests.vllm_lab.models import GEMMA3, LLAMA, model_dir  # noqa: E402
+from tests.vllm_lab.models import GEMMA3, LLAMA, MLA, model_dir  # noqa: E402
 
 WEIGHTS = WeightsIdentity("files", b"w" * 32)
 
@@ -125,6 +125,17 @@ def test_a_changed_engine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(BlockPool, "touch", lambda self, block_ids: None)
     assert any("BlockPool.touch" in line for line in compat.problems())
+
+
+def test_where_the_engine_does_not_reuse_kv_kvplug_does_not_either(
+    wanted: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's kernels for MLA on a CPU answer differently when they continue from cached tokens."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert make(model_dir(MLA)).kv_transfer_config is None
+    assert any("MLA" in line for line in said(caplog))
+    monkeypatch.setenv("KVPLUG_UNSUPPORTED_ENGINE_OK", "1")
+    assert make(model_dir(MLA)).kv_transfer_config is not None
 
 
 def page(layer: str, nbytes: int, shape: str = "float32 (2, 128, 64) (8192, 64, 1)") -> LayerPage:
