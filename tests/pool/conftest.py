@@ -1,0 +1,73 @@
+"""Pools of the tests' own: each test has names nobody else uses, and leaves nothing in /dev/shm."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvplug import hostmem
+from kvplug.config import Config
+from kvplug.shm import segment
+from kvplug.shm.jit import warm_up
+from kvplug.store import KvStore
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> None:
+    """Compile once, before anything with a deadline starts."""
+    warm_up()
+
+
+def leave_nothing(pool: str) -> None:
+    """Unlink everything that has to do with this one pool name, whatever it is and whoever owns it."""
+    exact = {segment.segment_name(pool), f"kvplug.{pool}.lock"}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(hostmem.DEV_SHM):
+            if name in exact or name.startswith((f"kvplug.{pool}.new.", f"kvplug.{pool}.v")):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(hostmem.DEV_SHM, name))
+
+
+@pytest.fixture
+def pool_name(_new_name: Callable[[], str]) -> str:
+    """The name of a pool that does not exist yet."""
+    return _new_name()
+
+
+@pytest.fixture
+def _new_name() -> Iterator[Callable[[], str]]:
+    given: list[str] = []
+
+    def new() -> str:
+        given.append(f"t-{os.getpid()}-{next(_numbers)}")
+        return given[-1]
+
+    yield new
+    for name in given:
+        leave_nothing(name)
+
+
+@pytest.fixture
+def make_store(pool_name: str) -> Iterator[Callable[..., KvStore]]:
+    """``make_store(size="32mib", **config)``: a store on this test's pool; closed afterwards, the pool removed.
+
+    Keywords are those of Config (``pool=`` too), and ``create=``. Environment and configuration file count for nothing.
+    """
+    made: list[KvStore] = []
+
+    def make(size: int | str = "32mib", *, create: bool = True, **config: Any) -> KvStore:
+        store = KvStore(config=Config(**{"pool": pool_name, "size": size, **config}), create=create)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        with contextlib.suppress(OSError):
+            store.close()
