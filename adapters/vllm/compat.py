@@ -16,8 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
+from kvplug.adapters.vllm.fingerprint import weights_fingerprint
 from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.errors import NamespaceError, UnsupportedEngineError
 
@@ -184,7 +183,7 @@ def config_problem(config: Any) -> str | None:
 
 
 def reuse_problem(config: Any) -> str | None:
-    """Why the engine itself does not reuse KV here, though kvplug could; None if it does, or if that is the user's wish."""
+    """Why the engine does not reuse KV here, though kvplug could; None if it does, or if that is the user's wish."""
     from vllm.platforms import current_platform
 
     mla = bool(getattr(config.model_config, "use_mla", False))
@@ -380,7 +379,7 @@ def on_weights_rpc(react: WeightsReaction) -> None:
     """In the scheduler's process: calls ``react`` when a call to the workers changes weights.
 
     Calls that are known by name are judged by it. Around any other, a function or a method of the user's own, the
-    weights are looked at in every worker (:func:`weights_fingerprint`).
+    weights are looked at in every worker (:mod:`kvplug.adapters.vllm.fingerprint`).
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -425,25 +424,6 @@ def _fingerprints(core: Any) -> list[Any] | None:
         return None
 
 
-def weights_fingerprint(worker: Any) -> bytes:
-    """In a worker: a digest of a sample of every parameter and buffer, spread over each. 16 bytes.
-
-    An update of a model's weights moves practically every element that it touches; this notices a tensor that was
-    changed in more than a few places. It is not an identity.
-    """
-    import torch
-
-    digest = blake3()
-    model = worker.get_model() if hasattr(worker, "get_model") else worker.worker.get_model()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)].contiguous().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.data_ptr()}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.digest(length=16)
-
-
-_SAMPLED_ELEMENTS = 256
 _reactions: list[WeightsReaction] = []
 
 
