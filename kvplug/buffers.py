@@ -25,9 +25,9 @@ _is_cpu = operator.attrgetter("is_cpu")
 def addresses(buffers: Any, n: int, *, writable: bool) -> tuple[I64, I64, Any]:
     """(addresses int64[N], bytes int64[N], what keeps them alive) of ``n`` buffers.
 
-    ``buffers`` is an array or CPU tensor whose first dimension has length N, or a sequence of N objects with the buffer protocol,
-    numpy arrays or CPU tensors. Raises BufferError for a wrong number, a buffer that is not contiguous, empty, on another
-    device, or read-only although it would be written to.
+    ``buffers`` is an array or CPU tensor whose first dimension has length N, or a sequence of N objects with the
+    buffer protocol, numpy arrays or CPU tensors. Raises BufferError for a wrong number, a buffer that is not
+    contiguous, empty, on another device, or read-only although it would be written to.
     """
     if type(buffers) is list or type(buffers) is tuple:
         if quick := _of_one_kind(tuple(buffers), n, writable):
@@ -107,7 +107,7 @@ def _address(array: npt.NDArray[Any]) -> int:
 
 
 def _as_array(buffer: Any) -> npt.NDArray[Any] | None:
-    """A numpy view of an array or tensor, None for anything else. No import of torch: a tensor brings its own methods."""
+    """A numpy view of an array or tensor, None for anything else. Imports no torch unless it was given a tensor."""
     if isinstance(buffer, np.ndarray):
         return buffer
     if hasattr(buffer, "data_ptr") and hasattr(buffer, "untyped_storage"):
@@ -197,7 +197,8 @@ class RegisteredRanges:
         if not inside.all():
             bad = int(np.flatnonzero(~inside)[0])
             raise BufferError(
-                f"fragment {bad} ({int(nbytes[bad])} bytes at {int(addrs[bad]):#x}) is not inside a registered buffer; call register_buffer first"
+                f"fragment {bad} ({int(nbytes[bad])} bytes at {int(addrs[bad]):#x}) is not inside a registered buffer; "
+                f"call register_buffer first"
             )
 
 

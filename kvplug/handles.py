@@ -42,7 +42,7 @@ class PinnedBlocks:
             return None
         if i not in self._views:
             at, n = int(self._batch.offsets[i]), int(self._batch.nbytes[i])
-            self._views[i] = memoryview(self._pool.segment.memory)[at : at + n].toreadonly()
+            self._views[i] = self._pool.segment.memory.data[at : at + n].toreadonly()
         return self._views[i]
 
     def __iter__(self) -> Iterator[memoryview | None]:
@@ -87,7 +87,7 @@ class Reservation:
     def __init__(self, pool: Pool, batch: SlotBatch) -> None:
         self._pool, self._batch = pool, batch
         self._open = np.flatnonzero(batch.codes == Code.OK)
-        memory = memoryview(pool.segment.memory)
+        memory = pool.segment.memory.data
         self.views: list[memoryview | None] = [None] * len(batch)
         for i in self._open.tolist():
             at = int(batch.offsets[i])

@@ -4,9 +4,9 @@
     store.put(keys, buffers)          # codes: 0 stored, 1 already there, <0 a reason
     store.get_into(keys, buffers)     # codes: 0 copied, -1 missing, …
 
-Keys are ``bytes`` of length 32 or an (N, 32) uint8 array; buffers anything with the buffer protocol, numpy arrays or CPU
-tensors. Wrong input raises a typed error (:mod:`kvplug.errors`) before anything was changed; a full pool, a missing
-block or a busy lock never raise: they are codes, one per key.
+Keys are ``bytes`` of length 32 or an (N, 32) uint8 array; buffers anything with the buffer protocol, numpy arrays or
+CPU tensors. Wrong input raises a typed error (:mod:`kvplug.errors`) before anything was changed; a full pool, a
+missing block or a busy lock never raise: they are codes, one per key.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class KvStore:
 
     @classmethod
     def join(cls, token: str, *, config: Config | None = None) -> KvStore:
-        """Join the session of the store whose :attr:`token` this is: one engine's scheduler and workers are one session."""
+        """Join the session of the store that has this :attr:`token`: an engine's scheduler and workers are one."""
         try:
             name, hexed, session = token.rsplit(":", 2)
             joined = (bytes.fromhex(hexed), int(session))
@@ -118,7 +118,7 @@ class KvStore:
             raise ConfigError(f"{token!r} is not the token of a store (pool:uuid:session)") from e
         return cls(name, config=config, create=False, _join=joined)
 
-    # ---- who and where -------------------------------------------------------------------------------------------------
+    # ---- who and where -----------------------------------------------------------------------------------------------
 
     @property
     def pool(self) -> Pool:
@@ -150,12 +150,13 @@ class KvStore:
         """The whole segment as uint8."""
         return self._pool.segment.memory
 
-    # ---- copies in and out ---------------------------------------------------------------------------------------------
+    # ---- copies in and out -------------------------------------------------------------------------------------------
 
     def put(self, keys: Keys, buffers: Any) -> I8:
         """Store each buffer under its key: 0 stored, 1 already there, negative: not stored, and why (:class:`Code`).
 
-        A batch is taken to be in the order of a prefix, head first. Raises KeyFormatError, BufferError, BlockTooLargeError.
+        A batch is taken to be in the order of a prefix, head first. Raises KeyFormatError, BufferError,
+        BlockTooLargeError.
         """
         words = _words(keys)
         addrs, nbytes, _keep = addresses(buffers, len(words), writable=False)
@@ -226,7 +227,7 @@ class KvStore:
         """Free these blocks: 0 removed, -1 missing, -10 pinned by somebody, -2 being written."""
         return self._pool.remove(_words(keys))
 
-    # ---- in place ------------------------------------------------------------------------------------------------------
+    # ---- in place ----------------------------------------------------------------------------------------------------
 
     def pin(self, keys: Keys) -> PinnedBlocks:
         """Keep these blocks in place and give read-only views: ``with store.pin(keys) as blocks: blocks[i]``."""
@@ -236,7 +237,7 @@ class KvStore:
         """Slots of ``nbytes`` to be written in place: ``r.views[i][:] = …; r.seal()`` or ``r.abort()``."""
         return Reservation(self._pool, self._pool.reserve(_words(keys), (nbytes,)))
 
-    # ---- what adapters use ---------------------------------------------------------------------------------------------
+    # ---- what adapters use -------------------------------------------------------------------------------------------
 
     def pin_batch(self, keys: Keys, *, prefix: bool = False) -> SlotBatch:
         """Pin and locate blocks; ``prefix``: only the leading hits. Release by :meth:`unpin`."""
@@ -256,7 +257,10 @@ class KvStore:
         return part_offsets(part_nbytes)[0]
 
     def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
-        """Part ``part`` is written: record its XXH3 (uint64[N] or its bits); the last part seals. OK, PENDING, STALE, TIMEOUT (queued)."""
+        """Part ``part`` is written: record its XXH3 (uint64[N] or its bits); the last part seals.
+
+        Codes: OK, PENDING, STALE, TIMEOUT (queued).
+        """
         return self._pool.complete(_ints(slots), _ints(gens), part, checksums)
 
     def abort_batch(self, slots: I64, gens: I64, writers_done: bool) -> I8:
@@ -275,7 +279,7 @@ class KvStore:
         """Compare a part of pinned blocks with its checksum: OK, CORRUPT, STALE."""
         return self._pool.verify_part(_ints(slots), _ints(gens), part)
 
-    # ---- scatter and gather, under the names that connectors know ------------------------------------------------------
+    # ---- scatter and gather, under the names that connectors know ----------------------------------------------------
 
     def register_buffer(self, addr: int, nbytes: int) -> int:
         """Vouch for memory whose raw addresses the ``multi_buffers`` calls may use. 0; raises BufferError."""
@@ -290,7 +294,7 @@ class KvStore:
     def batch_put_from_multi_buffers(
         self, keys: Sequence[str | bytes], addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]
     ) -> list[int]:
-        """Store for each key its fragments, one after another. 0 for each key that is there now, else a negative Code."""
+        """Store for each key its fragments, one after another. 0 for a key that is there now, else a negative Code."""
         words = _words(_named(keys))
         offsets, frag_addrs, frag_sizes = fragments(addrs, sizes, len(words))
         self._registered.check(frag_addrs, frag_sizes)
@@ -301,7 +305,8 @@ class KvStore:
             copies.gather_multi(at, frag_addrs[picked], frag_sizes[picked], dst, sums)
 
         codes = self._put(words, nbytes, copy)
-        return np.where(codes == Code.EXISTS, 0, codes).tolist()
+        done: list[int] = np.where(codes == Code.EXISTS, 0, codes).tolist()
+        return done
 
     def batch_get_into_multi_buffers(
         self, keys: Sequence[str | bytes], addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]
@@ -330,18 +335,18 @@ class KvStore:
         """1 there, 0 not."""
         return [int(x) for x in self._pool.exists(_words(_named(keys)))]
 
-    # ---- upkeep --------------------------------------------------------------------------------------------------------
+    # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     def stats(self) -> PoolStats:
         """The pool's figures now: a frozen snapshot, taken without the lock."""
         return pool_stats(self._pool)
 
     def check_integrity(self, *, deep: bool = True) -> None:
-        """Raise IntegrityError unless every invariant of the pool holds; ``deep`` also compares every block with its checksum."""
+        """Raise IntegrityError unless every invariant of the pool holds; ``deep``: and every block has its checksum."""
         self._pool.check_integrity(deep=deep)
 
     def close(self) -> None:
-        """Release all pins and leave the pool; it stays for others. Views still in use keep their pins until they go."""
+        """Release all pins and leave the pool; it stays for others. Views still in use keep their pins till they go."""
         self._pool.close()
 
     def __enter__(self) -> KvStore:

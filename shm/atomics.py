@@ -8,8 +8,6 @@ undefined here, as it is in C. Python-level stores into shared memory (numpy, me
 that, aarch64 does not, so a word that another process reads goes through this module.
 """
 
-# ruff: noqa: ARG001 -- numba fixes the arguments of an intrinsic and of its code generator
-
 from __future__ import annotations
 
 import platform

@@ -57,7 +57,8 @@ def attach(
 ) -> tuple[Segment, npt.NDArray[np.int64]]:
     """(segment, local words) of a new client. ``session`` 0 begins a session, else joins a living one.
 
-    Raises PoolNotFoundError, PoolFormatError, PoolOwnerError, PoolSpaceError, ClientLimitError, LockTimeoutError, PoolError.
+    Raises PoolNotFoundError, PoolFormatError, PoolOwnerError, PoolSpaceError, ClientLimitError, LockTimeoutError,
+    PoolError.
     """
     warm_up()
     with segment.name_lock(pool):
@@ -82,7 +83,8 @@ def attach(
             try:
                 if pool_uuid is not None and seg.uuid != pool_uuid:
                     raise PoolError(
-                        f"pool {pool!r} is another one than the session to be joined lives in: it was removed and made anew"
+                        f"pool {pool!r} is another one than the session to be joined lives in: "
+                        f"it was removed and made anew"
                     )
                 if create and _left_by_the_last(seg):
                     segment.remove_segment_file(seg.path)
@@ -140,8 +142,8 @@ def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: Po
                     f"session {session} of pool {seg.pool!r} has no living process: it can't be joined any more"
                 )
             raise LockTimeoutError(
-                f"the lock of pool {seg.pool!r} was held for {options.lock_timeout_s} s by process {int(t[lay.H_HOLDER])} "
-                f"(stopped?); attach again later"
+                f"the lock of pool {seg.pool!r} was held for {options.lock_timeout_s} s by process "
+                f"{int(t[lay.H_HOLDER])} (stopped?); attach again later"
             )
         if attempt == 0:
             reap_dead(seg, local)
@@ -151,7 +153,7 @@ def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: Po
 
 
 def find_dead(seg: Segment, me: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(client rows whose process is gone, when those clients had started). No lock: the start was read before the probe."""
+    """(client rows whose process is gone, when each client had started). No lock: starts are read before the probe."""
     t, offset = seg.table, int(seg.table[lay.P_LIVE_OFFSET])
     first = seg.geometry.o_client
     rows = t[first : first + lay.MAX_CLIENTS * lay.CLIENT_WORDS].reshape(-1, lay.CLIENT_WORDS)

@@ -1,8 +1,8 @@
 """The event ring: which blocks were sealed, evicted or cleared, in order, for readers that may lag.
 
-Written inside sections, sequence number last, so that a torn entry is never taken for a whole one. The ring does not wait
-for readers: one that was lapped is told so, scans the slot table, and replays from the number that it noted first.
-A rebuild starts a new epoch, since what the dead holder had not yet reported is lost.
+Written inside sections, sequence number last, so that a torn entry is never taken for a whole one. The ring does not
+wait for readers: one that was lapped is told so, scans the slot table, and replays from the number that it noted
+first. A rebuild starts a new epoch, since what the dead holder had not yet reported is lost.
 """
 
 from __future__ import annotations

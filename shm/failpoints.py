@@ -1,7 +1,8 @@
 """Named instants at which a test lets a process die or stop: one inside every state change. Off unless armed.
 
-A failpoint is a comparison with a word of the process's own memory; :func:`arm` sets that word. The environment variable
-``KVPLUG_FAILPOINT=NAME[:SKIP[:SIGNAL]]`` arms one at attach, for processes that a test cannot reach otherwise.
+A failpoint is a comparison with a word of the process's own memory; :func:`arm` sets that word. The environment
+variable ``KVPLUG_FAILPOINT=NAME[:SKIP[:SIGNAL]]`` arms one at attach, for processes that a test cannot reach
+otherwise.
 """
 
 from __future__ import annotations

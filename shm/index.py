@@ -1,9 +1,10 @@
 """Key → row: open addressing with linear probing and backward-shift deletion, in one table of 8-byte entries.
 
-No tombstones: a table that has turned over many times looks a miss up as fast as a fresh one. An entry is the row plus
-one in its low half and 31 bits of the key's hash in its high half; a key is compared in its row. Changes happen under the
-pool lock between "dirty" marks. Readers need no lock: an entry is one aligned word, a row says itself whether it is
-sealed, and while a deletion moves entries ``H_INDEX_SEQ`` is odd, so that a reader that missed knows to look again.
+No tombstones: a table that has turned over many times looks a miss up as fast as a fresh one. An entry is the row
+plus one in its low half and 31 bits of the key's hash in its high half; a key is compared in its row. Changes happen
+under the pool lock between "dirty" marks. Readers need no lock: an entry is one aligned word, a row says itself
+whether it is sealed, and while a deletion moves entries ``H_INDEX_SEQ`` is odd, so that a reader that missed knows to
+look again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""check_integrity(): every invariant of the tables, looked at under the lock. For tests, the stress run and `kvplug doctor`.
+"""check_integrity(): every invariant of the tables, looked at under the lock.
 
-It holds the lock for as long as it takes (milliseconds for a large pool), so it is not for a busy host's hot path.
+For tests, the stress run and `kvplug doctor`. It holds the lock for as long as it takes (milliseconds for a large
+pool), so it is not for a busy host's hot path.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def kernel(fn: F) -> F:
 def entry(signature: str) -> Callable[[F], F]:
     """A kernel that Python calls: it has one signature, which :func:`warm_up` compiles or loads before the first call.
 
-    In ``signature``, I, I8, I32, B, K stand for arrays of int64, int8, int32, bool and for keys, int64 (N, 4); i and b for scalars.
+    In ``signature``, I, I8, I32, B, K stand for arrays of int64, int8, int32, bool and for keys, int64 (N, 4); i and
+    b for scalars.
     """
 
     def decorate(fn: F) -> F:
@@ -63,13 +64,20 @@ def entry(signature: str) -> Callable[[F], F]:
 
 
 _TYPES = {
-    "I": "int64[::1]", "I8": "int8[::1]", "I32": "int32[::1]", "B": "boolean[::1]", "K": "int64[:,::1]", "i": "int64", "b": "boolean",
-    "v": "void", "ii": "UniTuple(int64, 2)",
-}  # fmt: skip
+    "I": "int64[::1]",
+    "I8": "int8[::1]",
+    "I32": "int32[::1]",
+    "B": "boolean[::1]",
+    "K": "int64[:,::1]",
+    "i": "int64",
+    "b": "boolean",
+    "v": "void",
+    "ii": "UniTuple(int64, 2)",
+}
 
 
 def warm_up() -> None:
-    """Load every entry kernel, from numba's cache or by compiling it: seconds the first time ever, then a fraction of one.
+    """Load every entry kernel, from numba's cache or by compiling it: seconds the first time, then a fraction of one.
 
     Called before a store is attached, so that no call later compiles anything while others wait for it.
     """

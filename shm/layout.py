@@ -24,7 +24,7 @@ PAGE_BYTES: Final = 4096
 MAGIC: Final = b"KVPLUG\x00\x01"
 FORMAT: Final = 1
 
-# ---- frozen preamble, words of page 0: any version of kvplug can read these of any format -----------------------------
+# ---- frozen preamble, words of page 0: any version of kvplug can read these of any format ----------------------------
 P_MAGIC: Final = 0
 P_FORMAT: Final = 1
 P_LIVE_OFFSET: Final = 2  # file offset of the liveness region: byte i is locked (OFD) while client i lives
@@ -35,7 +35,7 @@ P_UUID1: Final = 6
 P_LAYOUT0: Final = 7  # first 8 bytes of the layout hash
 PREAMBLE_WORDS: Final = 16
 
-# ---- header: fixed at creation -----------------------------------------------------------------------------------------
+# ---- header: fixed at creation ---------------------------------------------------------------------------------------
 H_SEGMENT_BYTES: Final = 16
 H_DATA_OFFSET: Final = 17
 H_SLAB_BYTES: Final = 18
@@ -57,7 +57,7 @@ H_O_PART: Final = 33
 H_O_INDEX: Final = 34
 H_O_EVENT: Final = 35
 
-# ---- header: changes, under the pool lock unless said otherwise --------------------------------------------------------
+# ---- header: changes, under the pool lock unless said otherwise ------------------------------------------------------
 H_DIRTY: Final = 64  # index, free lists or slab lists may be half-changed: rebuild before use
 H_RETIRED: Final = 65  # the name no longer leads here
 H_HOLDER: Final = 66  # pid inside a section, for messages and tests only
@@ -84,7 +84,7 @@ H_C_SLAB_MOVES: Final = 90
 H_C_FULL: Final = 91
 HEADER_WORDS: Final = 128
 
-# ---- client rows -------------------------------------------------------------------------------------------------------
+# ---- client rows -----------------------------------------------------------------------------------------------------
 CLIENT_WORDS: Final = 16
 C_STATE: Final = 0
 C_PID: Final = 1
@@ -103,7 +103,7 @@ CLIENT_DEAD: Final = 2  # its process is gone, its session is not: pins and rese
 MAX_CLIENTS: Final = 128  # two words of pin bits; eight TP=8 engines need 72
 PIN_WORDS: Final = 2
 
-# ---- slabs -------------------------------------------------------------------------------------------------------------
+# ---- slabs -----------------------------------------------------------------------------------------------------------
 SLAB_WORDS: Final = 12
 S_STATE: Final = 0
 S_STRIDE: Final = 1  # bytes from slot to slot
@@ -120,14 +120,14 @@ SLAB_FREE: Final = 1
 SLAB_OWNED: Final = 2
 SLAB_DRAINING: Final = 3
 
-# ---- size classes: one per stride in use -------------------------------------------------------------------------------
+# ---- size classes: one per stride in use -----------------------------------------------------------------------------
 CLASS_WORDS: Final = 4
 K_STRIDE: Final = 0
 K_HEAD: Final = 1  # slab + 1
 K_SLABS: Final = 2
 MAX_CLASSES: Final = 64
 
-# ---- slot rows ---------------------------------------------------------------------------------------------------------
+# ---- slot rows -------------------------------------------------------------------------------------------------------
 ROW_WORDS: Final = 12
 R_WORD: Final = 0  # state in the low 3 bits, generation above: the row's only commit
 R_KEY: Final = 1  # four words
@@ -149,7 +149,7 @@ SIZE_BITS: Final = 40
 MAX_PARTS: Final = 62
 PART_ALIGN_BYTES: Final = 64
 
-# ---- parts, index, events ----------------------------------------------------------------------------------------------
+# ---- parts, index, events --------------------------------------------------------------------------------------------
 PART_WORDS: Final = 2  # length, XXH3
 INDEX_WORDS: Final = 1  # row + 1 in the low 32 bits, tag above; 0 = empty
 EVENT_WORDS: Final = 8  # sequence number (written last), kind, row, generation, key
@@ -256,12 +256,14 @@ class Geometry:
             offsets.append(word)
             word += count * width
         data_offset = _round_up(word * 8, PAGE_BYTES)
-        return cls(data_offset + n_slabs * slab_bytes, data_offset, slab_bytes, min_block, n_slabs, rows_per_slab, n_rows,
-                   index_cap, event_cap, *offsets)  # fmt: skip
+        end = data_offset + n_slabs * slab_bytes
+        return cls(
+            end, data_offset, slab_bytes, min_block, n_slabs, rows_per_slab, n_rows, index_cap, event_cap, *offsets
+        )
 
     @classmethod
     def from_header(cls, words: list[int]) -> Geometry:
-        """Read back from the first ``HEADER_WORDS`` words; :class:`PoolFormatError` if they do not describe one layout."""
+        """Read back from the first ``HEADER_WORDS`` words; :class:`PoolFormatError` if that is no layout of ours."""
         n_slabs, slab_bytes, min_block = words[H_N_SLABS], words[H_SLAB_BYTES], words[H_MIN_BLOCK]
         if not (0 < n_slabs < 1 << 24 and 4096 <= min_block <= slab_bytes <= 1 << 34) or slab_bytes % min_block:
             raise PoolFormatError(
@@ -283,7 +285,8 @@ class Geometry:
         if s > self.slab_bytes:
             raise BlockTooLargeError(
                 f"a block of {payload_bytes} bytes in {n_parts} part(s) needs {s} bytes; a slab of this pool has "
-                f"{self.slab_bytes}. Remove the pool and create it with a larger slab (KVPLUG_SLAB) or size (KVPLUG_SIZE)"
+                f"{self.slab_bytes}. Remove the pool and create it with a larger slab (KVPLUG_SLAB) or size "
+                f"(KVPLUG_SIZE)"
             )
         return s
 

@@ -1,7 +1,8 @@
-"""Who is alive: a byte lock per client on an open file description of its own, asked of the kernel, never judged by PID.
+"""Who is alive: a byte lock per client on a file description of its own, asked of the kernel, never judged by PID.
 
-Open-file-description locks (``F_OFD_*``) belong to the description and go when it is closed for the last time, which the
-kernel does for a process that dies, however it dies. The description is never mapped and a forked child closes its copy.
+Open-file-description locks (``F_OFD_*``) belong to the description and go when it is closed for the last time, which
+the kernel does for a process that dies, however it dies. The description is never mapped and a forked child closes
+its copy.
 """
 
 from __future__ import annotations

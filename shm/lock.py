@@ -1,24 +1,24 @@
 """The pool lock: how it is taken, what it promises, and what it cannot promise.
 
-One short lock guards every change of the tables. It is ``flock`` on a file description that belongs to one attached store:
-opened for this purpose alone, never mapped, never handed to a child. The kernel drops it when the description is closed
-for the last time, so a process that is killed inside a section frees the lock, whatever it was doing, and nobody has to
-judge by PIDs or heartbeats whether it lives. Two things would spoil that, both seen in practice:
+One short lock guards every change of the tables. It is ``flock`` on a file description that belongs to one attached
+store: opened for this purpose alone, never mapped, never handed to a child. The kernel drops it when the description
+is closed for the last time, so a process that is killed inside a section frees the lock, whatever it was doing, and
+nobody has to judge by PIDs or heartbeats whether it lives. Two things would spoil that, both seen in practice:
 
-* a mapping, or a forked child, keeps the description open after its owner's death. Hence the description of its own, and
-  the child closes its copy right after the fork (closing does not unlock: the parent's copy still holds).
+* a mapping, or a forked child, keeps the description open after its owner's death. Hence the description of its own,
+  and the child closes its copy right after the fork (closing does not unlock: the parent's copy still holds).
 * ``flock`` belongs to the description, not to the thread. Hence a thread lock around it in :mod:`kvplug.shm.pool`.
 
 *Sections are compiled.* A kernel takes the lock, works and releases it without the GIL. A section written in Python
-keeps the lock for as long as another Python thread keeps the GIL (5 ms a turn); these keep it for microseconds whatever the
-interpreter does, and no signal handler or finaliser can run inside them.
+keeps the lock for as long as another Python thread keeps the GIL (5 ms a turn); these keep it for microseconds
+whatever the interpreter does, and no signal handler or finaliser can run inside them.
 
-*The lock is never stolen.* A holder that is stopped (SIGSTOP, a debugger) keeps it; when it goes on it finds the tables as
-it left them. Waiters give up at their deadline: their caller answers "miss" or "not stored". From then on every call of
-that store tries once and gives up at once, until one try succeeds. Reads do not need the lock at all.
+*The lock is never stolen.* A holder that is stopped (SIGSTOP, a debugger) keeps it; when it goes on it finds the
+tables as it left them. Waiters give up at their deadline: their caller answers "miss" or "not stored". From then on
+every call of that store tries once and gives up at once, until one try succeeds. Reads do not need the lock at all.
 
-*Dirty.* A section that changes index or lists sets ``H_DIRTY`` first and clears it last. Whoever takes the lock and finds
-it set knows that the holder before died half-way, and rebuilds before anything else.
+*Dirty.* A section that changes index or lists sets ``H_DIRTY`` first and clears it last. Whoever takes the lock and
+finds it set knows that the holder before died half-way, and rebuilds before anything else.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What a client does beside its calls, in one background thread: reserve and fault memory in, reap the dead, drain queues.
+"""What a client does beside its calls, in one background thread.
 
-No daemon: each attached process does it, whoever comes first; all of it can be done twice.
+It reserves memory and faults it in, reaps the dead and drains queues. No daemon: each attached process does it,
+whoever comes first; all of it can be done twice.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Pins: a sealed slot under a pin stays where it is until the pin is released or its session is gone.
 
-Each client has one bit in every slot. How often this process has pinned a slot is counted in its own memory (``counts``);
-the shared bit changes only between none and some, under the lock. A batch is looked up once without the lock, which
-brings its lines into the cache, and then looked up again under it: the section is short also for 2048 cold keys.
+Each client has one bit in every slot. How often this process has pinned a slot is counted in its own memory
+(``counts``); the shared bit changes only between none and some, under the lock. A batch is looked up once without the
+lock, which brings its lines into the cache, and then looked up again under it: the section is short also for 2048
+cold keys.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kvplug.shm.layout import (
 )
 from kvplug.shm.lists import row_at, slab_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_PIN_BUDGET, L_TOUCH
-from kvplug.shm.lock import enter, leave
+from kvplug.shm.lock import clean, dirty, enter, leave
 from kvplug.shm.write import BUDGET, MISSING, OK, TOUCH_NONE, tick_of
 
 SECTION_KEYS = 512
@@ -69,6 +70,7 @@ def pin(
         lock = enter(T, L)
         if lock < 0:
             return lock
+        dirty(T, L)  # for the client's count of pins, which a rebuild takes from the bits
         for i in range(begin, end):
             row = find(T, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
             r = row_at(T, row)
@@ -98,6 +100,7 @@ def pin(
             gens[i] = T[r + R_WORD] >> GEN_SHIFT
             offsets[i] = slot_offset(T, row)
             nbytes[i] = T[r + R_SIZE] & SIZE_MASK
+        clean(T, L)
         leave(T, L)
         if prefix and leading >= 0:
             break
@@ -118,6 +121,7 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
         announce_rows(T, L, rows, begin, end)
         if enter(T, L) < 0:
             return begin
+        dirty(T, L)
         for i in range(begin, end):
             row = rows[i]
             if row < 0 or counts[row] == 0:
@@ -127,6 +131,7 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
                 T[row_at(T, row) + w] &= ~bit
                 fail(L, UNPINNED_BIT)
                 T[mine] -= 1
+        clean(T, L)
         leave(T, L)
         begin = end
     return n

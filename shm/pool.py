@@ -1,8 +1,9 @@
 """One attached pool: batches in, codes out. What :class:`kvplug.store.KvStore` and the adapters stand on.
 
-All arrays are numpy; keys are int64 (N, 4) views of N 32-byte keys. Nothing here raises for a full pool, a missing key or
-a lock that can't be had: those are codes (:class:`kvplug.errors.Code`). Calls that must happen sooner or later (releasing a
-pin, sealing, aborting) and find the lock busy past the deadline are queued and done by a later call or by the maintenance thread.
+All arrays are numpy; keys are int64 (N, 4) views of N 32-byte keys. Nothing here raises for a full pool, a missing
+key or a lock that can't be had: those are codes (:class:`kvplug.errors.Code`). Calls that must happen sooner or later
+(releasing a pin, sealing, aborting) and find the lock busy past the deadline are queued and done by a later call or
+by the maintenance thread.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ _attached: weakref.WeakSet[Pool] = weakref.WeakSet()
 class SlotBatch:
     """Slots for a batch of keys; all arrays have length N. An entry counts only where its code is OK (0).
 
-    ``offsets`` are bytes from the mapping's start (``Pool.base_address``); ``gens`` must accompany ``slots`` in every later call.
+    ``offsets`` are bytes from the mapping's start (``Pool.base_address``); ``gens`` must accompany ``slots`` in every
+    later call.
     """
 
     codes: I8
@@ -117,7 +119,7 @@ class Pool:
         self.reap()
         self._maintenance = Maintenance(self, prefault=self.options.prefault)
 
-    # ---- calls under the lock ------------------------------------------------------------------------------------------
+    # ---- calls under the lock ----------------------------------------------------------------------------------------
 
     def _ready(self) -> None:
         if self.is_closed:
@@ -152,12 +154,13 @@ class Pool:
             self._pending.append(section)
         return answer
 
-    # ---- writing -------------------------------------------------------------------------------------------------------
+    # ---- writing -----------------------------------------------------------------------------------------------------
 
     def reserve(self, keys: I64, part_nbytes: npt.ArrayLike) -> SlotBatch:
         """A slot for each key that is not there yet, with one part per entry of ``part_nbytes``.
 
-        Codes: OK, EXISTS, IN_PROGRESS, FULL, BUDGET, TIMEOUT, RETIRED. Raises BlockTooLargeError, ConfigError, StoreClosedError.
+        Codes: OK, EXISTS, IN_PROGRESS, FULL, BUDGET, TIMEOUT, RETIRED. Raises BlockTooLargeError, ConfigError,
+        StoreClosedError.
         """
         sizes = np.ascontiguousarray(part_nbytes, np.int64)
         if not 1 <= len(sizes) <= lay.MAX_PARTS or int(sizes.min()) < 1:
@@ -194,7 +197,7 @@ class Pool:
                         out.slots,
                         out.gens,
                         out.offsets,
-                    )  # fmt: skip
+                    )
                 )
                 if got < 0:
                     out.codes[at:] = got
@@ -214,7 +217,10 @@ class Pool:
         write.count_full(self.T, self.L, int((~there).sum()))
 
     def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
-        """Part ``part`` of each slot is written: record its XXH3; the last part seals. OK, PENDING, STALE or TIMEOUT (queued)."""
+        """Part ``part`` of each slot is written: record its XXH3; the last part seals.
+
+        Codes: OK, PENDING, STALE, TIMEOUT (queued).
+        """
         slots, gens = slots.copy(), gens.copy()
         sums = np.ascontiguousarray(checksums).view(np.int64).copy()
         codes = np.full(len(slots), Code.STALE, np.int8)
@@ -222,7 +228,7 @@ class Pool:
         return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
 
     def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> I8:
-        """Give up reservations: FREE at once if nobody can write any more, else QUARANTINED until :meth:`acknowledge`."""
+        """Give up reservations: FREE at once if nobody can write now, else QUARANTINED until :meth:`acknowledge`."""
         slots, gens = slots.copy(), gens.copy()
         codes = np.full(len(slots), Code.STALE, np.int8)
         answer = self._now_or_later(lambda: write.abort(self.T, self.L, slots, gens, writers_done, codes))
@@ -264,7 +270,7 @@ class Pool:
                     break
         return codes
 
-    # ---- reading -------------------------------------------------------------------------------------------------------
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
     def exists(self, keys: I64) -> npt.NDArray[np.bool_]:
         """Whether each key has a sealed block. No lock."""
@@ -333,7 +339,7 @@ class Pool:
         return out
 
     def unpin(self, slots: I64) -> None:
-        """Release one pin of each slot; entries below zero are passed over. Never blocks for long: queued if need be."""
+        """Release one pin of each slot; entries below zero are passed over. Never blocks for long: may be queued."""
         if not len(slots):
             return
         todo = slots.copy()
@@ -369,7 +375,7 @@ class Pool:
         read.verify_part(self.T, self.L, slots, gens, part, codes)
         return codes
 
-    # ---- upkeep --------------------------------------------------------------------------------------------------------
+    # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     def grow(self) -> bool:
         """Reserve one more slab of memory. False when all is reserved or there is no more."""

@@ -1,8 +1,9 @@
 """Reading without the lock: exists, match_prefix, get_into.
 
-A reader notes the slot's word, uses the slot, and looks at the word again behind an acquire fence. Every change of a slot
-steps its generation *before* anything in it changes, so the same word twice means that the slot held that sealed block
-all along; another word means a miss. Readers therefore never wait, for nobody: not for a busy lock, nor for a stopped holder.
+A reader notes the slot's word, uses the slot, and looks at the word again behind an acquire fence. Every change of a
+slot steps its generation *before* anything in it changes, so the same word twice means that the slot held that sealed
+block all along; another word means a miss. Readers therefore never wait, for nobody: not for a busy lock, nor for a
+stopped holder.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def touch(T: Any, L: Any, keys: Any) -> None:
 
 @kernel
 def bytes_match(T: Any, row: int, addr: int) -> bool:
-    """Whether the bytes at ``addr`` (the payload, or a copy of it) have the checksums that the slot's parts were given."""
+    """Whether the bytes at ``addr`` (the payload, or a copy of it) have the checksums of the slot's parts."""
     n_parts = T[row_at(T, row) + R_SIZE] >> SIZE_BITS
     p0 = T[H_O_PART] + row * PART_WORDS
     at = 0

@@ -1,9 +1,9 @@
 """Clients: rows in the table, and what is done for those that are gone.
 
-A row is taken and published in one section after its liveness byte was locked. A client that died keeps its row, pins and
-reservations until its whole session is gone, since another process of that session may still be copying. Then its pin
-bits are cleared and its unfinished slots quarantined, slab range by slab range, and the row is free last: every step can
-be done again by somebody else.
+A row is taken and published in one section after its liveness byte was locked. A client that died keeps its row, pins
+and reservations until its whole session is gone, since another process of that session may still be copying. Then its
+pin bits are cleared and its unfinished slots quarantined, slab range by slab range, and the row is free last: every
+step can be done again by somebody else.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def client_at(T: Any, client: int) -> int:
 
 @entry("i(I, I, i, i, i)")
 def publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int:
-    """Fill a client row whose liveness byte the caller holds locked. The session, or NO_SESSION, ROW_TAKEN, a lock code.
+    """Fill a client row whose liveness byte the caller has locked. The session, or NO_SESSION, ROW_TAKEN, a lock code.
 
     ``session`` 0 begins a new one; else it must have a living member, or what it owned may be reclaimed already.
     """
@@ -98,10 +98,11 @@ def _publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int
 
 @entry("i(I, I, I, I, I, I)")
 def mark_dead(T: Any, L: Any, dead: Any, dead_started: Any, bits: Any, started: Any) -> int:
-    """Note which clients died; fill ``bits`` with the rows of sessions that have nobody left. Their number, or a lock code.
+    """Note which clients died; fill ``bits`` with the rows of sessions with nobody left. Their number or a lock code.
 
-    A row says when its client started, and that is compared in every step: by the time of a step another process may have
-    done the work and a new client, with pins of its own, may have the row. ``dead_started`` was read before the probe.
+    A row says when its client started, and that is compared in every step: by the time of a step another process may
+    have done the work and a new client, with pins of its own, may have the row. ``dead_started`` was read before the
+    probe.
     """
     lock = enter(T, L)
     if lock < 0:
@@ -146,7 +147,7 @@ def has_bit(bits: Any, c: int) -> bool:
 
 @entry("i(I, I, I, I, i)")
 def reap_rows(T: Any, L: Any, bits: Any, started: Any, begin: int) -> int:
-    """Clear the pins and quarantine the unfinished slots of the clients in ``bits``, from row ``begin``; next row or a lock code."""
+    """Clear pins, quarantine unfinished slots of the clients in ``bits``, from row ``begin``; next row, a lock code."""
     lock = enter(T, L)
     if lock < 0:
         return lock
@@ -203,7 +204,7 @@ def free_clients(T: Any, L: Any, bits: Any, started: Any) -> int:
 
 @entry("i(I, I)")
 def withdraw(T: Any, L: Any) -> int:
-    """An orderly end: this client's row says dead; whoever reaps next (usually itself) clears the rest. 0 or a lock code."""
+    """An orderly end: the row says dead; whoever reaps next (usually this client) clears the rest. 0 or a lock code."""
     lock = enter(T, L)
     if lock < 0:
         return lock

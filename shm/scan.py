@@ -1,7 +1,7 @@
 """Looking for victims, without the lock: what is found is a proposal, checked again under the lock when it is used.
 
-A scan reads rows while others change them. It collects (row, word, tick) of unpinned sealed slots in a window of rows that
-a rotating hand moves on; a victim counts later only if its word and tick are still the same and it has no pin.
+A scan reads rows while others change them. It collects (row, word, tick) of unpinned sealed slots in a window of rows
+that a rotating hand moves on; a victim counts later only if its word and tick are still the same and it has no pin.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from kvplug.shm.lists import row_at, slab_at
 
 @entry("ii(I, i, i, i, I, I, I, I)")
 def candidates(T: Any, stride: int, hand: int, max_rows: int, rows: Any, words: Any, ticks: Any, sizes: Any) -> Any:
-    """(found, next hand): unpinned sealed slots of this stride in slabs from ``hand`` on, at most ``max_rows`` looked at."""
+    """(found, next hand): unpinned sealed slots of this stride in slabs from ``hand`` on; ``max_rows`` are seen."""
     n_slabs = T[H_N_SLABS]
     rps = T[H_ROWS_PER_SLAB]
     found = 0
@@ -124,7 +124,7 @@ def expired_rows(T: Any, now: int, begin: int, end: int, out: Any) -> int:
 
 @entry("i(I, I, I, K)")
 def tally(T: Any, states: Any, class_live: Any, per_class: Any) -> int:
-    """Count slots by state, pinned slots (returned), and for each class [stride, slabs, sealed, bytes sealed]. No lock."""
+    """Count slots by state, pinned slots (returned), and per class [stride, slabs, sealed, bytes sealed]. No lock."""
     rps = T[H_ROWS_PER_SLAB]
     pinned = 0
     for c in range(MAX_CLASSES):

@@ -1,9 +1,9 @@
 """The named segment: created whole or not at all, attached through ordered gates, removed under its name's lock.
 
-A segment is built under a temporary name and linked to its own when it is complete, so nobody ever sees half of one. All of
-create, adopt and unlink happens under a lock file per pool name, which is never deleted (deleting a lock file is how
-two processes come to hold "the same" lock). Nothing of a segment is mapped before its size was compared with what its
-header says: past the end of a truncated file comes SIGBUS, not an error.
+A segment is built under a temporary name and linked to its own when it is complete, so nobody ever sees half of one.
+All of create, adopt and unlink happens under a lock file per pool name, which is never deleted (deleting a lock file
+is how two processes come to hold "the same" lock). Nothing of a segment is mapped before its size was compared with
+what its header says: past the end of a truncated file comes SIGBUS, not an error.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def name_lock(pool: str, timeout_s: float = NAME_LOCK_TIMEOUT_S) -> Iterator[Non
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise LockTimeoutError(
-                        f"{path} was held by another process for {timeout_s} s while it creates, attaches or removes the pool"
+                        f"{path} was held by another process for {timeout_s} s while it creates, attaches or removes "
+                        f"the pool"
                     ) from None
                 time.sleep(POLL_S)
         yield
@@ -111,14 +112,15 @@ def check_space(pool_bytes: int) -> None:
         raise PoolSpaceError(f"{hostmem.DEV_SHM} does not exist: kvplug needs POSIX shared memory")
     if pool_bytes + SPACE_RESERVE_BYTES > space.free_bytes:
         raise PoolSpaceError(
-            f"a pool of {pool_bytes} bytes does not fit: {hostmem.DEV_SHM} has {space.free_bytes} of {space.total_bytes} bytes "
-            f"free. Set a smaller KVPLUG_SIZE, or make it larger (docker: --shm-size or --ipc=host)"
+            f"a pool of {pool_bytes} bytes does not fit: {hostmem.DEV_SHM} has {space.free_bytes} of "
+            f"{space.total_bytes} bytes free. Set a smaller KVPLUG_SIZE, or make it larger (docker: --shm-size or "
+            f"--ipc=host)"
         )
     memory = hostmem.memory()
     if memory.limit_bytes and pool_bytes > memory.limit_bytes - memory.used_bytes:
         raise PoolSpaceError(
-            f"a pool of {pool_bytes} bytes does not fit: {memory.limit_bytes - memory.used_bytes} of {memory.limit_bytes} bytes of "
-            f"memory are free here ({memory.source}). Set a smaller KVPLUG_SIZE"
+            f"a pool of {pool_bytes} bytes does not fit: {memory.limit_bytes - memory.used_bytes} of "
+            f"{memory.limit_bytes} bytes of memory are free here ({memory.source}). Set a smaller KVPLUG_SIZE"
         )
 
 
@@ -206,7 +208,8 @@ def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
     words = list(struct.unpack(f"<{lay.HEADER_WORDS}q", raw))
     if raw[:8] != lay.MAGIC:
         raise PoolFormatError(
-            f"{path} begins with {raw[:8]!r} instead of {lay.MAGIC!r}: not a pool. Remove it, or choose another KVPLUG_POOL"
+            f"{path} begins with {raw[:8]!r} instead of {lay.MAGIC!r}: not a pool. Remove it, or choose another "
+            f"KVPLUG_POOL"
         )
     if words[lay.P_FORMAT] != lay.FORMAT:
         raise PoolFormatError(f"{path} has format {words[lay.P_FORMAT]}, this version of kvplug uses {lay.FORMAT}")
@@ -218,7 +221,8 @@ def _check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
     if words[lay.P_LAYOUT0] != lay.layout_hash():
         raise PoolFormatError(
             f"{path} was laid out by another build of kvplug (layout {words[lay.P_LAYOUT0] & (1 << 64) - 1:016x}, here "
-            f"{lay.layout_hash() & (1 << 64) - 1:016x}): stop its users and run `kvplug rm`, or choose another KVPLUG_POOL"
+            f"{lay.layout_hash() & (1 << 64) - 1:016x}): stop its users and run `kvplug rm`, or choose another "
+            f"KVPLUG_POOL"
         )
     geometry = Geometry.from_header(words)
     if words[lay.H_MAX_CLIENTS] != lay.MAX_CLIENTS or words[lay.P_LIVE_OFFSET] != geometry.o_client * 8:

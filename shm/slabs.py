@@ -1,7 +1,7 @@
 """Slabs on the move: reserving memory behind the watermark, and draining one class's slab for another.
 
-OWNED → DRAINING → FREE. A drain frees a slab's sealed, unpinned blocks in sections of bounded length; anyone may go on with
-one that was begun; one that meets a pin or a writer is called off and its free slots are listed again.
+OWNED → DRAINING → FREE. A drain frees a slab's sealed, unpinned blocks in sections of bounded length; anyone may go
+on with one that was begun; one that meets a pin or a writer is called off and its free slots are listed again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Room in a full pool: victims of the class in need, and slabs taken from another class.
 
-Scans run without the lock and cover a bounded window; what they propose is kept and used up over many reservations.
-A class without room of its own, or whose own blocks are all worth more than another class's stalest slab, drains that slab: so a
-new model gets space in a pool that an old one has filled.
+Scans run without the lock and cover a bounded window; what they propose is kept and used up over many reservations. A
+class without room of its own, or whose own blocks are all worth more than another class's stalest slab, drains that
+slab: so a new model gets space in a pool that an old one has filled.
 """
 
 from __future__ import annotations

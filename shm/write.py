@@ -1,8 +1,8 @@
 """The sections that change slots: reserve, complete, abort, acknowledge, remove.
 
 FREE → WRITING → SEALED → FREE, or WRITING → QUARANTINED → FREE. The slot's word is the commit of each step: fields go
-before it when the slot gains a meaning, the word goes first when it loses one. docs/pool.md has the table of what a death at
-each point leaves behind.
+before it when the slot gains a meaning, the word goes first when it loses one. docs/pool.md has the table of what a
+death at each point leaves behind.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ intrinsics here: numba's own ``+``, ``-`` and ``*`` tell LLVM that a signed resu
 that is written with them comes out wrong after optimisation.
 """
 
-# ruff: noqa: ARG001 -- numba fixes the arguments of an intrinsic and of its code generator
-
 from __future__ import annotations
 
 import platform

@@ -1,7 +1,7 @@
 """What an eviction policy decides, and nothing else: how a batch is touched, and who goes first.
 
-A policy never touches the pool. It is given candidates that were found without the lock and orders them; each is checked
-again, under the lock, when its slot is taken.
+A policy never touches the pool. It is given candidates that were found without the lock and orders them; each is
+checked again, under the lock, when its slot is taken.
 """
 
 from __future__ import annotations

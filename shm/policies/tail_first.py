@@ -1,7 +1,7 @@
 """Recency, and within what was used together the tail of a prefix before its head.
 
-A block is worth something only while every block before it is there, so the last block of a prefix is the one to lose. A
-batch is dated backwards for that: its first key gets the latest tick.
+A block is worth something only while every block before it is there, so the last block of a prefix is the one to
+lose. A batch is dated backwards for that: its first key gets the latest tick.
 """
 
 from __future__ import annotations
