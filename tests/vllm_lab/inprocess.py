@@ -44,15 +44,17 @@ class InProcess(LabProcess):
         size: str = "256mib",
         matrix: str | None = None,
         env: Mapping[str, str | None] | None = None,
+        inside: Sequence[str] = (),
         **llm: Any,
     ) -> None:
+        """Starts the engine; *inside*: a command that the engine's own is appended to."""
         ranks = llm.get("tensor_parallel_size", 1) * llm.get("pipeline_parallel_size", 1)
         environment = base_env(pool=pool, size=size, ranks=ranks, matrix=matrix, env=env)
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         read_fd, write_fd = os.pipe()
         try:
             super().__init__(
-                [sys.executable, "-m", "tests.vllm_lab.driver", str(write_fd)],
+                [*inside, sys.executable, "-m", "tests.vllm_lab.driver", str(write_fd)],
                 environment,
                 log,
                 stdin=subprocess.PIPE,

@@ -1,0 +1,139 @@
+"""What switches kvplug on and off, and that an engine always runs: with kvplug, or without it and saying why."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.common import Case, Control, agree, make_prompts, requests, storable
+from tests.vllm_lab.engine import InProcess
+
+OWN = {"kv_connector": "KvplugConnector", "kv_role": "kv_both"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """An engine's circumstances, and what must come of them."""
+
+    name: str
+    line: str
+    """Words of the one line that says it."""
+    on: bool = False
+    connector: str | None = "KvplugConnector"
+    env: tuple[tuple[str, str | None], ...] = ()
+    transfer: tuple[tuple[str, Any], ...] = ()
+    inside: Sequence[str] = ()
+    """A command that the engine is started in."""
+    size: str = "64mib"
+
+
+def _private_shm(options: str) -> tuple[str, ...]:
+    """A mount namespace of its own with another /dev/shm."""
+    mount = f'mount -t tmpfs -o {options} none /dev/shm && exec "$0" "$@"'
+    return ("unshare", "-r", "-m", "sh", "-c", mount)
+
+
+SCENARIOS = (
+    Scenario("users-own-configuration", "kvplug: ON", on=True, transfer=tuple(OWN.items())),
+    Scenario(
+        "users-own-configuration-no-plugin-named",
+        "kvplug: ON",
+        on=True,
+        transfer=tuple(OWN.items()),
+        env=(("VLLM_PLUGINS", None),),
+    ),
+    Scenario(
+        "another-connector",
+        "ExampleConnector",
+        connector="ExampleConnector",
+        transfer=(("kv_connector", "ExampleConnector"), ("kv_role", "kv_both")),
+    ),
+    Scenario("installed-but-not-named", "", connector=None, env=(("VLLM_PLUGINS", None),)),
+    Scenario("shm-too-small", "OFF", inside=_private_shm("size=1m")),
+    Scenario("shm-not-writable", "OFF", inside=_private_shm("ro")),
+    Scenario("pool-larger-than-shm", "OFF", size="900tb"),
+    Scenario("garbage-under-the-pools-name", "OFF", env=(("KVPLUG_POOL", "GARBAGE"),)),
+    Scenario("unknown-setting", "KVPLUG_SISE", connector=None, env=(("KVPLUG_SISE", "1gb"),)),
+    Scenario("malformed-setting", "banana", connector=None, env=(("KVPLUG_SIZE", "banana"),)),
+)
+AHEAD = 3
+"""Engines that boot while a test looks at one."""
+
+
+@pytest.fixture(scope="module")
+def cases(control: Control) -> list[Case]:
+    return control.pick(make_prompts(6, 62), 4)
+
+
+@pytest.fixture(scope="module")
+def garbage(pool: str) -> str:
+    """A pool name under which lies what is no pool."""
+    name = f"{pool}.garbage"
+    Path(f"/dev/shm/kvplug.{name}.v1").write_bytes(b"\x5a" * (1 << 20))
+    return name
+
+
+@pytest.fixture(scope="module")
+def engine_for(
+    start: Callable[..., InProcess], garbage: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Scenario], InProcess]]:
+    started: dict[str, InProcess] = {}
+
+    def boot(scenario: Scenario) -> InProcess:
+        arguments: dict[str, Any] = {}
+        if scenario.transfer:
+            transfer = dict(scenario.transfer)
+            if scenario.connector == "ExampleConnector":
+                folder = str(tmp_path_factory.mktemp("example"))
+                transfer["kv_connector_extra_config"] = {"shared_storage_path": folder}
+            arguments["kv_transfer_config"] = transfer
+        env = {name: garbage if value == "GARBAGE" else value for name, value in scenario.env}
+        return start(scenario.name, size=scenario.size, env=env, inside=scenario.inside, **arguments)
+
+    def get(scenario: Scenario) -> InProcess:
+        at = SCENARIOS.index(scenario)
+        for s in SCENARIOS[at : at + AHEAD]:
+            if s.name not in started and (not s.inside or _may_unshare()):
+                started[s.name] = boot(s)
+        return started[scenario.name].ready()
+
+    yield get
+    for engine in started.values():
+        engine.close()
+
+
+def _may_unshare() -> bool:
+    return subprocess.run([*_private_shm("size=1m"), "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
+def test_the_engine_runs_and_says_how(
+    engine_for: Callable[[Scenario], InProcess], cases: list[Case], scenario: Scenario
+) -> None:
+    if scenario.inside and not _may_unshare():
+        pytest.skip("this system does not let a user make a mount namespace")
+    engine = engine_for(scenario)
+    assert engine.info["connector"] == scenario.connector
+    records = engine.each(requests(cases))
+    agree(cases, records)
+    lines = {line.split("kvplug: ", 1)[1] for line in engine.log_text().splitlines() if "kvplug: O" in line}
+    if scenario.line:
+        assert len(lines) == 1, f"one line, said once, not {lines}"
+        assert scenario.line in engine.log_text()
+        assert lines.pop().startswith("ON" if scenario.on else "OFF")
+    else:
+        assert "kvplug:" not in engine.log_text()
+    if scenario.connector == "ExampleConnector":
+        engine.close()
+        return
+    assert engine.do("reset")
+    again = engine.each(requests(cases))
+    agree(cases, again)
+    expected = [storable(len(case.prompt)) if scenario.on else 0 for case in cases]
+    assert [r["external"] for r in again] == expected
+    engine.close()

@@ -1,0 +1,99 @@
+"""0.30, 0.31 and 0.32 run the same short test; a version that kvplug was not written for is refused and runs on."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.common import Control, agree, attached, eventually, make_prompts, requests, storable
+from tests.vllm_lab.engine import EngineError, InProcess, matrix_path
+
+VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
+
+
+def matrix(version: str) -> str | None:
+    """The version's place in the matrix; None for the one that is installed."""
+    import vllm
+
+    if vllm.__version__ == version:
+        return None
+    if matrix_path(version) is None:
+        raise EngineError(f"vLLM {version} is not installed: tests/vllm_lab/install.sh .venv")
+    return version
+
+
+@pytest.fixture(scope="module")
+def engines(start: Callable[..., InProcess]) -> dict[str, InProcess]:
+    """One engine per version, all at once. They share a pool, though never a block: the version is in the namespace."""
+    return {version: start(version, matrix=matrix(version)) for version in VERSIONS}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_supported_version_stores_hits_and_answers_right(
+    engines: dict[str, InProcess], control: Control, pool: str, version: str
+) -> None:
+    cases = control.pick(make_prompts(8, 60), 6)
+    engine = engines[version].ready()
+    assert engine.info["version"] == version
+    assert engine.info["connector"] == "KvplugConnector"
+    with attached(pool) as store:
+        before = store.stats().sealed_blocks
+        records = engine.each(requests(cases))
+        agree(cases, records)
+        assert [r["external"] for r in records] == [0] * len(cases), "another version's blocks were read"
+        blocks = sum(len(case.prompt) // 32 for case in cases)
+        eventually("all is sealed", lambda: store.stats().sealed_blocks >= before + blocks)
+    assert engine.do("reset")
+    before_metrics = engine.do("metrics")
+    records = engine.each(requests(cases))
+    agree(cases, records)
+    assert [r["external"] for r in records] == [storable(len(case.prompt)) for case in cases]
+    assert engine.do("reset")
+    agree(cases, engine.generate(requests(cases)))
+
+    after = engine.do("metrics")
+    hits = sum(r["external"] for r in records)
+    assert (
+        after["vllm:external_prefix_cache_hits_total"] - before_metrics["vllm:external_prefix_cache_hits_total"] >= hits
+    )
+    states = engine.do("abort_mid_load", requests=[case.request() for case in cases[:2]], delay_s=0.0)
+    assert len(states) == 2
+    engine.do("reset")
+    agree(cases[:1], engine.each(requests(cases[:1])))
+    with attached(pool) as store:
+        eventually("no pin is left", lambda: store.stats().pinned_slots == 0)
+
+
+@pytest.fixture(scope="module")
+def disguised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed vLLM in it, by links, that says it is 0.29.5."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    package = tmp_path_factory.mktemp("disguise") / "vllm"
+    package.mkdir()
+    for entry in Path(spec.origin).parent.iterdir():
+        if entry.name not in ("_version.py", "__pycache__"):
+            (package / entry.name).symlink_to(entry)
+    (package / "_version.py").write_text("__version__ = '0.29.5'\n__version_tuple__ = (0, 29, 5)\n")
+    return package.parent
+
+
+def test_an_unsupported_version_is_refused_with_a_line_and_runs_on(
+    start: Callable[..., InProcess], control: Control, disguised: Path
+) -> None:
+    cases = control.pick(make_prompts(4, 61), 2)
+    path = f"{disguised}:{Path(__file__).resolve().parents[2]}"
+    refused = start("refused", env={"PYTHONPATH": path})
+    insisted = start("insisted", env={"PYTHONPATH": path, "KVPLUG_UNSUPPORTED_ENGINE_OK": "1"})
+    assert refused.ready().info["version"] == "0.29.5"
+    assert refused.info["connector"] is None
+    (line,) = {line.split("kvplug: ")[1] for line in refused.log_text().splitlines() if "kvplug: OFF" in line}
+    assert "0.29.5" in line
+    assert "KVPLUG_UNSUPPORTED_ENGINE_OK" in line
+    agree(cases, refused.each(requests(cases)))
+    assert insisted.ready().info["connector"] == "KvplugConnector"
+    agree(cases, insisted.each(requests(cases)))
