@@ -221,7 +221,7 @@ class Actor:
 
 
 def _pair(actor: Actor, pool: str, config: Config, board: Board, seed: int) -> None:
-    """A scheduler that reserves, and a worker forked from it that joins its session; each writes one part of a block."""
+    """A scheduler that reserves, and a worker forked from it that joins its session; each writes one part."""
     read_fd, write_fd = os.pipe()
     token = actor.store.token
     pid = os.fork()

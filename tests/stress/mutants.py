@@ -30,7 +30,8 @@ class Mutant:
     breaks: str
 
 
-_COMPLETE: Final = "        codes[i] = STALE\n        if row < 0 or row >= T[H_N_ROWS]:\n            continue\n        r = row_at(T, row)\n"
+_CHECKED_ROW: Final = "        if row < 0 or row >= T[H_N_ROWS]:\n            continue\n        r = row_at(T, row)\n"
+_COMPLETE: Final = "        codes[i] = STALE\n" + _CHECKED_ROW
 
 MUTANTS: Final[dict[str, Mutant]] = {
     "no_second_look": Mutant(

@@ -30,7 +30,7 @@ def test_every_mutant_still_fits_the_sources(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["freed_on_abort", "evicts_pinned"])
+@pytest.mark.parametrize("name", ["freed_on_abort"])
 def test_the_run_notices_a_bug_put_in_on_purpose(name: str) -> None:
     done = subprocess.run(
         [sys.executable, RUN, f"--mutant={name}", "--kills=600"],
