@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.shm.index import find
-from kvplug.shm.jit import entry, kernel
+from kvplug.shm.jit import compile_entry, kernel
 from kvplug.shm.layout import (
     C_PINS,
     C_SESSION,
@@ -163,7 +163,7 @@ def _check_slab(T: Any, L: Any, slab: int, deep: bool, pins: Any, seen: Any, fou
     return n
 
 
-@entry("i(I, I, b, I, I8, K)")
+@kernel
 def check(T: Any, L: Any, deep: bool, pins: Any, seen: Any, found: Any) -> int:
     """Fill ``found`` (M, 2) with (finding, where); their number (may be more than M), or a lock code."""
     lock = enter(T, L)
@@ -207,6 +207,11 @@ def check(T: Any, L: Any, deep: bool, pins: Any, seen: Any, found: Any) -> int:
         n = _note(found, n, 12, free_slabs - steps)
     leave(T, L)
     return n
+
+
+def prepare() -> None:
+    """Compile or load the check, which no ordinary call needs, before anybody waits for it."""
+    compile_entry(check, "i(I, I, b, I, I8, K)")
 
 
 def findings(

@@ -76,6 +76,13 @@ _TYPES = {
 }
 
 
+def compile_entry(dispatcher: Any, signature: str) -> None:
+    """Load or compile one kernel for the signature of an entry. Does nothing the second time."""
+    result, _, arguments = signature.partition("(")
+    types = ", ".join(_TYPES[a.strip()] for a in arguments.rstrip(")").split(",") if a.strip())
+    dispatcher.compile(f"{_TYPES[result]}({types})")
+
+
 def warm_up() -> None:
     """Load every entry kernel, from numba's cache or by compiling it: seconds the first time, then a fraction of one.
 
@@ -84,8 +91,6 @@ def warm_up() -> None:
     with _warm:
         while _entries:
             dispatcher, signature = _entries[-1]
-            result, _, arguments = signature.partition("(")
-            types = ", ".join(_TYPES[a.strip()] for a in arguments.rstrip(")").split(",") if a.strip())
-            dispatcher.compile(f"{_TYPES[result]}({types})")
+            compile_entry(dispatcher, signature)
             dispatcher.disable_compile()
             _entries.pop()

@@ -27,7 +27,7 @@ from kvplug.shm import pins, read, reap, segment, write
 from kvplug.shm.atomics import now_ns
 from kvplug.shm.attach import PoolOptions, attach, reap_dead
 from kvplug.shm.events import EventReader
-from kvplug.shm.integrity import findings
+from kvplug.shm.integrity import findings, prepare
 from kvplug.shm.layout import Geometry
 from kvplug.shm.liveness import alive_clients
 from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SESSION
@@ -430,6 +430,7 @@ class Pool:
 
     def check_integrity(self, *, deep: bool = True) -> None:
         """Raise IntegrityError if any invariant of the tables is broken; ``deep`` also checks every block's bytes."""
+        prepare()
         with self._only_thread() as mine:
             n, sentences = findings(self.T, self.L, deep=deep) if mine else (int(Code.TIMEOUT), [])
         if n == Code.TIMEOUT:
