@@ -10,6 +10,7 @@ import atexit
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -47,7 +48,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._errors = 0
         self._step_errors: Counter[str] = Counter()
         self._owed: dict[str, None] = {}
-        self._orphans: set[str] = set()
+        self._orphans: set[str | None] = set()
+        self._orphan_jobs: set[int] = set()
+        self._loading: set[str | None] = set()
         self._submitted_step = 0
         self._failed: tuple[set[str], set[int]] = set(), set()
         self._start: boot.SchedulerStart | None = None
@@ -75,13 +78,8 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
                 logger.exception("kvplug: OFF, an error in %s; the engine runs on without kvplug", what)
             self._step_errors["hook_errors"] += 1
             if self._scheduler is not None:
-                self._shielded_off(self._scheduler)
+                self._scheduler.switch_off()
             return otherwise
-
-    def _shielded_off(self, scheduler: SchedulerSide) -> None:
-        """From now on nothing is offered or stored; what the workers report is still taken in."""
-        scheduler.state.root = None
-        scheduler.off = True
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -139,10 +137,16 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             for job in meta.loads:
                 self._owed.pop(job.request_id or "", None)
             if self._owed:  # an error lost the job; the request must not wait for ever
-                lost = tuple(Job(0, -1, (), request_id, hopeless=True) for request_id in self._owed)
+                lost = tuple(self._lost_job(request_id) for request_id in self._owed)
                 self._owed.clear()
                 meta = StepMetadata(meta.step, meta.runs_model, meta.plan, meta.loads + lost, meta.stores)
         return meta
+
+    def _lost_job(self, request_id: str) -> Job:
+        for pending in self._scheduler.state.pending.values() if self._scheduler is not None else ():
+            if pending.job.request_id == request_id:
+                return replace(pending.job, hopeless=True)
+        return Job(0, -1, (), request_id, hopeless=True)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """What the workers have to say."""
@@ -197,17 +201,27 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         meta = connector_metadata
         if not isinstance(meta, StepMetadata) or not meta.loads:
             return
-        if self._worker is None:
+        if self._worker is None or not self._shielded("a load", self._submit_loads, False, meta):
             self._orphans |= {job.request_id for job in meta.loads if job.request_id}
-            return
-        done = self._shielded("a load", self._submit_loads, False, meta)
-        if not done:
-            self._orphans |= {job.request_id for job in meta.loads if job.request_id}
+            self._orphan_jobs |= {job.job_id for job in meta.loads}
 
     def _submit_loads(self, meta: StepMetadata) -> bool:
         assert self._worker is not None
         self._worker.submit_loads(meta.loads, meta.plan)
+        self._loading |= {job.request_id for job in meta.loads if job.request_id}
         return True
+
+    def _take_loaded(self, wait: bool) -> list[LoadResult]:
+        assert self._worker is not None
+        loaded = self._worker.take_loaded(wait)
+        self._loading -= {result.job.request_id for result in loaded}
+        return loaded
+
+    def _give_up_loads(self) -> None:
+        """Results can't be had; once no copy runs any more the requests may go on without their loads."""
+        if self._worker is not None and self._loading and self._worker.drain():
+            self._orphans |= self._loading
+            self._loading = set()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads began when the step's metadata came."""
@@ -233,14 +247,16 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         runs_model = meta.runs_model if isinstance(meta, StepMetadata) else True
         if not runs_model:
             self.wait_for_save()
-        loaded: list[LoadResult] = []
+        loaded: list[LoadResult] | None = []
         if self._worker is not None:
-            loaded = self._shielded("a load's end", self._worker.take_loaded, loaded, not runs_model)
+            loaded = self._shielded("a load's end", self._take_loaded, None, not runs_model)
+            if loaded is None:
+                self._shielded("a load's end", self._give_up_loads, None)
         finished, self._orphans = self._orphans, set()
         failed = set(finished)
         one_group = len(self._kv_cache_config.kv_cache_groups) == 1
         invalid: set[int] = set()
-        for result in loaded:
+        for result in loaded or ():
             request_id = result.job.request_id or ""
             finished.add(request_id)
             if not result.ok:
@@ -259,7 +275,13 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What the scheduler's side has to know."""
-        return self._shielded("a report", self._worker.take_report, None) if self._worker is not None else None
+        report = self._shielded("a report", self._worker.take_report, None) if self._worker is not None else None
+        if self._orphan_jobs:
+            report = report or WorkerReport()
+            report.done.update(self._orphan_jobs)
+            report.failed |= self._orphan_jobs
+            self._orphan_jobs = set()
+        return report
 
     def weight_changes_seen(self) -> int:
         """How many changes of weights there were in this worker; asked by :mod:`kvplug.adapters.vllm.compat`."""

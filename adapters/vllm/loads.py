@@ -194,7 +194,7 @@ class Loads:
         )
         pins_held = [(p.slots, p.gens) for p in offer.pins if len(p.slots)] if offer is not None else []
         self.queued.append(state.submit(Pending(job, state.world, keys=tuple(keys), record=record, pins=pins_held)))
-        record.load_job = job.job_id
+        record.loads += 1
         state.counts["hit_tokens"] += num_tokens
 
     def finished(self, pending: Pending) -> None:
@@ -202,8 +202,6 @@ class Loads:
         store, record = self._state.store, pending.record
         for slots, gens in pending.pins:
             store.unpin(slots, gens)
-        if record is not None:
-            record.load_job = None
         if not pending.failed:
             return
         self._state.counts["load_failures"] += 1

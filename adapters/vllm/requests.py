@@ -61,7 +61,8 @@ class Record:
     offer: Offer | None = None
     miss: tuple[int, int, float] | None = None
     """(local, num_tokens, until): a miss that is not asked again before ``until``."""
-    load_job: int | None = None
+    loads: int = 0
+    """Loads issued; one for each time that the engine admits the request, so that a load that fails is not repeated."""
     load_failed: bool = False
     """A load failed once; the pool is not asked again for this request."""
     refused: bool = False

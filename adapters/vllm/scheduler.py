@@ -143,6 +143,8 @@ class SchedulerSide:
         record = self._record(request)
         if record.chain is None or record.load_failed or request.skip_reading_prefix_cache:
             return 0
+        if record.loads > request.num_preemptions:  # it was admitted with a load, and is here again: that load failed
+            return 0
         try:
             return self.loads.lookup(record, local)
         except KeyFormatError as error:
@@ -197,7 +199,7 @@ class SchedulerSide:
         record = self._record(request)
         if num_tokens > 0:
             self.loads.take_up(record, blocks, num_tokens)
-        elif record.load_job is None and record.offer is not None:
+        elif record.offer is not None:
             self.loads.give_back(record)
 
     def finished(self, request: Request) -> None:
@@ -291,6 +293,18 @@ class SchedulerSide:
         for record in self.state.records.values():
             self.loads.give_back(record)
         self.state.rotate()
+
+    def switch_off(self) -> None:
+        """From now on nothing is offered or stored; what the workers report is still taken in."""
+        if self.off:
+            return
+        self.off = True
+        self.state.root = None
+        for record in self.state.records.values():
+            try:
+                self.loads.give_back(record)
+            except Exception:  # noqa: BLE001 - this is what an error has led to; the pool takes the pin back with the session
+                self.state.counts["hook_errors"] += 1
 
     def close(self) -> None:
         """Lets go of everything."""

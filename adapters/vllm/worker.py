@@ -123,14 +123,15 @@ class WorkerSide:
             self._changed += 1
         self.drain()
 
-    def drain(self) -> None:
-        """Gives up stores that have not begun and waits, within a bound, for copies that run."""
+    def drain(self) -> bool:
+        """Gives up stores that have not begun and waits, within a bound, for copies that run; whether all ended."""
         self._giving_up.set()
         with self._idle:
             done = self._idle.wait_for(lambda: not any(self._under_way.values()), DRAIN_TIMEOUT_S)
         self._giving_up.clear()
         if not done:
             self._warn(f"kvplug: copies did not end within {DRAIN_TIMEOUT_S:.0f} s")
+        return done
 
     def close(self) -> None:
         """Ends the threads and leaves the pool. What was not stored by now is given up."""
