@@ -28,6 +28,7 @@ from kvplug.keys import as_key_array
 from kvplug.shm import copy as copies
 from kvplug.shm.attach import PoolOptions
 from kvplug.shm.failpoints import WRITE_COPY, fail
+from kvplug.shm.local import L_RESERVE_BUDGET
 from kvplug.shm.pool import Pool, SlotBatch, part_offsets
 from kvplug.shm.stats import PoolStats, pool_stats
 
@@ -172,10 +173,12 @@ class KvStore:
         pool = self._pool
         for size in np.unique(nbytes):
             pool.geometry.stride(int(size), 1)  # refuse before anything is stored
+        # Half of what may be in writing: a chunk finds room beside another thread's.
+        budget = int(pool.L[L_RESERVE_BUDGET]) * pool.geometry.min_block // 2
         starts = np.flatnonzero(np.append(True, nbytes[1:] != nbytes[:-1]))
         for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), n], strict=True):
             size = int(nbytes[begin])
-            step = max(1, min(PUT_CHUNK_KEYS, PUT_CHUNK_BYTES // size))
+            step = max(1, min(PUT_CHUNK_KEYS, PUT_CHUNK_BYTES // size, budget // pool.geometry.stride(size, 1)))
             for at in range(begin, end, step):
                 part = np.arange(at, min(at + step, end))
                 codes[part] = self._put_chunk(words[part], part, size, copy)
@@ -317,18 +320,21 @@ class KvStore:
         self._registered.check(frag_addrs, frag_sizes)
         nbytes = _sums(offsets, frag_sizes)
         b = self._pool.pin(words)
+        bad = np.empty(0, np.int64)
         try:
             good = np.flatnonzero((b.codes == Code.OK) & (b.nbytes == nbytes))
             out = np.where(b.codes == Code.OK, np.int64(Code.SIZE), b.codes.astype(np.int64))
             if self.config.verify == "always" and len(good):
                 checked = self._pool.verify_part(b.slots[good], b.gens[good], 0)
                 out[good] = checked
+                bad = good[checked == Code.CORRUPT]
                 good = good[checked == Code.OK]
             picked, at = _pick(offsets, good)
             copies.scatter_multi(at, frag_addrs[picked], frag_sizes[picked], self._pool.base_address + b.offsets[good])
             out[good] = nbytes[good]
         finally:
             self._pool.unpin(b.slots)
+        self._pool.drop_corrupt(b.slots[bad], b.gens[bad])
         return [int(x) for x in out]
 
     def batch_is_exist(self, keys: Sequence[str | bytes]) -> list[int]:
@@ -346,7 +352,10 @@ class KvStore:
         self._pool.check_integrity(deep=deep)
 
     def close(self) -> None:
-        """Release all pins and leave the pool; it stays for others. Views still in use keep their pins till they go."""
+        """Release all pins and leave the pool, which stays for others. Idempotent.
+
+        A view that is still in use goes on to be readable, but shows whatever others put in its place.
+        """
         self._pool.close()
 
     def __enter__(self) -> KvStore:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
+import itertools
 import logging
 import os
 import threading
@@ -26,6 +26,7 @@ from kvplug.shm import layout as lay
 from kvplug.shm import pins, read, reap, segment, write
 from kvplug.shm.atomics import now_ns
 from kvplug.shm.attach import PoolOptions, attach, reap_dead
+from kvplug.shm.batch import I8, I64, SlotBatch, part_offsets
 from kvplug.shm.events import EventReader
 from kvplug.shm.integrity import findings, prepare
 from kvplug.shm.layout import Geometry
@@ -34,54 +35,24 @@ from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SESS
 from kvplug.shm.maintenance import Maintenance, reserve_next_slab
 from kvplug.shm.policies import by_number
 from kvplug.shm.scan import expired_rows
-from kvplug.shm.slabs import drain_step
+from kvplug.shm.slabs import NOT_BEGUN, drain_step, raise_watermark
 from kvplug.shm.victims import VictimFinder
 
-I64 = npt.NDArray[np.int64]
-I8 = npt.NDArray[np.int8]
+__all__ = ["Pool", "SlotBatch", "part_offsets"]
+
 log = logging.getLogger("kvplug")
 
 RESERVE_KEYS_A_SECTION: Final = 256
 RESERVE_ROUNDS: Final = 64  # scans and slab moves that one batch may ask for
 EXPIRED_AT_A_TIME: Final = 4096
 _attached: weakref.WeakSet[Pool] = weakref.WeakSet()
+_loans = itertools.count()
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class SlotBatch:
-    """Slots for a batch of keys; all arrays have length N. An entry counts only where its code is OK (0).
-
-    ``offsets`` are bytes from the mapping's start (``Pool.base_address``); ``gens`` must accompany ``slots`` in every
-    later call.
-    """
-
-    codes: I8
-    slots: I64
-    gens: I64
-    offsets: I64
-    nbytes: I64
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    @classmethod
-    def empty(cls, n: int) -> SlotBatch:
-        """N entries that name nothing."""
-        return cls(
-            np.full(n, Code.MISSING, np.int8),
-            np.full(n, -1, np.int64),
-            np.zeros(n, np.int64),
-            np.zeros(n, np.int64),
-            np.zeros(n, np.int64),
-        )
-
-
-def part_offsets(part_nbytes: npt.ArrayLike) -> tuple[I64, int]:
-    """(offset of each part inside a slot, bytes of the whole payload); parts are aligned to 64 bytes."""
-    sizes = np.asarray(part_nbytes, np.int64)
-    padded = -(-sizes // lay.PART_ALIGN_BYTES) * lay.PART_ALIGN_BYTES
-    starts = np.concatenate(([0], np.cumsum(padded)[:-1])).astype(np.int64)
-    return starts, int(starts[-1] + sizes[-1])
+def _let_go(description: list[int]) -> None:
+    """Close the file description, once: with it go this client's liveness and whatever it held."""
+    with contextlib.suppress(IndexError):
+        os.close(description.pop())
 
 
 class Pool:
@@ -93,6 +64,7 @@ class Pool:
         self.name = name
         self.options = options
         self.is_closed = False
+        self._patience_s = options.lock_timeout_s
         self._warned: set[str] = set()
         self._attach(create, session, pool_uuid)
 
@@ -104,11 +76,16 @@ class Pool:
         self.base_address = self.segment.base
         self.lock_fd = self.segment.lock_fd
         self.client, self.session = int(self.L[L_CLIENT]), int(self.L[L_SESSION])
-        self.is_forked = False
+        self.life = object()
+        self._description = [self.lock_fd]
+        weakref.finalize(self, _let_go, self._description).atexit = False  # a store that was dropped, not closed
+        self._lent: dict[int, int] = {}
         self._mutex = threading.RLock()
+        self._growing = threading.Lock()
         self._pin_counts = np.zeros(self.geometry.n_rows, np.int32)
         self._pending: collections.deque[Callable[[], int]] = collections.deque()
         self._victims = VictimFinder(self.T, self.L, self.geometry, self.policy)
+        self.is_forked = False
         if self.policy.name != self.options.policy:
             log.info(
                 "pool %r evicts by %s, as it was created, not by %s", self.name, self.policy.name, self.options.policy
@@ -125,15 +102,18 @@ class Pool:
         if self.is_closed:
             raise StoreClosedError(f"the store on pool {self.name!r} was closed")
         if self.is_forked:
-            self._attach(True, 0, None)
+            with self._mutex:
+                if self.is_forked:
+                    self._attach(True, 0, None)
 
     @contextlib.contextmanager
     def _only_thread(self) -> Any:
         self._ready()
-        if not self._mutex.acquire(timeout=self.options.lock_timeout_s):
+        if not self._mutex.acquire(timeout=self._patience_s):
             yield False
             return
         try:
+            self._ready()  # it may have been closed meanwhile, and its file description be another file's
             if self._pending:
                 self._drain()
             yield True
@@ -142,7 +122,7 @@ class Pool:
 
     def _drain(self) -> None:
         while self._pending:
-            if self._pending[0]() < 0:
+            if self._pending[0]() == Code.TIMEOUT:
                 return
             self._pending.popleft()
 
@@ -176,6 +156,7 @@ class Pool:
                 return out
             at = 0
             rounds = 0
+            just_looked = False
             while at < n:
                 v = self._victims.of(stride)
                 end = min(at + RESERVE_KEYS_A_SECTION, n)
@@ -202,13 +183,17 @@ class Pool:
                 if got < 0:
                     out.codes[at:] = got
                     break
+                just_looked = just_looked and got == at
                 at = got
                 if at == end:
                     continue
                 rounds += 1
-                if rounds > RESERVE_ROUNDS or not (self.grow() or self._victims.refill(stride, n - at)):
+                too_good = just_looked and int(v.used[0]) < len(v.slots)  # what is there is worth more than the rest
+                if too_good or rounds > RESERVE_ROUNDS or not (self.grow() or self._victims.refill(stride, n - at)):
                     self._report_full(keys, out, at)
                     break
+                just_looked = True
+            self.T[lay.H_TICK] += n
         return out
 
     def _report_full(self, keys: I64, out: SlotBatch, at: int) -> None:
@@ -234,11 +219,10 @@ class Pool:
         answer = self._now_or_later(lambda: write.abort(self.T, self.L, slots, gens, writers_done, codes))
         return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
 
-    def abort_later(self, slots: I64, gens: I64) -> None:
+    def abort_later(self, slots: I64, gens: I64, *, writers_done: bool = False) -> None:
         """Queue the giving-up of reservations that were forgotten. For finalisers."""
         codes = np.empty(len(slots), np.int8)
-        if not self.is_closed:
-            self._pending.append(lambda: write.abort(self.T, self.L, slots, gens, False, codes))
+        self._pending.append(lambda: write.abort(self.T, self.L, slots, gens, writers_done, codes))
 
     def count_written(self, nbytes: int) -> None:
         """Count bytes that were stored, at this client."""
@@ -250,6 +234,11 @@ class Pool:
         codes = np.full(len(slots), Code.STALE, np.int8)
         answer = self._now_or_later(lambda: write.acknowledge(self.T, self.L, slots, gens, codes))
         return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+
+    def acknowledge_later(self, slots: I64, gens: I64) -> None:
+        """Queue an acknowledgement. For finalisers."""
+        codes = np.empty(len(slots), np.int8)
+        self._pending.append(lambda: write.acknowledge(self.T, self.L, slots, gens, codes))
 
     def still_writing(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether each reservation still stands; to be asked before a write. No lock."""
@@ -297,18 +286,21 @@ class Pool:
         slots, words = np.empty((2, n), np.int64)
         hits = read.get_into(self.T, self.L, keys, dst_addrs, dst_nbytes, codes, slots, words)
         if hits < n and self.options.verify:
-            self._drop(slots, words, codes == Code.CORRUPT)
+            bad = codes == Code.CORRUPT
+            self._drop(slots[bad], words[bad])
         return codes
 
-    def _drop(self, slots: I64, words: I64, bad: npt.NDArray[np.bool_]) -> None:
-        if not bad.any():
+    def _drop(self, slots: I64, words: I64) -> None:
+        if not len(slots):
             return
-        self.warn_once(
-            "corrupt", f"pool {self.name!r}: {int(bad.sum())} block(s) did not match their checksum and were dropped"
-        )
+        self.warn_once("corrupt", f"pool {self.name!r}: block(s) did not match their checksum and were dropped")
         with self._only_thread() as mine:
             if mine:
-                write.drop_corrupt(self.T, self.L, slots[bad], words[bad])
+                write.drop_corrupt(self.T, self.L, slots, words)
+
+    def drop_corrupt(self, slots: I64, gens: I64) -> None:
+        """Free blocks that :meth:`verify_part` found to be wrong; nobody, this client included, may have them pinned."""
+        self._drop(slots, (gens << lay.GEN_SHIFT) | lay.SEALED)
 
     def pin(self, keys: I64, *, prefix: bool = False) -> SlotBatch:
         """Pin the blocks with these keys; ``prefix``: only the leading ones. OK, MISSING, BUDGET, TIMEOUT, RETIRED."""
@@ -340,26 +332,39 @@ class Pool:
 
     def unpin(self, slots: I64) -> None:
         """Release one pin of each slot; entries below zero are passed over. Never blocks for long: may be queued."""
-        if not len(slots):
-            return
-        todo = slots.copy()
-
-        def section() -> int:
-            nonlocal todo
-            done = int(pins.unpin(self.T, self.L, self._pin_counts, todo))
-            todo = todo[done:]
-            return 0 if not len(todo) else int(Code.TIMEOUT)
-
-        self._now_or_later(section)
+        if len(slots) or self._pending:
+            self._now_or_later(self._unpin_section(slots))
 
     def unpin_later(self, slots: I64) -> None:
         """Queue a release of pins. For finalisers, which may run anywhere and must not take locks."""
-        if not self.is_closed:
-            self._pending.append(lambda: self._unpin_section(slots))
+        self._pending.append(self._unpin_section(slots))
 
-    def _unpin_section(self, slots: I64) -> int:
-        done = int(pins.unpin(self.T, self.L, self._pin_counts, slots))
-        return 0 if done == len(slots) else int(Code.TIMEOUT)
+    def _unpin_section(self, slots: I64) -> Callable[[], int]:
+        todo = slots.copy()
+
+        def section() -> int:
+            nonlocal todo  # what a section that timed out half-way has done is not done again
+            todo = todo[int(pins.unpin(self.T, self.L, self._pin_counts, todo)) :]
+            if not len(todo):
+                return 0
+            return int(Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT)
+
+        return section
+
+    def lend(self, owner: npt.NDArray[np.uint8], slot: int) -> None:
+        """Let one pin of ``slot`` go with ``owner``, an array that nothing but users of the block refers to."""
+        loan = next(_loans)
+        self._lent[loan] = slot
+        weakref.finalize(owner, self._returned, self.life, loan).atexit = False
+
+    def _returned(self, life: object, loan: int) -> None:
+        if self.life is not life:
+            return
+        slot = self._lent.pop(loan)
+        if not self.is_closed:
+            self.unpin_later(np.array([slot], np.int64))
+        elif not self._lent:
+            _let_go(self._description)
 
     def still_sealed(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether each slot still holds the sealed block that it did. No lock."""
@@ -373,14 +378,26 @@ class Pool:
         self._ready()
         codes = np.empty(len(slots), np.int8)
         read.verify_part(self.T, self.L, slots, gens, part, codes)
+        bad = int((codes == Code.CORRUPT).sum())
+        self.T[self.geometry.o_client + self.client * lay.CLIENT_WORDS + lay.C_CORRUPT] += bad
         return codes
 
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     def grow(self) -> bool:
         """Reserve one more slab of memory. False when all is reserved or there is no more."""
-        with self._mutex:
-            return "memory" not in self._warned and "space" not in self._warned and reserve_next_slab(self)
+        if not self._warned.isdisjoint(("memory", "space")) or not self._growing.acquire(timeout=self._patience_s):
+            return False
+        try:  # without the thread lock: it may take longer than any call may wait
+            slab = -1 if self.is_closed else reserve_next_slab(self)
+        finally:
+            self._growing.release()
+        if slab < 0 or not self._mutex.acquire(timeout=self._patience_s):
+            return False
+        try:
+            return not self.is_closed and int(raise_watermark(self.T, self.L, slab)) >= 0
+        finally:
+            self._mutex.release()
 
     def reap(self) -> int:
         """Reclaim what dead sessions left. Number of clients, or a lock code."""
@@ -397,7 +414,9 @@ class Pool:
             self.reap()
             self.release_expired()
             if int(self.T[lay.H_DRAINING]):  # its drainer may have died between two sections
-                drain_step(self.T, self.L, 0, -1)
+                with self._only_thread() as mine:
+                    if mine:
+                        drain_step(self.T, self.L, NOT_BEGUN, -1)
             if not self.segment.still_named() and not int(self.T[lay.H_RETIRED]):
                 self.T[lay.H_RETIRED] = 1
                 self.warn_once("name", f"{self.segment.path} was removed: nothing is stored any more until a restart")
@@ -443,25 +462,32 @@ class Pool:
             raise IntegrityError(f"pool {self.name!r} has {n} finding(s): " + "; ".join(sentences))
 
     def close(self) -> None:
-        """Release pins, leave, and reclaim what this session had in writing if it was its last process. Idempotent."""
+        """Release pins, leave, and reclaim what this session had in writing if it was its last process. Idempotent.
+
+        Blocks that somebody still has a view of keep their pins, and the client its row, until the last view is gone.
+        """
         if self.is_closed:
             return
         if self.is_forked:
             self.is_closed = True
             return
         self._maintenance.stop()
-        with self._mutex:
-            held = np.flatnonzero(self._pin_counts)
+        with self._mutex, self._growing:
+            if self.is_closed:
+                return
+            held = np.setdiff1d(np.flatnonzero(self._pin_counts), list(self._lent.values()))
             self._pin_counts[held] = 1
             self.unpin(held.astype(np.int64))
             self._drain()
+            self.is_closed = True
+            if self._lent:  # the last of them to go closes the description, and others reap the row
+                return
             if int(reap.withdraw(self.T, self.L)) == 0:
                 reap_dead(self.segment, self.L)
-            self.is_closed = True
             _attached.discard(self)
             if int(self.T[lay.H_PERSIST]):
                 self._remove_if_last()
-            os.close(self.lock_fd)
+            _let_go(self._description)
 
     def _remove_if_last(self) -> None:
         with contextlib.suppress(PoolError), segment.name_lock(self.name):
@@ -474,7 +500,10 @@ class Pool:
         with contextlib.suppress(OSError):
             os.close(self.lock_fd)
         self.is_forked = True
-        self._mutex = threading.RLock()
+        self.life = object()  # handles that were copied with it do nothing any more
+        self._description.clear()
+        self._lent = {}
+        self._mutex, self._growing = threading.RLock(), threading.Lock()
 
 
 def _after_fork_in_child() -> None:

@@ -130,8 +130,12 @@ def evict(T: Any, L: Any, row: int, kind: int) -> None:
 
 
 @kernel
-def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at: Any) -> int:
-    """A slot for one block: a free one, one of a fresh slab, or the next victim that still is one; -1 if none."""
+def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at: Any, worth: int) -> int:
+    """A slot for one block: a free one, one of a fresh slab, or the next victim that still is one; -1 if none.
+
+    A victim dated after ``worth``, the date of what is to be stored, stays: nothing is gained by dropping the middle of
+    a prefix for its tail.
+    """
     row = pop_free_slot(T, cls)
     if row >= 0:
         return row
@@ -141,9 +145,12 @@ def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at
         row = victims[at[0]]
         word = words[at[0]]
         tick = ticks[at[0]]
-        at[0] += 1
         r = row_at(T, row)
-        if T[r + R_WORD] == word and T[r + R_TICK] == tick and not is_pinned(T, row):
+        same = T[r + R_WORD] == word and T[r + R_TICK] == tick and not is_pinned(T, row)
+        if same and tick > worth:
+            return -1
+        at[0] += 1
+        if same:
             evict(T, L, row, E_EVICTED)
             T[H_C_EVICTED] += 1
             return row
@@ -157,7 +164,8 @@ def reserve(
 ) -> int:  # fmt: skip
     """Reserve a slot for each of ``keys[begin:end]``; returns where it stopped, or a negative lock code.
 
-    It stops early at the first key that needs a victim when there is none left; ``at[0]`` victims have been looked at.
+    It stops early at the first key that needs a victim when there is none left, or only such as are worth more than it;
+    ``at[0]`` victims have been looked at.
     """
     announce(T, L, keys, begin, end)  # what is in the cache already needs no wait under the lock
     announce_rows(T, L, victims, at[0], min(at[0] + end - begin, victims.shape[0]))
@@ -167,14 +175,13 @@ def reserve(
     n_parts = part_nbytes.shape[0]
     dirty(T, L)
     cls = class_of(T, stride)
-    n = end - begin
-    first = T[H_TICK] + 1
-    T[H_TICK] += n
+    n = keys.shape[0]
+    first = T[H_TICK] + 1  # the caller moves the clock on when the whole batch is through
     me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
     i = begin
     while i < end:
         k0, k1, k2, k3 = keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3]
-        tick = tick_of(first, n, i - begin, L[L_TOUCH])
+        tick = tick_of(first, n, i, L[L_TOUCH])
         there = find(T, k0, k1, k2, k3)
         rows[i] = -1
         if there >= 0:
@@ -191,7 +198,7 @@ def reserve(
             codes[i] = BUDGET
             i += 1
             continue
-        row = take_slot(T, L, cls, victims, words, ticks, at) if 0 <= cls < MAX_CLASSES else -1
+        row = take_slot(T, L, cls, victims, words, ticks, at, tick) if 0 <= cls < MAX_CLASSES else -1
         if row < 0:
             break
         r = row_at(T, row)
