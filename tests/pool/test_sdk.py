@@ -1,0 +1,551 @@
+"""What the SDK promises for good input: put, get, look up, pin, reserve, remove, and what each code means."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from kvplug import errors
+from kvplug.errors import Code
+from kvplug.shm import layout as lay
+from kvplug.shm.index import key_hash
+from kvplug.store import KvStore
+
+MakeStore = Callable[..., KvStore]
+BLOCK = 20_000
+
+
+def some_keys(n: int, seed: int = 1) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (n, 32), np.uint8)
+
+
+def some_blocks(n: int, nbytes: int = BLOCK, seed: int = 2) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (n, nbytes), np.uint8)
+
+
+def flip_a_byte(store: KvStore, key: npt.NDArray[np.uint8], at: int = 777) -> None:
+    """Damage a stored block behind the store's back."""
+    b = store.pin_batch(key[None])
+    assert b.codes[0] == Code.OK
+    store.mapping[int(b.offsets[0]) + at] ^= 0xFF
+    store.unpin(b.slots)
+
+
+def test_what_one_process_puts_another_store_gets(make_store: MakeStore) -> None:
+    a, b = make_store(), make_store()
+    keys, blocks = some_keys(40), some_blocks(40)
+    assert (a.put(keys, blocks) == Code.OK).all()
+    out = np.zeros_like(blocks)
+    assert (b.get_into(keys, out) == Code.OK).all()
+    assert (out == blocks).all()
+    a.check_integrity()
+
+
+def test_put_again_says_exists_and_keeps_the_first_bytes(make_store: MakeStore) -> None:
+    store = make_store()
+    keys, blocks = some_keys(3), some_blocks(3)
+    store.put(keys, blocks)
+    assert (store.put(keys, ~blocks) == Code.EXISTS).all()
+    out = np.zeros_like(blocks)
+    store.get_into(keys, out)
+    assert (out == blocks).all()
+
+
+def test_missing_is_a_code_for_its_key_alone(make_store: MakeStore) -> None:
+    store = make_store()
+    keys, blocks = some_keys(4), some_blocks(4)
+    store.put(keys[[0, 2]], blocks[[0, 2]])
+    out = np.zeros_like(blocks)
+    assert store.get_into(keys, out).tolist() == [Code.OK, Code.MISSING, Code.OK, Code.MISSING]
+    assert (out[[0, 2]] == blocks[[0, 2]]).all()
+    assert store.exists(keys).tolist() == [True, False, True, False]
+    assert store.match_prefix(keys) == 1
+    stats = store.stats()
+    assert (stats.hits, stats.misses, stats.read_bytes) == (2, 2, 2 * BLOCK)
+
+
+@pytest.mark.parametrize("wrong", [BLOCK - 1, BLOCK + 1])
+def test_a_buffer_of_another_size_gets_size_and_the_block_stays(make_store: MakeStore, wrong: int) -> None:
+    store = make_store()
+    keys, blocks = some_keys(1), some_blocks(1)
+    store.put(keys, blocks)
+    out = np.full(wrong, 7, np.uint8)
+    assert store.get_into(keys, [out]).tolist() == [Code.SIZE]
+    assert (out == 7).all()
+    assert store.exists(keys).all()
+
+
+def test_of_duplicates_in_a_batch_one_is_stored(make_store: MakeStore) -> None:
+    store = make_store()
+    keys, blocks = some_keys(3)[[0, 1, 0, 2, 0]], some_blocks(5)
+    assert store.put(keys, blocks).tolist() == [Code.OK, Code.OK, Code.EXISTS, Code.OK, Code.EXISTS]
+    out = np.zeros_like(blocks)
+    assert (store.get_into(keys, out) == Code.OK).all()
+    assert (out[0] == blocks[0]).all()
+    assert (out[2] == blocks[0]).all()
+    assert store.stats().sealed_blocks == 3
+    b = store.pin_batch(keys)  # pinned three times, to be released three times
+    store.unpin(b.slots[:2])
+    assert store.remove(keys[:1]).tolist() == [Code.PINNED]
+    store.unpin(b.slots[2:])
+    assert store.remove(keys).tolist() == [Code.OK, Code.OK, Code.MISSING, Code.OK, Code.MISSING]
+    store.check_integrity()
+
+
+def test_a_batch_larger_than_the_pool_goes_through_it(make_store: MakeStore) -> None:
+    store = make_store(size="8mib")
+    keys, blocks = some_keys(700), some_blocks(700)
+    codes = store.put(keys, blocks)
+    assert (codes == Code.OK).all()
+    out = np.zeros_like(blocks)
+    got = store.get_into(keys, out)
+    assert 0 < (got == Code.OK).sum() < 700
+    assert (out[got == Code.OK] == blocks[got == Code.OK]).all()
+    assert store.stats().evicted_blocks == 700 - store.stats().sealed_blocks
+    store.check_integrity()
+
+
+def test_a_batch_may_mix_sizes(make_store: MakeStore) -> None:
+    store = make_store()
+    sizes = [1, 4096, 16384, 16385, 300_000, 1, 1 << 20, 5000]
+    keys = some_keys(len(sizes))
+    blocks = [some_blocks(1, n, seed=n)[0] for n in sizes]
+    assert (store.put(keys, blocks) == Code.OK).all()
+    out = [np.zeros(n, np.uint8) for n in sizes]
+    assert (store.get_into(keys, out) == Code.OK).all()
+    assert all((a == b).all() for a, b in zip(out, blocks, strict=True))
+    assert store.stats().sealed_bytes == sum(sizes)
+    store.check_integrity()
+
+
+def test_an_empty_batch_is_an_empty_answer(make_store: MakeStore) -> None:
+    store = make_store()
+    for keys in ([], np.empty((0, 32), np.uint8)):
+        assert store.put(keys, []).shape == (0,)
+        assert store.get_into(keys, []).shape == (0,)
+        assert store.get_into(keys, np.empty((0, 100), np.uint8)).shape == (0,)
+        assert store.exists(keys).shape == (0,)
+        assert store.match_prefix(keys) == 0
+        assert store.remove(keys).shape == (0,)
+        store.touch(keys)
+        assert len(store.reserve(keys, 100).seal()) == 0
+        with store.pin(keys) as blocks:
+            assert len(blocks) == 0
+        assert len(store.pin_batch(keys, prefix=True)) == 0
+    assert store.batch_put_from_multi_buffers([], [], []) == []
+    assert store.batch_get_into_multi_buffers([], [], []) == []
+    assert store.batch_is_exist([]) == []
+    store.check_integrity()
+
+
+def _unaligned(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    raw = np.zeros(keys.size + 1, np.uint8)
+    raw[1:] = keys.ravel()
+    return raw[1:].reshape(keys.shape)
+
+
+def _read_only(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    copy = keys.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+FORMS: dict[str, Callable[[npt.NDArray[np.uint8]], Any]] = {
+    "list of bytes": lambda k: [bytes(x) for x in k],
+    "tuple of bytes": lambda k: tuple(bytes(x) for x in k),
+    "array": lambda k: k,
+    "read-only array": _read_only,
+    "unaligned array": _unaligned,
+    "every second row": lambda k: np.repeat(k, 2, axis=0)[::2],
+    "backwards": lambda k: k[::-1].copy()[::-1],
+    "columns of a wider array": lambda k: np.hstack([k, k])[:, :32],
+    "fortran order": np.asfortranarray,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_mean_the_same_in_every_form(make_store: MakeStore, form: str) -> None:
+    store = make_store()
+    keys, blocks = some_keys(5), some_blocks(5)
+    store.put(keys[:4], blocks[:4])
+    same = FORMS[form](keys)
+    assert store.exists(same).tolist() == [True] * 4 + [False]
+    assert store.match_prefix(same) == 4
+    assert store.put(same, blocks).tolist() == [Code.EXISTS] * 4 + [Code.OK]
+    out = np.zeros_like(blocks)
+    assert (store.get_into(same, out) == Code.OK).all()
+    assert (out == blocks).all()
+    with store.pin(same) as pinned:
+        assert bytes(pinned[3] or b"") == bytes(blocks[3])
+    store.touch(same)
+    assert (store.remove(same) == Code.OK).all()
+
+
+def test_keys_that_collide_in_the_index_stay_apart(make_store: MakeStore) -> None:
+    store = make_store(size="8mib")
+    mask = int(store.pool.T[lay.H_INDEX_CAP]) - 1
+    rng = np.random.default_rng(5)
+    same_home: list[npt.NDArray[np.uint8]] = []
+    while len(same_home) < 24:
+        words = rng.integers(-(1 << 62), 1 << 62, 4)
+        if int(key_hash(*(int(w) for w in words))) & mask in (3, mask):  # two runs, one of which wraps around
+            same_home.append(words.view(np.uint8))
+    keys, blocks = np.array(same_home), some_blocks(24)
+    assert (store.put(keys, blocks) == Code.OK).all()
+    store.check_integrity()
+    there = np.ones(24, bool)
+    for gone in rng.permutation(24)[:20]:
+        assert store.remove(keys[gone][None]).tolist() == [Code.OK]
+        there[gone] = False
+        assert (store.exists(keys) == there).all()
+    out = np.zeros_like(blocks)
+    assert ((store.get_into(keys, out) == Code.OK) == there).all()
+    assert (out[there] == blocks[there]).all()
+    store.check_integrity()
+
+
+def _tensor(dtype: torch.dtype) -> Callable[[bytes], Any]:
+    return lambda raw: torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype)
+
+
+BUFFERS: dict[str, Callable[[bytes], Any]] = {
+    "bytes": bytes,
+    "bytearray": bytearray,
+    "memoryview": lambda raw: memoryview(bytearray(raw)),
+    "uint8": lambda raw: np.frombuffer(raw, np.uint8).copy(),
+    "float32 2d": lambda raw: np.frombuffer(raw, np.float32).copy().reshape(4, -1),
+    "tensor float32": _tensor(torch.float32),
+    "tensor bfloat16": _tensor(torch.bfloat16),
+    "tensor float8": _tensor(torch.float8_e4m3fn),
+    "tensor 2d": lambda raw: _tensor(torch.bfloat16)(raw).view(8, -1),
+}
+
+
+def _bytes_of(buffer: Any) -> bytes:
+    if isinstance(buffer, torch.Tensor):
+        return buffer.contiguous().view(torch.uint8).numpy().tobytes()
+    return bytes(buffer)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("many", [1, 3])
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_any_kind_of_buffer_carries_the_same_bytes(make_store: MakeStore, kind: str, many: int) -> None:
+    store = make_store()
+    keys = some_keys(many)
+    raws = [some_blocks(1, seed=i)[0].tobytes() for i in range(many)]
+    assert (store.put(keys, [BUFFERS[kind](raw) for raw in raws]) == Code.OK).all()
+    with store.pin(keys) as blocks:
+        assert [bytes(b or b"") for b in blocks] == raws
+    if kind == "bytes":
+        return
+    out = [BUFFERS[kind](bytes(BLOCK)) for _ in range(many)]
+    assert (store.get_into(keys, out) == Code.OK).all()
+    assert [_bytes_of(b) for b in out] == raws
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_tensor_is_a_batch_by_its_rows(make_store: MakeStore, dtype: torch.dtype) -> None:
+    store = make_store()
+    keys = some_keys(6)
+    tensor = torch.arange(6 * 500).view(6, 5, 100).to(dtype)
+    assert (store.put(keys, tensor) == Code.OK).all()
+    out = torch.zeros_like(tensor)
+    assert (store.get_into(keys, out) == Code.OK).all()
+    assert torch.equal(out, tensor)
+
+
+def test_rows_with_gaps_between_them_are_a_batch_too(make_store: MakeStore) -> None:
+    store = make_store()
+    keys = some_keys(4)
+    wide = some_blocks(8, 3000)
+    assert (store.put(keys, wide[::2, :2000]) == Code.OK).all()
+    out = np.zeros((4, 5000), np.uint8)
+    assert (store.get_into(keys, out[:, 100:2100]) == Code.OK).all()
+    assert (out[:, 100:2100] == wide[::2, :2000]).all()
+    assert not out[:, :100].any()
+    assert not out[:, 2100:].any()
+
+
+# ---- multi_buffers -------------------------------------------------------------------------------------------------
+
+
+def test_fragments_go_in_and_come_out_in_their_order(make_store: MakeStore) -> None:
+    store = make_store(verify="always")
+    source, target = some_blocks(1, 50_000)[0], np.zeros(50_000, np.uint8)
+    src, dst = source.ctypes.data, target.ctypes.data
+    assert store.register_buffer(src, source.nbytes) == 0
+    assert store.register_buffer(dst, target.nbytes) == 0
+    names = ["a", b"k" * 32, "c"]
+    sizes = [[100, 9000, 1], [20_000], [64, 64, 64, 64]]
+    starts = [[40_000, 0, 7], [10_000], [0, 300, 200, 100]]
+    at = [[src + s for s in one] for one in starts]
+    assert store.batch_put_from_multi_buffers(names, at, sizes) == [0, 0, 0]
+    assert store.batch_put_from_multi_buffers(names, at, sizes) == [0, 0, 0]  # there already is as good as stored
+    assert store.batch_is_exist([*names, "d"]) == [1, 1, 1, 0]
+    back = [[dst + s for s in one] for one in starts]
+    assert store.batch_get_into_multi_buffers([*names, "d"], [*back, [dst]], [*sizes, [5]]) == [
+        9101,
+        20_000,
+        256,
+        Code.MISSING,
+    ]
+    for one, ns in zip(starts, sizes, strict=True):
+        for s, n in zip(one, ns, strict=True):
+            assert (target[s : s + n] == source[s : s + n]).all()
+    assert store.batch_get_into_multi_buffers(["a"], [[dst]], [[9100]]) == [Code.SIZE]
+    flip_a_byte(store, np.frombuffer(b"k" * 32, np.uint8))
+    assert store.batch_get_into_multi_buffers([b"k" * 32], [[dst]], [[20_000]]) == [Code.CORRUPT]
+
+
+def test_raw_addresses_count_only_inside_registered_memory(make_store: MakeStore) -> None:
+    store = make_store()
+    memory = np.zeros(10_000, np.uint8)
+    at = memory.ctypes.data
+    with pytest.raises(errors.BufferError, match="not inside a registered buffer"):
+        store.batch_put_from_multi_buffers(["a"], [[at]], [[10]])
+    store.register_buffer(at, 5000)
+    assert store.batch_put_from_multi_buffers(["a"], [[at + 4990]], [[10]]) == [0]
+    for begin, nbytes in ((4990, 11), (5000, 1), (-1, 1), (0, -5)):
+        with pytest.raises(errors.BufferError):
+            store.batch_put_from_multi_buffers(["b"], [[at + begin]], [[nbytes]])
+        with pytest.raises(errors.BufferError):
+            store.batch_get_into_multi_buffers(["a"], [[at + begin]], [[nbytes]])
+    store.unregister_buffer(at)
+    with pytest.raises(errors.BufferError):
+        store.batch_get_into_multi_buffers(["a"], [[at]], [[10]])
+    with pytest.raises(errors.BufferError, match="nothing is registered"):
+        store.unregister_buffer(at)
+    with pytest.raises(errors.BufferError):
+        store.register_buffer(at, 0)
+    assert store.batch_is_exist(["a", "b"]) == [1, 0]
+
+
+# ---- in place ------------------------------------------------------------------------------------------------------
+
+
+def pinned(store: KvStore) -> int:
+    """Slots under a pin, after queued releases were done."""
+    gc.collect()
+    store.pool.maintain()
+    return store.stats().pinned_slots
+
+
+def test_views_show_the_block_in_place_and_can_not_be_written(make_store: MakeStore) -> None:
+    store = make_store()
+    keys, blocks = some_keys(2), some_blocks(2)
+    store.put(keys[:1], blocks[:1])
+    with store.pin(keys) as views:
+        assert views.codes.tolist() == [Code.OK, Code.MISSING]
+        assert views[1] is None
+        view = views[0]
+        assert view is not None
+        assert view.readonly
+        assert bytes(view) == bytes(blocks[0])
+        with pytest.raises(TypeError):
+            view[0] = 1
+        array = np.frombuffer(view, np.uint8)
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            array.flags.writeable = True
+        assert np.shares_memory(array, store.mapping)
+        assert store.stats().pinned_slots == 1
+        assert store.remove(keys[:1]).tolist() == [Code.PINNED]
+        del array, view
+    assert store.stats().pinned_slots == 0
+    with pytest.raises(errors.PoolError, match="released"):
+        views[0]
+    assert store.remove(keys[:1]).tolist() == [Code.OK]
+
+
+DERIVED: dict[str, Callable[[memoryview], Any]] = {
+    "the view": lambda v: v,
+    "a slice": lambda v: v[10:20],
+    "a numpy array": lambda v: np.frombuffer(v, np.uint8),
+    "a part of an array": lambda v: np.asarray(v)[5:9].view(np.uint16),
+    "a tensor": lambda v: torch.frombuffer(v, dtype=torch.uint8)[3:],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", DERIVED)
+@pytest.mark.parametrize("forgotten", [False, True], ids=["released", "forgotten"])
+def test_a_view_in_use_keeps_its_pin_and_no_other(make_store: MakeStore, how: str, forgotten: bool) -> None:
+    store = make_store(size="8mib")
+    keys, blocks = some_keys(3), some_blocks(3)
+    store.put(keys, blocks)
+    views = store.pin(keys)
+    kept = DERIVED[how](views[1])
+    shown = bytes(memoryview(kept)) if how != "a tensor" else kept.numpy().tobytes()
+    assert all(view is not None for view in (views[0], views[2]))
+    if not forgotten:
+        assert views.release() == 1
+    del views
+    assert pinned(store) == 1
+    assert store.remove(keys).tolist() == [Code.OK, Code.PINNED, Code.OK]
+    store.put(some_keys(600, seed=9), some_blocks(600, seed=9))  # turns the pool over
+    assert (bytes(memoryview(kept)) if how != "a tensor" else kept.numpy().tobytes()) == shown
+    del kept
+    assert pinned(store) == 0
+    assert store.remove(keys[1:2]).tolist() == [Code.OK]
+
+
+def test_pins_that_were_forgotten_are_released(make_store: MakeStore) -> None:
+    store = make_store()
+    keys = some_keys(3)
+    store.put(keys, some_blocks(3))
+    store.pin(keys)
+    assert pinned(store) == 0
+
+
+def test_a_reservation_is_invisible_until_sealed(make_store: MakeStore) -> None:
+    store, other = make_store(), make_store()
+    keys, blocks = some_keys(3), some_blocks(3)
+    store.put(keys[:1], blocks[:1])
+    r = store.reserve(keys, BLOCK)
+    assert r.codes.tolist() == [Code.EXISTS, Code.OK, Code.OK]
+    assert r.views[0] is None
+    assert other.reserve(keys, BLOCK).codes.tolist() == [Code.EXISTS, Code.IN_PROGRESS, Code.IN_PROGRESS]
+    assert other.put(keys, blocks).tolist() == [Code.EXISTS, Code.IN_PROGRESS, Code.IN_PROGRESS]
+    assert other.remove(keys[1:]).tolist() == [Code.IN_PROGRESS] * 2
+    for i in (1, 2):
+        r.views[i][:] = blocks[i].tobytes()
+    assert other.exists(keys).tolist() == [True, False, False]
+    assert r.seal().tolist() == [Code.EXISTS, Code.OK, Code.OK]
+    out = np.zeros_like(blocks)
+    assert (other.get_into(keys, out) == Code.OK).all()
+    assert (out == blocks).all()
+    with pytest.raises(ValueError, match="released"):
+        r.views[1][0] = 1
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["aborted", "forgotten"])
+def test_a_reservation_given_up_is_free_once_nobody_can_write_to_it(make_store: MakeStore, forgotten: bool) -> None:
+    store = make_store()
+    keys = some_keys(2)
+    r = store.reserve(keys, BLOCK)
+    kept = r.views[1][5:10]
+    if not forgotten:
+        r.abort()
+        r.abort()
+    del r
+    gc.collect()
+    store.pool.maintain()
+    assert store.stats().quarantined_slots == 1
+    kept[:] = b"stray"  # into a slot that nobody else has
+    del kept
+    store.pool.maintain()
+    stats = store.stats()
+    assert (stats.quarantined_slots, stats.writing_slots, stats.sealed_blocks) == (0, 0, 0)
+    assert (store.put(keys, some_blocks(2)) == Code.OK).all()
+    store.check_integrity()
+
+
+def test_parts_seal_when_the_last_is_done_and_stale_names_do_nothing(make_store: MakeStore) -> None:
+    store = make_store()
+    keys = some_keys(2)
+    b = store.reserve_batch(keys, [100, 200])
+    zeros = np.zeros(2, np.uint64)
+    assert store.still_writing(b.slots, b.gens).all()
+    assert (store.complete(b.slots, b.gens, 0, zeros) == Code.PENDING).all()
+    assert not store.exists(keys).any()
+    assert (store.complete(b.slots[:1], b.gens[:1], 1, zeros[:1]) == Code.OK).all()
+    assert store.exists(keys).tolist() == [True, False]
+    assert store.abort_batch(b.slots, b.gens, True).tolist() == [Code.STALE, Code.OK]
+    assert (store.complete(b.slots, b.gens, 1, zeros) == Code.STALE).all()
+    assert not store.still_writing(b.slots, b.gens).any()
+    assert (store.acknowledge(b.slots, b.gens) == Code.STALE).all()
+    store.check_integrity(deep=False)
+
+
+def test_pinning_a_prefix_stops_at_the_first_gap(make_store: MakeStore) -> None:
+    store = make_store()
+    keys = some_keys(5)
+    store.put(keys[[0, 1, 3, 4]], some_blocks(4))
+    b = store.pin_batch(keys, prefix=True)
+    assert b.codes.tolist() == [Code.OK, Code.OK, Code.MISSING, Code.MISSING, Code.MISSING]
+    assert store.stats().pinned_slots == 2
+    store.unpin(b.slots)
+    assert store.stats().pinned_slots == 0
+
+
+# ---- checksums -----------------------------------------------------------------------------------------------------
+
+
+def test_verify_always_drops_a_damaged_block_and_it_can_be_stored_anew(make_store: MakeStore) -> None:
+    store = make_store(verify="always")
+    keys, blocks = some_keys(3), some_blocks(3)
+    store.put(keys, blocks)
+    flip_a_byte(store, keys[1])
+    out = np.zeros_like(blocks)
+    assert store.get_into(keys, out).tolist() == [Code.OK, Code.CORRUPT, Code.OK]
+    assert store.exists(keys).tolist() == [True, False, True]
+    assert store.stats().corrupt_blocks == 1
+    assert store.put(keys, blocks).tolist() == [Code.EXISTS, Code.OK, Code.EXISTS]
+    assert (store.get_into(keys, out) == Code.OK).all()
+    assert (out == blocks).all()
+    store.check_integrity()
+
+
+def test_verify_never_returns_the_damage_so_the_check_is_what_finds_it(make_store: MakeStore) -> None:
+    store = make_store(verify="never")
+    keys, blocks = some_keys(1), some_blocks(1)
+    store.put(keys, blocks)
+    flip_a_byte(store, keys[0], at=777)
+    out = np.zeros_like(blocks)
+    assert store.get_into(keys, out).tolist() == [Code.OK]
+    assert np.flatnonzero(out[0] != blocks[0]).tolist() == [777]
+    b = store.pin_batch(keys)
+    assert store.verify_parts(b.slots, b.gens, 0).tolist() == [Code.CORRUPT]
+    store.unpin(b.slots)
+    with pytest.raises(errors.IntegrityError):
+        store.check_integrity()
+    store.remove(keys)
+
+
+# ---- the end -------------------------------------------------------------------------------------------------------
+
+
+def test_after_close_every_call_says_so_and_the_pool_is_still_there(make_store: MakeStore) -> None:
+    first, second = make_store(), make_store()
+    keys, blocks = some_keys(2), some_blocks(2)
+    first.put(keys, blocks)
+    held = first.pin_batch(keys)
+    assert second.remove(keys).tolist() == [Code.PINNED] * 2
+    first.close()
+    first.close()
+    for call in (
+        lambda: first.put(keys, blocks),
+        lambda: first.get_into(keys, np.zeros_like(blocks)),
+        lambda: first.exists(keys),
+        lambda: first.match_prefix(keys),
+        lambda: first.pin(keys),
+        lambda: first.reserve(keys, 10),
+        lambda: first.remove(keys),
+        lambda: first.touch(keys),
+        lambda: first.unpin(held.slots),
+    ):
+        with pytest.raises(errors.StoreClosedError):
+            call()
+    assert second.stats().clients == 1
+    assert second.remove(keys).tolist() == [Code.OK] * 2
+
+
+def test_stats_add_up(make_store: MakeStore) -> None:
+    store = make_store()
+    keys, blocks = some_keys(10), some_blocks(10)
+    store.put(keys, blocks)
+    store.remove(keys[:3])
+    r = store.reserve(some_keys(2, seed=4), 100)
+    s = store.stats()
+    assert (s.sealed_blocks, s.sealed_bytes, s.stored_blocks, s.removed_blocks) == (7, 7 * BLOCK, 10, 3)
+    assert (s.writing_slots, s.written_bytes, s.clients, s.sessions) == (2, 10 * BLOCK, 1, 1)
+    assert s.size_bytes <= 32 << 20
+    assert s.slabs * s.slab_bytes + s.table_bytes == s.size_bytes
+    r.abort()
