@@ -119,7 +119,7 @@ class Child:
                 signal.alarm(LIFE_S)
                 body()
                 code = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001
                 traceback.print_exc()
                 sys.stderr.flush()
             finally:
@@ -194,7 +194,7 @@ class Peer:
                 function, args = message
                 try:
                     far.send((True, function(store, *args)))
-                except Exception as e:
+                except Exception as e:  # noqa: BLE001
                     far.send((False, f"{type(e).__name__}: {e}"))
 
         self.child = Child(body)

@@ -325,8 +325,8 @@ def _work_until_killed(store: KvStore, seed: int) -> None:
                 put(own, some, size)
             case 2:
                 with own.pin(some):
-                    check = [c for c in own.get_into(some, [np.empty(size, np.uint8) for _ in some]).tolist()]
-                    assert set(check) <= {0, -1, -6}
+                    codes = own.get_into(some, [np.empty(size, np.uint8) for _ in some])
+                    assert set(codes.tolist()) <= {0, -1, -6}
             case 3:
                 own.remove(some[:2])
             case 4:
