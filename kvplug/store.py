@@ -354,7 +354,7 @@ class KvStore:
     def close(self) -> None:
         """Release all pins and leave the pool, which stays for others. Idempotent.
 
-        A view that is still in use goes on to be readable, but shows whatever others put in its place.
+        A block that somebody still has a view of keeps its pin, and this client its row, until the last view is gone.
         """
         self._pool.close()
 

@@ -124,6 +124,8 @@ def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: Po
     """Take a free client row. False if the segment was retired meanwhile."""
     t = seg.table
     offset = int(t[lay.P_LIVE_OFFSET])
+    if session:  # whose processes may all be dead, and their rows not say so yet
+        reap_dead(seg, local)
     for attempt in range(2):
         for client in range(lay.MAX_CLIENTS):
             state = int(t[seg.geometry.o_client + client * lay.CLIENT_WORDS + lay.C_STATE])

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 from kvplug import hostmem
 from kvplug.shm import layout as lay
 from kvplug.shm import segment
-from kvplug.shm.slabs import raise_watermark
 
 if TYPE_CHECKING:
     from kvplug.shm.pool import Pool
@@ -81,19 +80,19 @@ class Maintenance:
         return watermark < pool.geometry.n_slabs and pool.grow()
 
 
-def reserve_next_slab(pool: Pool) -> bool:
-    """Take memory for the slab at the watermark and raise it. False if there is no memory, or no slab left."""
+def reserve_next_slab(pool: Pool) -> int:
+    """Take memory for the slab at the watermark. The slab, or -1 if there is no memory, or no slab left."""
     slab = int(pool.T[lay.H_WATERMARK])
     g = pool.geometry
     if slab >= g.n_slabs:
-        return False
+        return -1
     memory = hostmem.memory()
     if memory.limit_bytes and memory.limit_bytes - memory.used_bytes < g.slab_bytes + MEMORY_RESERVE_BYTES:
         pool.warn_once(
             "memory",
             f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: memory is short",
         )
-        return False
+        return -1
     began = time.monotonic()
     try:
         segment.reserve(pool.lock_fd, g.data_offset + slab * g.slab_bytes, g.slab_bytes)
@@ -101,6 +100,6 @@ def reserve_next_slab(pool: Pool) -> bool:
         pool.warn_once(
             "space", f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: {e.strerror}"
         )
-        return False
+        return -1
     log.debug("reserved slab %d in %.1f ms", slab, (time.monotonic() - began) * 1e3)
-    return int(raise_watermark(pool.T, pool.L, slab)) >= 0
+    return slab

@@ -150,6 +150,7 @@ class Pool:
         n = len(keys)
         out = SlotBatch.empty(n)
         out.nbytes[:] = size
+        filled = (out.codes, out.slots, out.gens, out.offsets)
         with self._only_thread() as mine:
             if not mine:
                 out.codes[:] = Code.TIMEOUT
@@ -159,27 +160,9 @@ class Pool:
             just_looked = False
             while at < n:
                 v = self._victims.of(stride)
+                proposed = (v.slots, v.words, v.ticks)
                 end = min(at + RESERVE_KEYS_A_SECTION, n)
-                got = int(
-                    write.reserve(
-                        self.T,
-                        self.L,
-                        keys,
-                        at,
-                        end,
-                        stride,
-                        size,
-                        sizes,
-                        v.slots,
-                        v.words,
-                        v.ticks,
-                        v.used,
-                        out.codes,
-                        out.slots,
-                        out.gens,
-                        out.offsets,
-                    )
-                )
+                got = int(write.reserve(self.T, self.L, keys, at, end, stride, size, sizes, *proposed, v.used, *filled))
                 if got < 0:
                     out.codes[at:] = got
                     break
@@ -299,7 +282,7 @@ class Pool:
                 write.drop_corrupt(self.T, self.L, slots, words)
 
     def drop_corrupt(self, slots: I64, gens: I64) -> None:
-        """Free blocks that :meth:`verify_part` found to be wrong; nobody, this client included, may have them pinned."""
+        """Free blocks that :meth:`verify_part` found to be wrong, unless somebody (this client included) has a pin."""
         self._drop(slots, (gens << lay.GEN_SHIFT) | lay.SEALED)
 
     def pin(self, keys: I64, *, prefix: bool = False) -> SlotBatch:
@@ -308,20 +291,8 @@ class Pool:
         with self._only_thread() as mine:
             answer = int(Code.TIMEOUT)
             if mine:
-                answer = int(
-                    pins.pin(
-                        self.T,
-                        self.L,
-                        self._pin_counts,
-                        keys,
-                        prefix,
-                        out.codes,
-                        out.slots,
-                        out.gens,
-                        out.offsets,
-                        out.nbytes,
-                    )
-                )
+                filled = (out.codes, out.slots, out.gens, out.offsets, out.nbytes)
+                answer = int(pins.pin(self.T, self.L, self._pin_counts, keys, prefix, *filled))
         if answer < 0:
             pinned = out.slots[out.slots >= 0].copy()
             out.codes[:] = answer
@@ -466,8 +437,6 @@ class Pool:
 
         Blocks that somebody still has a view of keep their pins, and the client its row, until the last view is gone.
         """
-        if self.is_closed:
-            return
         if self.is_forked:
             self.is_closed = True
             return

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import re
+import stat
 import struct
 import time
 import uuid
@@ -79,6 +80,8 @@ def name_lock(pool: str, timeout_s: float = NAME_LOCK_TIMEOUT_S) -> Iterator[Non
                 time.sleep(POLL_S)
         yield
     finally:
+        # Closing is not enough: a child that another thread forked meanwhile has the description too.
+        fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
@@ -191,9 +194,11 @@ def _ours(path: str) -> bool:
         return False
 
 
-def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
-    """The gates that need no mapping, in order: owner, mode, length, magic, format."""
+def _read_preamble(fd: int, path: str) -> tuple[list[int], os.stat_result]:
+    """The gates that hold for pools of every format, in order: kind, owner, mode, length, magic."""
     st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode):
+        raise PoolFormatError(f"{path} is not a regular file: not a pool. Remove it, or choose another KVPLUG_POOL")
     if st.st_uid != os.geteuid():
         raise PoolOwnerError(
             f"{path} belongs to uid {st.st_uid}, this process runs as {os.geteuid()}: choose another KVPLUG_POOL"
@@ -211,6 +216,12 @@ def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
             f"{path} begins with {raw[:8]!r} instead of {lay.MAGIC!r}: not a pool. Remove it, or choose another "
             f"KVPLUG_POOL"
         )
+    return words, st
+
+
+def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
+    """The gates that need no mapping: those of every format, then the format."""
+    words, st = _read_preamble(fd, path)
     if words[lay.P_FORMAT] != lay.FORMAT:
         raise PoolFormatError(f"{path} has format {words[lay.P_FORMAT]}, this version of kvplug uses {lay.FORMAT}")
     return words, st
@@ -241,6 +252,8 @@ def open_segment(pool: str) -> Segment:
         shm = posix_ipc.SharedMemory("/" + segment_name(pool))
     except posix_ipc.ExistentialError as e:
         raise PoolNotFoundError(f"there is no pool {pool!r} ({path})") from e
+    except ValueError as e:  # shm_open knows no other way to say this
+        raise PoolFormatError(f"cannot open {path}: it is not a regular file ({e})") from e
     except (OSError, posix_ipc.Error) as e:
         raise PoolOwnerError(f"cannot open {path}: {e}") from e
     try:
@@ -305,12 +318,14 @@ def _inspect(pool: str, fmt: int, path: str) -> PoolInfo:
         problem = f"cannot be opened: {e.strerror}"
     else:
         try:
-            words, st = _read_header(fd, path)
+            words, st = _read_preamble(fd, path)
             created = words[lay.P_CREATED_UNIX_NS] / 1e9
             alive = len(alive_clients(fd, words[lay.P_LIVE_OFFSET], words[lay.P_LIVE_COUNT]))
-            _check_layout(words, st, path)
+            _check_layout(_read_header(fd, path)[0], st, path)
         except PoolError as e:
             problem = str(e)
+        except OSError as e:
+            problem = f"{path}: the header names no place to ask whether its clients live ({e.strerror})"
         finally:
             os.close(fd)
     return PoolInfo(
@@ -345,7 +360,10 @@ def remove_pool(name: str, *, force: bool = False) -> None:
             if info.clients_alive and not force:
                 raise PoolError(f"pool {name!r} has {info.clients_alive} processes attached; stop them, or force it")
         for info in infos:
-            remove_segment_file(info.path)
+            try:
+                remove_segment_file(info.path)
+            except OSError as e:
+                raise PoolError(f"cannot remove {info.path}: {e.strerror}") from e
 
 
 def remove_segment_file(path: str) -> None:

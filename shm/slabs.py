@@ -37,6 +37,7 @@ from kvplug.shm.lock import clean, dirty, enter, leave
 from kvplug.shm.write import evict, is_pinned
 
 DRAIN_SLOTS_A_SECTION = 1024
+NOT_BEGUN = -1
 DRAIN_DONE = 1
 DRAIN_GOES_ON = 2
 DRAIN_CALLED_OFF = 3
@@ -63,7 +64,7 @@ def raise_watermark(T: Any, L: Any, slab: int) -> int:
 def drain_step(T: Any, L: Any, wanted: int, stride: int) -> int:
     """Begin to drain slab ``wanted`` (or go on with the one that is being drained); DRAIN_* or a lock code.
 
-    ``stride`` is that of the class in need: a slab of that stride is not drained.
+    ``stride`` is that of the class in need: a slab of that stride is not drained. ``wanted`` NOT_BEGUN only goes on.
     """
     lock = enter(T, L)
     if lock < 0:
@@ -71,8 +72,8 @@ def drain_step(T: Any, L: Any, wanted: int, stride: int) -> int:
     dirty(T, L)
     slab = T[H_DRAINING] - 1
     if slab < 0:
-        s = slab_at(T, wanted)
-        if T[s + S_STATE] != SLAB_OWNED or T[s + S_STRIDE] == stride:
+        s = slab_at(T, max(wanted, 0))
+        if wanted < 0 or T[s + S_STATE] != SLAB_OWNED or T[s + S_STRIDE] == stride:
             clean(T, L)
             leave(T, L)
             return DRAIN_CALLED_OFF
