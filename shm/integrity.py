@@ -48,6 +48,7 @@ from kvplug.shm.layout import (
     S_STATE,
     SEALED,
     SIZE_BITS,
+    SIZE_MASK,
     SLAB_DRAINING,
     SLAB_FREE,
     SLAB_OWNED,
@@ -101,7 +102,8 @@ def _check_slot(T: Any, L: Any, row: int, deep: bool, pins: Any, found: Any, n: 
             n = _note(found, n, 18, row)
     if state == SEALED and T[r + R_DONE] != (1 << (T[r + R_SIZE] >> SIZE_BITS)) - 1:
         n = _note(found, n, 7, row)
-    if state == SEALED and deep and not bytes_match(T, row, L[L_BASE] + slot_offset(T, row)):
+    size = T[r + R_SIZE] & SIZE_MASK
+    if state == SEALED and deep and not bytes_match(T, row, L[L_BASE] + slot_offset(T, row), size):
         n = _note(found, n, 17, row)
     if state == WRITING or state == QUARANTINED:
         known = state == QUARANTINED

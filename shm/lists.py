@@ -18,6 +18,7 @@ from kvplug.shm.layout import (
     GEN_SHIFT,
     H_DATA_OFFSET,
     H_FREE_SLABS,
+    H_N_SLABS,
     H_O_CLASS,
     H_O_ROW,
     H_O_SLAB,
@@ -76,6 +77,21 @@ def slot_offset(T: Any, row: int) -> int:
     if at + stride > T[H_SLAB_BYTES]:
         return -1
     return T[H_DATA_OFFSET] + slab * T[H_SLAB_BYTES] + at
+
+
+@kernel
+def is_slot_of(T: Any, row: int, cls: int) -> bool:
+    """Whether the row is a slot of an owned slab of this class: the slab may have been cut anew during a scan."""
+    rps = T[H_ROWS_PER_SLAB]
+    slab = row // rps
+    if row < 0 or slab >= T[H_N_SLABS]:
+        return False
+    s = slab_at(T, slab)
+    step = T[s + S_ROW_STEP]
+    if T[s + S_STATE] != STATE_OWNED or T[s + S_CLASS] != cls or step <= 0:
+        return False
+    at = row - slab * rps
+    return at % step == 0 and at // step < T[s + S_NSLOTS]
 
 
 @kernel

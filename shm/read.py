@@ -80,13 +80,18 @@ def touch(T: Any, L: Any, keys: Any) -> None:
 
 
 @kernel
-def bytes_match(T: Any, row: int, addr: int) -> bool:
-    """Whether the bytes at ``addr`` (the payload, or a copy of it) have the checksums of the slot's parts."""
+def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
+    """Whether the ``size`` bytes at ``addr`` (the payload, or a copy of it) have the checksums of the slot's parts.
+
+    Without the lock the slot may be another block's meanwhile, with larger parts: nothing past ``size`` is read.
+    """
     n_parts = T[row_at(T, row) + R_SIZE] >> SIZE_BITS
     p0 = T[H_O_PART] + row * PART_WORDS
     at = 0
     for p in range(n_parts):
         nbytes = T[p0 + p * PART_WORDS]
+        if nbytes < 0 or at + nbytes > size:
+            return False
         if xxh3_64(addr + at, nbytes) != T[p0 + p * PART_WORDS + 1]:
             return False
         at += (nbytes + PART_ALIGN_BYTES - 1) // PART_ALIGN_BYTES * PART_ALIGN_BYTES
@@ -128,7 +133,7 @@ def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: 
         if fits:
             copy_out(dst_addrs[i], base + offset, size, base + after, stream)
             if L[L_VERIFY] != 0:
-                ok = bytes_match(T, row, dst_addrs[i])
+                ok = bytes_match(T, row, dst_addrs[i], size)
         fence_acquire()
         if load_acquire(base + 8 * (r + R_WORD)) != word:
             continue

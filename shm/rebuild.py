@@ -122,6 +122,9 @@ def rebuild(T: Any, L: Any) -> None:
             fail(L, REBUILD_HALF)
         s = slab_at(T, slab)
         state = T[s + S_STATE]
+        if state == SLAB_FREE and slab >= T[H_WATERMARK]:  # a death before the watermark was raised over it
+            state = SLAB_UNRESERVED
+            T[s + S_STATE] = state
         T[s + S_LISTED] = 0
         T[s + S_FREE_HEAD] = 0
         T[s + S_FREE_COUNT] = 0

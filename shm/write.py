@@ -65,7 +65,16 @@ from kvplug.shm.layout import (
     STATE_MASK,
     WRITING,
 )
-from kvplug.shm.lists import class_of, pop_free_slot, release_slot, row_at, set_free, slot_offset, take_free_slab
+from kvplug.shm.lists import (
+    class_of,
+    is_slot_of,
+    pop_free_slot,
+    release_slot,
+    row_at,
+    set_free,
+    slot_offset,
+    take_free_slab,
+)
 from kvplug.shm.local import L_BASE, L_CLIENT, L_RESERVE_BUDGET, L_SESSION, L_TOUCH
 from kvplug.shm.lock import clean, dirty, enter, leave
 
@@ -146,7 +155,7 @@ def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at
         word = words[at[0]]
         tick = ticks[at[0]]
         r = row_at(T, row)
-        same = T[r + R_WORD] == word and T[r + R_TICK] == tick and not is_pinned(T, row)
+        same = T[r + R_WORD] == word and T[r + R_TICK] == tick and is_slot_of(T, row, cls) and not is_pinned(T, row)
         if same and tick > worth:
             return -1
         at[0] += 1
