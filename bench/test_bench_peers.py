@@ -2,11 +2,11 @@
 
     kvplug           one process stores, this one reads
     dict of arrays   in this process: the limit of what Python can do
-    shared_memory    the standard library's: one block of shared memory, key → offset in a manager's dict, second process reads
+    shared_memory    the standard library's: one block of it, key → offset in a manager's dict, second process reads
     redis            over its unix socket, if redis-server and its client are installed
 
-Stored bytes are compared once; each figure is the median of ROUNDS. Beside each get stands the ratio to np.copyto of the
-same bytes in the same run.
+Stored bytes are compared once; each figure is the median of ROUNDS. Beside each get stands the ratio to np.copyto of
+the same bytes in the same run.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ TRACE_SHARE = 0.05
 
 
 def agent_trace(agents: int, turns: int, added: int) -> Trace:
-    """Agents by turns: every request is one system prompt, the same for all, and the agent's whole conversation so far."""
+    """Agents by turns: a request is one system prompt, the same for all, and the agent's whole conversation so far."""
     trace = []
     for turn in range(1, turns + 1):
         for agent in range(agents):
