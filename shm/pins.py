@@ -124,7 +124,7 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
         dirty(T, L)
         for i in range(begin, end):
             row = rows[i]
-            if row < 0 or counts[row] == 0:
+            if row < 0 or row >= T[H_N_ROWS] or counts[row] == 0:
                 continue
             counts[row] -= 1
             if counts[row] == 0:

@@ -21,6 +21,7 @@ from kvplug.shm.layout import (
     C_READ_BYTES,
     CLIENT_WORDS,
     GEN_SHIFT,
+    H_N_ROWS,
     H_O_CLIENT,
     H_O_PART,
     H_SEGMENT_BYTES,
@@ -161,6 +162,8 @@ def verify_part(T: Any, L: Any, rows: Any, gens: Any, part: int, codes: Any) -> 
     for i in range(rows.shape[0]):
         row = rows[i]
         codes[i] = STALE
+        if row < 0 or row >= T[H_N_ROWS]:
+            continue
         r = row_at(T, row)
         word = load_acquire(base + 8 * (r + R_WORD))
         if word != (gens[i] << GEN_SHIFT) | SEALED:
