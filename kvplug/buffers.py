@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import functools
 import operator
@@ -152,7 +153,7 @@ def _one(buffer: Any, i: int, writable: bool) -> tuple[int, int, Any]:
     if array is None:
         try:
             array = np.frombuffer(buffer, np.uint8)
-        except (TypeError, ValueError, AttributeError) as e:
+        except (TypeError, ValueError, AttributeError, builtins.BufferError) as e:
             raise BufferError(f"buffer {i} of type {type(buffer).__name__} can't be used: {e}") from e
     if not array.flags.c_contiguous:
         raise BufferError(f"buffer {i} (shape {array.shape}, strides {array.strides}) is not contiguous")
