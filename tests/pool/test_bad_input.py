@@ -1,0 +1,213 @@
+"""Wrong input is a typed error at the call, and nothing was changed: no figure, no word of any table."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvplug import errors
+from kvplug.errors import Code
+from kvplug.shm import layout as lay
+from kvplug.store import KvStore
+
+BLOCK = 4000
+KEYS = np.arange(3 * 32, dtype=np.uint8).reshape(3, 32)
+
+
+def digest(store: KvStore) -> tuple[Any, str]:
+    """All figures, and a hash of header, slabs, classes, rows, parts, index and events."""
+    return dataclasses.astuple(store.stats()), hashlib.sha256(store.pool.T.tobytes()).hexdigest()
+
+
+@pytest.fixture
+def store(make_store: Callable[..., KvStore]) -> Iterator[KvStore]:
+    """A store with one block, whose background thread is stopped so that only the calls can change anything."""
+    made = make_store(size="8mib", prefault=False)
+    made.put(KEYS[:1], np.ones((1, BLOCK), np.uint8))
+    made.pool._maintenance.stop()
+    yield made
+    made.check_integrity()
+
+
+def refused(store: KvStore, error: type[Exception], call: Callable[[], Any], match: str | None = None) -> None:
+    before = digest(store)
+    with pytest.raises(error, match=match):
+        call()
+    assert digest(store) == before
+
+
+def test_the_digest_sees_a_change(store: KvStore) -> None:
+    """The other tests here mean something only if this holds."""
+    before = digest(store)
+    store.touch(KEYS[:1])
+    assert digest(store) != before
+
+
+WRONG_KEYS: dict[str, Any] = {
+    "31 bytes": [b"k" * 31],
+    "33 bytes": [b"k" * 32, b"k" * 33],
+    "empty bytes": [b""],
+    "str": ["k" * 32],
+    "int": [7],
+    "None": None,
+    "one key, not a list": b"k" * 32,
+    "array of 31 columns": np.zeros((2, 31), np.uint8),
+    "array of one dimension": np.zeros(32, np.uint8),
+    "array of three dimensions": np.zeros((1, 1, 32), np.uint8),
+    "int64 words": np.zeros((2, 4), np.int64),
+    "int8": np.zeros((2, 32), np.int8),
+}
+
+
+@pytest.mark.parametrize("keys", WRONG_KEYS.values(), ids=WRONG_KEYS)
+def test_wrong_keys_are_refused_by_every_call(store: KvStore, keys: Any) -> None:
+    buffers = np.zeros((2, BLOCK), np.uint8)
+    for call in (
+        lambda: store.put(keys, buffers),
+        lambda: store.get_into(keys, buffers),
+        lambda: store.exists(keys),
+        lambda: store.match_prefix(keys),
+        lambda: store.touch(keys),
+        lambda: store.remove(keys),
+        lambda: store.pin(keys),
+        lambda: store.pin_batch(keys, prefix=True),
+        lambda: store.reserve(keys, 100),
+        lambda: store.reserve_batch(keys, [100]),
+    ):
+        refused(store, errors.KeyFormatError, call)
+
+
+def _frozen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    array.flags.writeable = False
+    return array
+
+
+WRONG_SOURCES: dict[str, Callable[[], Any]] = {
+    "too few": lambda: [b"x"] * 2,
+    "too many": lambda: [b"x"] * 4,
+    "too few rows": lambda: np.zeros((2, BLOCK), np.uint8),
+    "one dimension": lambda: np.zeros(3, np.uint8),
+    "bytes": lambda: b"xyz",
+    "None": lambda: None,
+    "a number among them": lambda: [b"x", 5, b"x"],
+    "a str among them": lambda: [b"x", "x", b"x"],
+    "an empty one": lambda: [b"x", b"", b"x"],
+    "empty arrays": lambda: [np.zeros(0, np.uint8)] * 3,
+    "empty rows": lambda: np.zeros((3, 0), np.uint8),
+    "strided arrays": lambda: [np.zeros(100, np.uint8)[::2]] * 3,
+    "one strided array": lambda: [np.zeros(50, np.uint8), np.zeros(100, np.uint8)[::2], np.zeros(50, np.uint8)],
+    "strided memoryview": lambda: [memoryview(bytes(100))[::2]] * 3,
+    "strided rows": lambda: np.zeros((3, 100), np.uint8)[:, ::2],
+    "backward rows": lambda: np.zeros((3, 100), np.uint8)[::-1],
+    "strided tensors": lambda: [torch.zeros(100)[::2]] * 3,
+    "a transposed tensor": lambda: torch.zeros(100, 3).T,
+    "tensors of no CPU": lambda: [torch.zeros(10, device="meta")] * 3,
+    "one tensor of no CPU": lambda: torch.zeros(3, 10, device="meta"),
+}
+
+
+@pytest.mark.parametrize("make", WRONG_SOURCES.values(), ids=WRONG_SOURCES)
+def test_wrong_buffers_are_refused_by_put_and_get(store: KvStore, make: Callable[[], Any]) -> None:
+    refused(store, errors.BufferError, lambda: store.put(KEYS, make()))
+    refused(store, errors.BufferError, lambda: store.get_into(KEYS, make()))
+
+
+READ_ONLY: dict[str, Callable[[], Any]] = {
+    "bytes": lambda: [bytes(BLOCK)] * 3,
+    "memoryview": lambda: [memoryview(bytes(BLOCK))] * 3,
+    "arrays": lambda: [_frozen(np.zeros(BLOCK, np.uint8)) for _ in range(3)],
+    "one array": lambda: [np.zeros(BLOCK, np.uint8), _frozen(np.zeros(BLOCK, np.uint8)), np.zeros(BLOCK, np.uint8)],
+    "rows": lambda: _frozen(np.zeros((3, BLOCK), np.uint8)),
+    "mixed": lambda: [np.zeros(BLOCK, np.uint8), bytearray(BLOCK), bytes(BLOCK)],
+}
+
+
+@pytest.mark.parametrize("make", READ_ONLY.values(), ids=READ_ONLY)
+def test_a_read_only_buffer_is_never_written_to(store: KvStore, make: Callable[[], Any]) -> None:
+    refused(store, errors.BufferError, lambda: store.get_into(KEYS, make()), "read-only")
+    assert store.put(KEYS, make()).tolist() == [Code.EXISTS, Code.OK, Code.OK]  # as a source it is as good as any
+
+
+def test_one_read_only_buffer_alone_is_refused_too(store: KvStore) -> None:
+    for buffers in ([bytes(BLOCK)], [_frozen(np.zeros(BLOCK, np.uint8))], _frozen(np.zeros((1, BLOCK), np.uint8))):
+        refused(store, errors.BufferError, lambda b=buffers: store.get_into(KEYS[:1], b), "read-only")
+
+
+def test_a_buffer_of_the_wrong_size_changes_nothing_but_the_count_of_misses(store: KvStore) -> None:
+    table = store.pool.T[lay.HEADER_WORDS :][store.pool.geometry.o_slab - lay.HEADER_WORDS :].copy()
+    out = np.full((1, BLOCK + 1), 9, np.uint8)
+    assert store.get_into(KEYS[:1], out).tolist() == [Code.SIZE]
+    assert (out == 9).all()
+    assert (table == store.pool.T[lay.HEADER_WORDS :][store.pool.geometry.o_slab - lay.HEADER_WORDS :]).all()
+
+
+@pytest.mark.parametrize("over", ["slab", "pool"])
+def test_a_block_that_can_not_fit_is_refused_before_the_rest_of_its_batch_is_stored(store: KvStore, over: str) -> None:
+    nbytes = (store.stats().slab_bytes if over == "slab" else 9 << 20) + 1
+    big = np.zeros(nbytes, np.uint8)
+    small = np.zeros(10, np.uint8)
+    match = str(store.stats().slab_bytes)
+    refused(store, errors.BlockTooLargeError, lambda: store.put(KEYS, [small, small, big]), match)
+    refused(store, errors.BlockTooLargeError, lambda: store.reserve(KEYS, nbytes), match)
+    refused(store, errors.BlockTooLargeError, lambda: store.reserve_batch(KEYS, [10, nbytes]), match)
+    store.register_buffer(big.ctypes.data, nbytes)
+    refused(
+        store,
+        errors.BlockTooLargeError,
+        lambda: store.batch_put_from_multi_buffers(["a"], [[big.ctypes.data]], [[nbytes]]),
+    )
+
+
+@pytest.mark.parametrize("parts", [[], [0], [-1], [10, 0], [1] * 63], ids=str)
+def test_wrong_parts_are_refused(store: KvStore, parts: list[int]) -> None:
+    refused(store, errors.ConfigError, lambda: store.reserve_batch(KEYS, parts))
+
+
+@pytest.mark.parametrize("nbytes", [0, -5])
+def test_a_reservation_has_at_least_one_byte(store: KvStore, nbytes: int) -> None:
+    refused(store, errors.ConfigError, lambda: store.reserve(KEYS, nbytes))
+
+
+def test_wrong_fragments_are_refused(store: KvStore) -> None:
+    memory = np.zeros(1000, np.uint8)
+    at = memory.ctypes.data
+    store.register_buffer(at, 1000)
+    wrong: list[tuple[list[Any], list[Any], list[Any]]] = [
+        (["a"], [[at], [at]], [[1], [1]]),
+        (["a"], [[at, at]], [[1]]),
+        (["a"], [[]], [[]]),
+        (["a"], [[at]], [[0]]),
+        (["a"], [[at]], [[-1]]),
+        (["a"], [[at]], [[1001]]),
+        (["a", "b"], [[at], [12345]], [[1], [1]]),
+    ]
+    for keys, addrs, sizes in wrong:
+        for call in (store.batch_put_from_multi_buffers, store.batch_get_into_multi_buffers):
+            refused(store, errors.BufferError, lambda c=call, k=keys, a=addrs, s=sizes: c(k, a, s))
+    for key in (b"short", 5, None):
+        refused(store, errors.KeyFormatError, lambda k=key: store.batch_is_exist([k]))
+
+
+def test_slots_that_name_nothing_are_stale_and_harmless(store: KvStore) -> None:
+    far = np.array([-1, -5, 1 << 40, store.pool.geometry.n_rows], np.int64)
+    gens = np.zeros(4, np.int64)
+    sums = np.zeros(4, np.uint64)
+    assert (store.complete(far, gens, 0, sums) == Code.STALE).all()
+    assert (store.abort_batch(far, gens, True) == Code.STALE).all()
+    assert (store.acknowledge(far, gens) == Code.STALE).all()
+    assert (store.verify_parts(far, gens, 0) == Code.STALE).all()
+    assert not store.still_writing(far, gens).any()
+    store.unpin(far)
+    store.check_integrity()
+
+
+def test_tokens_that_are_none_are_refused() -> None:
+    for token in ("", "x", "a:b:c", "pool:00ff:x"):
+        with pytest.raises(errors.ConfigError, match="token"):
+            KvStore.join(token)
