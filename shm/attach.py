@@ -63,6 +63,7 @@ def attach(
     warm_up()
     with segment.name_lock(pool):
         for _ in range(ATTEMPTS):
+            is_new = False
             try:
                 seg = segment.open_segment(pool)
             except PoolNotFoundError:
@@ -77,6 +78,7 @@ def attach(
                     grace_ns=int(options.quarantine_grace_s * 1e9),
                 )
                 seg = segment.open_segment(pool)
+                is_new = True
                 # Memory for the first blocks, so that a new pool can be written to at once.
                 with contextlib.suppress(OSError):
                     segment.reserve(seg.lock_fd, seg.geometry.data_offset, seg.geometry.slab_bytes)
@@ -86,7 +88,7 @@ def attach(
                         f"pool {pool!r} is another one than the session to be joined lives in: "
                         f"it was removed and made anew"
                     )
-                if create and _left_by_the_last(seg):
+                if create and not is_new and _left_by_the_last(seg):
                     segment.remove_segment_file(seg.path)
                     os.close(seg.lock_fd)
                     continue
