@@ -8,14 +8,20 @@ here decides whether a cached kernel may be used.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
 import pathlib
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from numba import njit
 
+COMPILE_TIMEOUT_S = 180.0
+COMPILE_POLL_S = 0.05
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -83,14 +89,36 @@ def compile_entry(dispatcher: Any, signature: str) -> None:
     dispatcher.compile(f"{_TYPES[result]}({types})")
 
 
+@contextlib.contextmanager
+def _one_process_compiles() -> Iterator[None]:
+    """Processes that start together after an installation: the first compiles, the others then load what it made.
+
+    The lock is on this source file, which they share exactly if they share the cache. After the deadline they go on
+    without it: slower, not wrong.
+    """
+    fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + COMPILE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(COMPILE_POLL_S)
+        yield
+    finally:
+        os.close(fd)
+
+
 def warm_up() -> None:
     """Load every entry kernel, from numba's cache or by compiling it: seconds the first time, then a fraction of one.
 
     Called before a store is attached, so that no call later compiles anything while others wait for it.
     """
     with _warm:
-        while _entries:
-            dispatcher, signature = _entries[-1]
-            compile_entry(dispatcher, signature)
-            dispatcher.disable_compile()
-            _entries.pop()
+        if not _entries:
+            return
+        with _one_process_compiles():
+            while _entries:
+                compile_entry(*_entries[-1])
+                _entries.pop()
