@@ -16,7 +16,7 @@ from kvplug.shm import failpoints, segment
 from kvplug.shm import layout as lay
 from kvplug.shm.jit import warm_up
 from kvplug.shm.layout import DEFAULT_MIN_BLOCK_BYTES, Geometry
-from kvplug.shm.liveness import alive_clients, is_locked, try_lock_byte, unlock_byte
+from kvplug.shm.liveness import alive_clients, close_private, is_locked, try_lock_byte, unlock_byte
 from kvplug.shm.local import (
     L_BASE,
     L_FD,
@@ -90,15 +90,15 @@ def attach(
                     )
                 if create and not is_new and _left_by_the_last(seg):
                     segment.remove_segment_file(seg.path)
-                    os.close(seg.lock_fd)
+                    close_private(seg.lock_fd)
                     continue
                 local = _local_words(seg, options)
                 if _claim(seg, local, session, options) and seg.still_named():
                     return seg, local
             except BaseException:
-                os.close(seg.lock_fd)
+                close_private(seg.lock_fd)
                 raise
-            os.close(seg.lock_fd)
+            close_private(seg.lock_fd)
     raise PoolError(f"pool {pool!r} was removed {ATTEMPTS} times while attaching to it")
 
 

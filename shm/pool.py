@@ -30,7 +30,7 @@ from kvplug.shm.batch import I8, I64, SlotBatch, part_offsets
 from kvplug.shm.events import EventReader
 from kvplug.shm.integrity import findings, prepare
 from kvplug.shm.layout import Geometry
-from kvplug.shm.liveness import alive_clients
+from kvplug.shm.liveness import alive_clients, close_private
 from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SESSION
 from kvplug.shm.maintenance import Maintenance, reserve_next_slab
 from kvplug.shm.policies import by_number
@@ -52,7 +52,7 @@ _loans = itertools.count()
 def _let_go(description: list[int]) -> None:
     """Close the file description, once: with it go this client's liveness and whatever it held."""
     with contextlib.suppress(IndexError):
-        os.close(description.pop())
+        close_private(description.pop())
 
 
 class Pool:
@@ -465,9 +465,7 @@ class Pool:
                 segment.remove_segment_file(self.segment.path)
 
     def _after_fork(self) -> None:
-        """In the child: close the parent's description without unlocking it; the next call attaches anew."""
-        with contextlib.suppress(OSError):
-            os.close(self.lock_fd)
+        """In the child, whose copies of descriptions :mod:`kvplug.shm.liveness` has closed: the next call attaches anew."""
         self.is_forked = True
         self.life = object()  # handles that were copied with it do nothing any more
         self._description.clear()

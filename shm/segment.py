@@ -36,7 +36,7 @@ from kvplug.errors import (
 )
 from kvplug.shm import layout as lay
 from kvplug.shm.layout import Geometry
-from kvplug.shm.liveness import alive_clients, byte_lock_path_fd
+from kvplug.shm.liveness import alive_clients, byte_lock_path_fd, close_private, open_private
 
 NAME_LOCK_TIMEOUT_S: Final = 10.0
 POLL_S: Final = 0.002
@@ -60,7 +60,7 @@ def name_lock(pool: str, timeout_s: float = NAME_LOCK_TIMEOUT_S) -> Iterator[Non
     """Hold the lock file of a pool's name. Raises LockTimeoutError, PoolOwnerError, PoolError."""
     path = os.path.join(hostmem.DEV_SHM, f"kvplug.{pool}.lock")
     try:
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, _READ_WRITE)
+        fd = open_private(path, os.O_CREAT | os.O_RDWR, _READ_WRITE)
     except PermissionError as e:
         raise PoolOwnerError(f"{path} belongs to another user: choose another pool name (KVPLUG_POOL)") from e
     except OSError as e:
@@ -80,9 +80,7 @@ def name_lock(pool: str, timeout_s: float = NAME_LOCK_TIMEOUT_S) -> Iterator[Non
                 time.sleep(POLL_S)
         yield
     finally:
-        # Closing is not enough: a child that another thread forked meanwhile has the description too.
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+        close_private(fd)
 
 
 @dataclasses.dataclass(slots=True)
@@ -265,7 +263,7 @@ def open_segment(pool: str) -> Segment:
                 raise PoolError(f"{path} was replaced while it was being opened")
             mapping = mmap.mmap(shm.fd, geometry.segment_bytes)
         except BaseException:
-            os.close(lock_fd)
+            close_private(lock_fd)
             raise
     finally:
         shm.close_fd()
@@ -327,7 +325,7 @@ def _inspect(pool: str, fmt: int, path: str) -> PoolInfo:
         except OSError as e:
             problem = f"{path}: the header names no place to ask whether its clients live ({e.strerror})"
         finally:
-            os.close(fd)
+            close_private(fd)
     return PoolInfo(
         pool,
         path,
@@ -386,4 +384,4 @@ def retire(path: str) -> None:
     except PoolError:
         return
     finally:
-        os.close(fd)
+        close_private(fd)
