@@ -17,11 +17,14 @@ from kvplug.adapters.devices.cpu import CpuCopy
 from kvplug.adapters.vllm import compat, namespace, plugin
 from kvplug.adapters.vllm.jobs import Rank, RankLayout
 from kvplug.adapters.vllm.layout import group_bytes
+from kvplug.adapters.vllm.llvmlite_handle import shield_compiled_modules
 from kvplug.adapters.vllm.scheduler import SchedulerSide
 from kvplug.adapters.vllm.started import PROCESS_STARTED_NS, STARTED_KEY
 from kvplug.adapters.vllm.worker import WorkerSide
 from kvplug.errors import KvplugError, UnsupportedEngineError
 from kvplug.store import KvStore
+
+shield_compiled_modules()
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

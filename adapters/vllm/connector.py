@@ -2,6 +2,9 @@
 
 Nothing is decided here. What is done here is the shield: whatever goes wrong in kvplug, the engine runs on without it,
 with one loud line. A load that was promised to the engine is always reported, since the request waits for it.
+
+vLLM imports this module wherever it looks at the configuration, before the device is set up and in processes that never
+copy a byte. So what brings in compiled kernels is imported when a side begins its work.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from kvplug.adapters.vllm import boot, compat
+from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.metrics import KvplugPromMetrics, KvplugStats
 
 if TYPE_CHECKING:
+    from kvplug.adapters.vllm.boot import SchedulerStart
     from kvplug.adapters.vllm.scheduler import SchedulerSide
     from kvplug.adapters.vllm.worker import LoadResult, WorkerSide
 
@@ -53,7 +57,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._loading: set[str | None] = set()
         self._submitted_step = 0
         self._failed: tuple[set[str], set[int]] = set(), set()
-        self._start: boot.SchedulerStart | None = None
+        self._start: SchedulerStart | None = None
         self._pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
             if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
@@ -61,7 +65,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
                     "kvplug: a load that fails is computed again; kv_load_failure_policy is set to recompute"
                 )
                 vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
-            self._start = self._shielded("start", boot.SchedulerStart, None, vllm_config)
+            self._start = self._shielded("start", _scheduler_start, None, vllm_config)
             self._shielded("start", compat.on_weights_rpc, None, self._on_rpc)
         else:
             self._shielded("start", compat.on_worker_weights, None, self._on_worker_weights)
@@ -187,9 +191,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Joins the engine's session and works out where the bytes of a block lie."""
-        self._layout, self._worker = boot.worker_start(
-            self._vllm_config, self._kv_cache_config, kv_caches, logger.warning
-        )
+        from kvplug.adapters.vllm.boot import worker_start
+
+        self._layout, self._worker = worker_start(self._vllm_config, self._kv_cache_config, kv_caches, logger.warning)
 
     def get_handshake_metadata(self) -> RankLayout | None:
         """Where this worker's bytes lie, for the scheduler's side."""
@@ -327,6 +331,12 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             self._shielded("the end", worker.close, None)
         if scheduler is not None:
             self._shielded("the end", scheduler.close, None)
+
+
+def _scheduler_start(vllm_config: Any) -> SchedulerStart:
+    from kvplug.adapters.vllm.boot import SchedulerStart
+
+    return SchedulerStart(vllm_config)
 
 
 def _close(connector: weakref.ref[KvplugConnector]) -> None:

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from kvplug.adapters.devices.base import Int64s
 from kvplug.adapters.vllm import compat
-from kvplug.errors import KvplugError, NamespaceError
+from kvplug.errors import NamespaceError
 from kvplug.extras import encode_extras
 from kvplug.keys import KeyChain
 
@@ -161,7 +161,7 @@ class LoraIdentities:
         self._tainted: set[str] = set()
 
     def __call__(self, lora: Any) -> bytes | None:
-        """32 bytes, or None: not known (yet)."""
+        """32 bytes, or None: not known (yet). NamespaceError, with the reason, if its content can't be told."""
         name, number, path = str(lora.lora_name), int(lora.lora_int_id), str(lora.lora_path)
         bound = self._bound.setdefault(name, (number, path))
         named = self._names.setdefault(number, name)
@@ -171,10 +171,7 @@ class LoraIdentities:
             self._tainted.add(name)
         if name in self._tainted:
             return None
-        try:
-            content = self._identify(path)
-        except (KvplugError, OSError):
-            return None
+        content = self._identify(path)
         if content is None:
             return None
         shape = bytes([bool(getattr(lora, "is_3d_lora_weight", False))])

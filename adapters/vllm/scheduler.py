@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 WEIGHTS_WAIT_S = 1.0
 """How long the start of an engine waits for the identity of its weights; small models are known by then."""
+ADAPTER_WAIT_S = 0.05
+"""How long an adapter's first request waits for its identity; small ones are known by then."""
 MAX_REASONS_SAID = 20
 NEVER = 1 << 62
 """Tokens: a request that is not cached has no next block to store."""
@@ -79,6 +81,7 @@ class SchedulerSide:
         self.loads = Loads(self.state)
         self.stores = Stores(self.state)
         self._adapters: dict[str, AdapterProbe] = {}
+        self._adapters_seen_ns: dict[str, int] = {}
         self._lora = LoraIdentities(self._adapter_identity)
         self._refusals: set[str] = set()
         self._step = 0
@@ -118,12 +121,17 @@ class SchedulerSide:
         )
 
     def _adapter_identity(self, path: str) -> bytes | None:
+        first = self._adapters_seen_ns.setdefault(path, time.time_ns())  # what changes later is not what is loaded
         probe = self._adapters.get(path)
+        wait_s = 0.0
         if probe is None:
-            probe = self._adapters[path] = AdapterProbe(path)
-            identity = probe.result(0.05)  # small adapters are known at their first request
-        else:
-            identity = probe.result()
+            probe = self._adapters[path] = AdapterProbe(path, unchanged_since_ns=first)
+            wait_s = ADAPTER_WAIT_S
+        try:
+            identity = probe.result(wait_s)
+        except NamespaceError:
+            del self._adapters[path]  # the next request looks again: a disk may have been away for a moment
+            raise
         return None if identity is None else identity.digest
 
     def weights_changed(self, why: str, seen: int | None = None) -> None:

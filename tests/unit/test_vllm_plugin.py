@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -226,3 +228,24 @@ def test_parts_lie_where_the_pool_says() -> None:
     placed = namespace.place_parts(plan, lambda sizes: [0, 128])
     assert [part.offset for part in placed[0].values()] == [0, 128]
     assert Config().verify in ("never", "always")
+
+
+def test_the_connector_is_there_before_any_compiled_kernel() -> None:
+    """vLLM imports it while it looks at a configuration, in processes that never copy a byte."""
+    modules = "sorted({'kvplug.store', 'kvplug.shm.copy'} & set(sys.modules))"
+    code = f"import sys, kvplug.adapters.vllm.connector; print({modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_engine_may_look_into_every_module_of_a_process_with_numba() -> None:
+    """What vLLM's dispatcher does to each value of each module, in a process that has llvmlite."""
+    code = (
+        "from kvplug.adapters.vllm.llvmlite_handle import shield_compiled_modules as s; s(); s();"
+        "from llvmlite.binding import ffi;"
+        "[vars(v).get('kernel') for v in list(vars(ffi).values()) if hasattr(v, '__dict__')];"
+        "import numba; print(numba.njit(lambda x: x + 1)(1))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["2"]

@@ -1,0 +1,31 @@
+"""Compiled kernels and an engine that looks into every module of its process."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def shield_compiled_modules() -> None:
+    """Lets vLLM look through all modules for kernels (0.32, CPU) although numba is among them.
+
+    It reads the ``__dict__`` of every value; llvmlite's library handle takes any name for that of a C function, also
+    this one, and what comes back ends the engine. After this the handle says that it has none.
+    """
+    try:
+        from llvmlite.binding import ffi
+    except ImportError:
+        return
+    handle = getattr(ffi, "_lib_wrapper", None)
+    original = getattr(handle, "__getattr__", None)
+    if original is None or getattr(original, "_kvplug", False):
+        return
+
+    @functools.wraps(original)
+    def function_named(self: Any, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        return original(self, name)
+
+    function_named._kvplug = True  # type: ignore[attr-defined]
+    handle.__getattr__ = function_named
