@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 from collections.abc import Callable
 
@@ -38,7 +39,7 @@ def test_one_variable_switches_a_server_on_and_kills_of_its_parts_lose_nothing(
         # The engine core alone, in full flight: its worker outlives it for a moment, and is still writing.
         before = store.stats().stored_blocks
         roles = first.roles()
-        with contextlib.suppress(EngineError), contextlib.closing(_background(first)):
+        with contextlib.suppress(EngineError), contextlib.closing(Burst(first)):
             eventually("the engine is at work", lambda: store.stats().stored_blocks > before)
             first.kill(roles["EngineCore"])
         assert first.wait_gone() == [], "the rest of the server ends by itself"
@@ -83,12 +84,10 @@ def test_two_data_parallel_ranks_share_one_pool(serve: Callable[..., Server], ca
     assert server.metrics()["kvplug_load_failures_total"] == 0
 
 
-class _background:  # noqa: N801 — used as a function
+class Burst:
     """Sixteen requests under way from another thread; closing waits for what comes of them."""
 
     def __init__(self, server: Server) -> None:
-        import concurrent.futures
-
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(server.complete_many, make_prompts(16, 65), 64)
 

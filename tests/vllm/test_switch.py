@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,9 +56,9 @@ SCENARIOS = (
     ),
     Scenario("installed-but-not-named", "", connector=None, env=(("VLLM_PLUGINS", None),)),
     Scenario("shm-too-small", "OFF", inside=_private_shm("size=1m")),
-    Scenario("shm-not-writable", "OFF", inside=_private_shm("ro")),
     Scenario("pool-larger-than-shm", "OFF", size="900tb"),
-    Scenario("garbage-under-the-pools-name", "OFF", env=(("KVPLUG_POOL", "GARBAGE"),)),
+    Scenario("garbage-under-the-pools-name", "OFF", env=(("KVPLUG_POOL", "garbage"),)),
+    Scenario("pool-that-cannot-be-opened", "OFF", env=(("KVPLUG_POOL", "blocked"),)),
     Scenario("unknown-setting", "KVPLUG_SISE", connector=None, env=(("KVPLUG_SISE", "1gb"),)),
     Scenario("malformed-setting", "banana", connector=None, env=(("KVPLUG_SIZE", "banana"),)),
 )
@@ -71,16 +72,24 @@ def cases(control: Control) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def garbage(pool: str) -> str:
-    """A pool name under which lies what is no pool."""
-    name = f"{pool}.garbage"
-    Path(f"/dev/shm/kvplug.{name}.v1").write_bytes(b"\x5a" * (1 << 20))
-    return name
+def names(pool: str) -> Iterator[dict[str, str]]:
+    """Pool names under which lies what is no pool: random bytes, and folders that no process may open as files.
+
+    (Root may open anything, so that a folder is the way to be refused that works for every user.)
+    """
+    out = {name: f"{pool}.{name}" for name in ("garbage", "blocked")}
+    Path(f"/dev/shm/kvplug.{out['garbage']}.v1").write_bytes(random.Random(1).randbytes(1 << 20))
+    folders = [Path(f"/dev/shm/kvplug.{out['blocked']}.{suffix}") for suffix in ("v1", "lock")]
+    for folder in folders:
+        folder.mkdir()
+    yield out
+    for folder in folders:
+        folder.rmdir()
 
 
 @pytest.fixture(scope="module")
 def engine_for(
-    start: Callable[..., InProcess], garbage: str, tmp_path_factory: pytest.TempPathFactory
+    start: Callable[..., InProcess], names: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[Scenario], InProcess]]:
     started: dict[str, InProcess] = {}
 
@@ -92,7 +101,7 @@ def engine_for(
                 folder = str(tmp_path_factory.mktemp("example"))
                 transfer["kv_connector_extra_config"] = {"shared_storage_path": folder}
             arguments["kv_transfer_config"] = transfer
-        env = {name: garbage if value == "GARBAGE" else value for name, value in scenario.env}
+        env = {name: names.get(value or "", value) for name, value in scenario.env}
         return start(scenario.name, size=scenario.size, env=env, inside=scenario.inside, **arguments)
 
     def get(scenario: Scenario) -> InProcess:

@@ -138,6 +138,15 @@ class Server(LabProcess):
             cached=details.get("cached_tokens") or 0,
         )
 
+    def tokenize(self, text: str) -> list[int]:
+        """The model's token ids of a text."""
+        body = json.dumps({"model": "m", "prompt": text}).encode()
+        request = urllib.request.Request(
+            self.url("/tokenize"), data=body, method="POST", headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return list(json.load(answer)["tokens"])
+
     def complete_many(self, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **more: Any) -> list[Completion]:
         """All at once, one connection each."""
         with concurrent.futures.ThreadPoolExecutor(max(1, len(prompts))) as threads:
