@@ -128,7 +128,13 @@ class Actor:
             self.store.mapping[at + half : at + size] = content.words(names[i], size).view(np.uint8)[half:]
         sums = np.empty(len(ok), np.int64)
         copies.hash_batch(self.store.base_address + offsets, np.full(len(ok), size, np.int64), sums)
-        self.store.complete(slots, gens, 0, sums)
+        self.written(self.store.complete(slots, gens, 0, sums), Code.OK)
+
+    def written(self, answers: np.ndarray, *right: Code) -> None:
+        """A living session's reservation is nobody else's to take: its completion is accepted, at worst later."""
+        for code in answers.tolist():
+            if code not in (*right, Code.TIMEOUT, Code.RETIRED):
+                self.board.violation("bad_code", f"a living session's completion was answered {Code(code).name}")
 
     def remove(self) -> None:
         self.store.remove(self.names(self.size(), self.rng.randint(1, 4)))
@@ -145,7 +151,8 @@ class Actor:
         b = self.store.reserve_batch(self.names(size, 1), (size,))
         if b.codes[0] != Code.OK:
             return
-        self.store.abort_batch(b.slots, b.gens, writers_done=True)
+        if self.store.abort_batch(b.slots, b.gens, writers_done=True)[0] != Code.OK:
+            return  # queued: the reservation stands for a while
         self.old = [*self.old[-20:], (b.slots, b.gens)]
         for slots, gens in self.rng.sample(
             self.old, min(4, len(self.old))
@@ -252,6 +259,7 @@ def _write_part(actor: Actor, name: bytes, slots: np.ndarray, gens: np.ndarray, 
     nbytes = content.PARTS[part]
     at = offset + int(actor.store.part_offsets(content.PARTS)[part])
     if not actor.store.still_writing(slots, gens)[0]:
+        actor.board.violation("bad_code", "a living session's reservation was taken away")
         return
     whole = content.words(name, nbytes).view(np.uint8)
     for start in range(0, nbytes, 8192):  # slowly: the other half of the session may die meanwhile
@@ -259,7 +267,7 @@ def _write_part(actor: Actor, name: bytes, slots: np.ndarray, gens: np.ndarray, 
         time.sleep(actor.rng.random() * 0.001)
     sums = np.empty(1, np.int64)
     copies.hash_batch(np.array([actor.store.base_address + at]), np.array([nbytes]), sums)
-    actor.store.complete(slots, gens, part, sums)
+    actor.written(actor.store.complete(slots, gens, part, sums), Code.OK, Code.PENDING)
 
 
 def _worker(actor: Actor, read_fd: int, write_fd: int) -> None:

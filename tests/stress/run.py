@@ -56,7 +56,7 @@ def main() -> int:
     )
     print(
         f"calls={r.calls} blocks read and compared={r.hits} slowest call={r.slowest_ms:.0f} ms "
-        f"tables found broken={r.broken_tables} other={r.other}"
+        f"tables found broken={r.broken_tables} other={r.other} stumbles={r.stumbles}"
     )
     print(
         f"kills={r.kills} wrong_bytes={r.wrong_bytes} leaked_slots={r.leaked_slots} leaked_pins={r.leaked_pins} "
@@ -71,7 +71,7 @@ def main() -> int:
             short.append(f"inside the lock ({r.inside_lock} of {KILLS_IN_LOCK})")
         if short:
             print("too few kills at: " + ", ".join(short))
-    return 1 if r.violations or short or r.kills < args.kills else 0
+    return 1 if r.violations or r.stumbles or short or r.kills < args.kills else 0
 
 
 if __name__ == "__main__":
