@@ -34,9 +34,10 @@ def open_private(path: str, flags: int, mode: int = 0o600) -> int:
 
 def close_private(fd: int) -> None:
     """Close what :func:`open_private` opened; for the last time, since children have closed theirs."""
-    if fd in _private:  # else it is a number that a child inherited
-        _private.discard(fd)  # first: once it is closed, the number may be another file's
-        os.close(fd)
+    with _opening:  # a fork in between would leave the child a description that it does not know of
+        if fd in _private:  # else it is a number that a child inherited
+            _private.discard(fd)  # first: once it is closed, the number may be another file's
+            os.close(fd)
 
 
 def _close_in_child() -> None:
