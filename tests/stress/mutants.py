@@ -126,9 +126,9 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "a late writer seals the slot's next block",
     ),
     "child_keeps_lock": Mutant(
-        "shm/pool.py",
-        "        with contextlib.suppress(OSError):\n            os.close(self.lock_fd)\n        self.is_forked = True",
-        "        self.is_forked = True",
+        "shm/liveness.py",
+        "            os.close(fd)  # closes a copy",
+        "            pass  # closes a copy",
         "a child keeps its dead parent's lock and liveness",
     ),
 }
