@@ -14,7 +14,6 @@ import numpy as np
 from kvplug import KvStore
 from kvplug.errors import Code
 from kvplug.shm import layout as lay
-from kvplug.shm.maintenance import reserve_next_slab
 from kvplug.shm.victims import Victims
 from tests.pool.children import Child, another, blocks, check_bytes, fill, keys, put, quiet
 
@@ -93,7 +92,7 @@ def test_a_death_between_a_slabs_state_and_the_watermark_hands_the_slab_out_once
             slabs_of(store)[slab, lay.S_STATE] = lay.SLAB_FREE
         T[lay.H_DIRTY] = 1
         store.check_integrity()  # rebuilds
-        while reserve_next_slab(store.pool):
+        while store.pool.grow():
             store.check_integrity()
         kept = fill(store, SMALL, 5)
         assert store.exists(kept).all()
