@@ -175,21 +175,22 @@ class KvStore:
             pool.geometry.stride(int(size), 1)  # refuse before anything is stored
         # Half of what may be in writing: a chunk finds room beside another thread's.
         budget = int(pool.L[L_RESERVE_BUDGET]) * pool.geometry.min_block // 2
+        first = pool.take_ticks(n)
         starts = np.flatnonzero(np.append(True, nbytes[1:] != nbytes[:-1]))
         for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), n], strict=True):
             size = int(nbytes[begin])
             step = max(1, min(PUT_CHUNK_KEYS, PUT_CHUNK_BYTES // size, budget // pool.geometry.stride(size, 1)))
             for at in range(begin, end, step):
                 part = np.arange(at, min(at + step, end))
-                codes[part] = self._put_chunk(words[part], part, size, copy)
+                codes[part] = self._put_chunk(words[part], part, size, copy, (first, n, at))
         again = codes == Code.IN_PROGRESS
         if again.any():  # a duplicate within the batch waited for its twin
             codes[again] = np.where(pool.exists(words[again]), np.int8(Code.EXISTS), np.int8(Code.IN_PROGRESS))
         return codes
 
-    def _put_chunk(self, words: I64, part: I64, size: int, copy: Any) -> I8:
+    def _put_chunk(self, words: I64, part: I64, size: int, copy: Any, dated: tuple[int, int, int]) -> I8:
         pool = self._pool
-        b = pool.reserve(words, (size,))
+        b = pool.reserve(words, (size,), dated=dated)
         ok = np.flatnonzero(b.codes == Code.OK)
         if not len(ok):
             return b.codes

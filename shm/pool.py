@@ -136,9 +136,16 @@ class Pool:
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
-    def reserve(self, keys: I64, part_nbytes: npt.ArrayLike) -> SlotBatch:
+    def take_ticks(self, n: int) -> int:
+        """First of ``n`` ticks of the recency clock, for a batch. No lock: a lost step only makes ties."""
+        first = int(self.T[lay.H_TICK]) + 1
+        self.T[lay.H_TICK] += n
+        return first
+
+    def reserve(self, keys: I64, part_nbytes: npt.ArrayLike, *, dated: tuple[int, int, int] | None = None) -> SlotBatch:
         """A slot for each key that is not there yet, with one part per entry of ``part_nbytes``.
 
+        ``dated``: what batch these keys are a piece of: its first tick, its length, the number of keys before these.
         Codes: OK, EXISTS, IN_PROGRESS, FULL, BUDGET, TIMEOUT, RETIRED. Raises BlockTooLargeError, ConfigError,
         StoreClosedError.
         """
@@ -148,6 +155,7 @@ class Pool:
         _, size = part_offsets(sizes)
         stride = self.geometry.stride(size, len(sizes))
         n = len(keys)
+        dated = dated or (self.take_ticks(n), n, 0)
         out = SlotBatch.empty(n)
         out.nbytes[:] = size
         filled = (out.codes, out.slots, out.gens, out.offsets)
@@ -162,7 +170,11 @@ class Pool:
                 v = self._victims.of(stride)
                 proposed = (v.slots, v.words, v.ticks)
                 end = min(at + RESERVE_KEYS_A_SECTION, n)
-                got = int(write.reserve(self.T, self.L, keys, at, end, stride, size, sizes, *proposed, v.used, *filled))
+                got = int(
+                    write.reserve(
+                        self.T, self.L, keys, at, end, stride, size, sizes, *proposed, v.used, *filled, *dated
+                    )
+                )
                 if got < 0:
                     out.codes[at:] = got
                     break
@@ -176,7 +188,6 @@ class Pool:
                     self._report_full(keys, out, at)
                     break
                 just_looked = True
-            self.T[lay.H_TICK] += n
         return out
 
     def _report_full(self, keys: I64, out: SlotBatch, at: int) -> None:

@@ -47,7 +47,6 @@ from kvplug.shm.layout import (
     H_N_ROWS,
     H_O_CLIENT,
     H_O_PART,
-    H_TICK,
     MAX_CLASSES,
     PART_WORDS,
     PIN_WORDS,
@@ -166,15 +165,17 @@ def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at
     return -1
 
 
-@entry("i(I, I, K, i, i, i, i, I, I, I, I, I, I8, I, I, I)")
+@entry("i(I, I, K, i, i, i, i, I, I, I, I, I, I8, I, I, I, i, i, i)")
 def reserve(
     T: Any, L: Any, keys: Any, begin: int, end: int, stride: int, size: int, part_nbytes: Any,
     victims: Any, words: Any, ticks: Any, at: Any, codes: Any, rows: Any, gens: Any, offsets: Any,
+    first: int, total: int, before: int,
 ) -> int:  # fmt: skip
     """Reserve a slot for each of ``keys[begin:end]``; returns where it stopped, or a negative lock code.
 
-    It stops early at the first key that needs a victim when there is none left, or only such as are worth more than it;
-    ``at[0]`` victims have been looked at.
+    It stops early at the first key that needs a victim when there is none left, or only ones that are worth more;
+    ``at[0]`` victims have been looked at. The keys are dated as those after the first ``before`` of a batch of ``total``
+    that begins at tick ``first``; a batch that comes in pieces goes through a pool smaller than itself.
     """
     announce(T, L, keys, begin, end)  # what is in the cache already needs no wait under the lock
     announce_rows(T, L, victims, at[0], min(at[0] + end - begin, victims.shape[0]))
@@ -184,13 +185,12 @@ def reserve(
     n_parts = part_nbytes.shape[0]
     dirty(T, L)
     cls = class_of(T, stride)
-    n = keys.shape[0]
-    first = T[H_TICK] + 1  # the caller moves the clock on when the whole batch is through
     me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
     i = begin
     while i < end:
         k0, k1, k2, k3 = keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3]
-        tick = tick_of(first, n, i, L[L_TOUCH])
+        tick = tick_of(first, total, before + i, L[L_TOUCH])
+        worth = tick if total == keys.shape[0] else first + total
         there = find(T, k0, k1, k2, k3)
         rows[i] = -1
         if there >= 0:
@@ -207,7 +207,7 @@ def reserve(
             codes[i] = BUDGET
             i += 1
             continue
-        row = take_slot(T, L, cls, victims, words, ticks, at, tick) if 0 <= cls < MAX_CLASSES else -1
+        row = take_slot(T, L, cls, victims, words, ticks, at, worth) if 0 <= cls < MAX_CLASSES else -1
         if row < 0:
             break
         r = row_at(T, row)
