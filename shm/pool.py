@@ -476,7 +476,7 @@ class Pool:
                 segment.remove_segment_file(self.segment.path)
 
     def _after_fork(self) -> None:
-        """In the child, whose copies of descriptions :mod:`kvplug.shm.liveness` has closed: the next call attaches anew."""
+        """In the child, whose copies of descriptions :mod:`kvplug.shm.liveness` closed: the next call attaches anew."""
         self.is_forked = True
         self.life = object()  # handles that were copied with it do nothing any more
         self._description.clear()

@@ -174,8 +174,8 @@ def reserve(
     """Reserve a slot for each of ``keys[begin:end]``; returns where it stopped, or a negative lock code.
 
     It stops early at the first key that needs a victim when there is none left, or only ones that are worth more;
-    ``at[0]`` victims have been looked at. The keys are dated as those after the first ``before`` of a batch of ``total``
-    that begins at tick ``first``; a batch that comes in pieces goes through a pool smaller than itself.
+    ``at[0]`` victims have been looked at. The keys are dated as those after the first ``before`` of a batch of
+    ``total`` that begins at tick ``first``; a batch that comes in pieces goes through a pool smaller than itself.
     """
     announce(T, L, keys, begin, end)  # what is in the cache already needs no wait under the lock
     announce_rows(T, L, victims, at[0], min(at[0] + end - begin, victims.shape[0]))
