@@ -26,11 +26,11 @@ def compiled() -> None:
 
 
 def leave_nothing(pool: str) -> None:
-    """Unlink everything that has to do with this one pool name, whatever it is and whoever owns it."""
+    """Unlink all that has this pool name, or the name and a suffix, whatever it is and whoever owns it."""
     exact = {segment.segment_name(pool), f"kvplug.{pool}.lock"}
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(hostmem.DEV_SHM):
-            if name in exact or name.startswith((f"kvplug.{pool}.new.", f"kvplug.{pool}.v")):
+            if name in exact or name.startswith((f"kvplug.{pool}.new.", f"kvplug.{pool}.v", f"kvplug.{pool}-")):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(hostmem.DEV_SHM, name))
 
