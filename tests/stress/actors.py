@@ -40,7 +40,8 @@ class Actor:
 
     def names(self, size: int, n: int) -> list[bytes]:
         """Some keys of a size; a batch may hold one twice."""
-        return [content.key("block", self.rng.randrange(content.NAMES_PER_SIZE), size) for _ in range(n)]
+        among = content.NAMES_PER_SIZE if self.rng.random() < 0.6 else content.HOT_NAMES  # some that all are after
+        return [content.key("block", self.rng.randrange(among), size) for _ in range(n)]
 
     def check(self, name: bytes, got: np.ndarray, how: str) -> None:
         """Report a block that is not what its key says."""
@@ -90,6 +91,10 @@ class Actor:
                 for i in np.flatnonzero(outer.codes == Code.OK).tolist():
                     at = int(outer.offsets[i])
                     self.check(names[i], self.store.mapping[at : at + size].view(np.uint64), f"pinned, look {again}")
+                if again == 0 and self.rng.random() < 0.3:
+                    answers = self.store.remove(names)
+                    if (answers[outer.codes == Code.OK] == Code.OK).any():
+                        self.board.violation("bad_code", "a pinned block was removed")
                 if inner is not None and again == 0:
                     self.store.unpin(inner.slots)  # the outer pin still holds
                     inner = None

@@ -15,6 +15,7 @@ SIZES = (16 * 1024, 40 * 1024, 96 * 1024, 768 * 1024)
 PARTS = (24 * 1024, 24 * 1024 - 64)
 """Bytes of the parts of a block that two processes write."""
 NAMES_PER_SIZE = 160
+HOT_NAMES = 6
 GARBAGE = 0xDEAD_BEEF_DEAD_BEEF
 _ODD = np.uint64(0x9E37_79B9_7F4A_7C15)
 

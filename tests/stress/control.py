@@ -410,9 +410,11 @@ class Controller:
 
 def run(*, kills: int, seed: int, n_actors: int, stop_at_first: bool, scratch: str) -> Report:
     """A run from beginning to end; kernels are loaded before the first fork."""
+    from kvplug.shm.integrity import prepare
     from kvplug.shm.jit import warm_up
 
     warm_up()
+    prepare()  # else it is compiled while somebody is stopped inside the lock
     controller = Controller(kills=kills, seed=seed, n_actors=n_actors, stop_at_first=stop_at_first, scratch=scratch)
     controller.run()
     controller._read_board()
