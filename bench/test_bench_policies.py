@@ -1,7 +1,7 @@
 """Hit rates of the eviction policies, on a trace like an agent's and on one that is given.
 
 The pool under test is a real one, with as many slots as the trace's cache is to have. For each request the leading hits
-are counted (what an engine could reuse), then all its blocks are stored, as an engine does when it has computed them.
+are counted (what an engine could reuse), then those that are not there get a slot, in one batch, as an adapter does.
 
 ``KVPLUG_BENCH_TRACE`` names a file with one JSON object a line, of which ``hash_ids`` lists the request's blocks in
 order (the form of the published Mooncake traces). ``KVPLUG_BENCH_TRACE_SHARE`` is the cache's share of its distinct
@@ -57,22 +57,27 @@ def pool_of(pool: str, slots: int, policy: str) -> KvStore:
         except ValueError:
             continue
     assert g.n_rows == slots
-    store = KvStore(config=config(pool, size, policy=policy, min_block=BLOCK, slab=slab, pin_budget_share=1.0))
+    store = KvStore(
+        config=config(
+            pool, size, policy=policy, min_block=BLOCK, slab=slab, pin_budget_share=1.0, reserve_budget_share=1.0
+        )
+    )
     assert store.pool.geometry.n_rows == slots
     return store
 
 
 def replay(store: KvStore, trace: Trace) -> float:
-    """Share of the requests' blocks that were leading hits."""
+    """Share of the requests' blocks that were leading hits. Slots are sealed unwritten: only the tables matter here."""
     n = 1 + max(max(r) for r in trace)
     names = np.random.default_rng(1).integers(0, 256, (n, 32), np.uint8)
-    block = np.ones((max(len(r) for r in trace), BLOCK), np.uint8)
     hits = asked = 0
     for request in trace:
         wanted = names[np.asarray(request)]
         hits += store.match_prefix(wanted)
         asked += len(request)
-        store.put(wanted, block[: len(request)])
+        b = store.reserve_batch(wanted, [BLOCK])
+        new = b.codes == 0
+        store.complete(b.slots[new], b.gens[new], 0, np.zeros(int(new.sum()), np.uint64))
     return hits / asked
 
 
