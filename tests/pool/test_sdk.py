@@ -14,26 +14,7 @@ from kvplug import errors
 from kvplug.errors import Code
 from kvplug.shm import layout as lay
 from kvplug.shm.index import key_hash
-from kvplug.store import KvStore
-
-MakeStore = Callable[..., KvStore]
-BLOCK = 20_000
-
-
-def some_keys(n: int, seed: int = 1) -> npt.NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (n, 32), np.uint8)
-
-
-def some_blocks(n: int, nbytes: int = BLOCK, seed: int = 2) -> npt.NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (n, nbytes), np.uint8)
-
-
-def flip_a_byte(store: KvStore, key: npt.NDArray[np.uint8], at: int = 777) -> None:
-    """Damage a stored block behind the store's back."""
-    b = store.pin_batch(key[None])
-    assert b.codes[0] == Code.OK
-    store.mapping[int(b.offsets[0]) + at] ^= 0xFF
-    store.unpin(b.slots)
+from tests.pool.sample import BLOCK, MakeStore, flip_a_byte, some_blocks, some_keys
 
 
 def test_what_one_process_puts_another_store_gets(make_store: MakeStore) -> None:
