@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -24,7 +25,6 @@ import numpy.typing as npt
 from kvplug.errors import Code, ConfigError, IntegrityError, LockTimeoutError, PoolError, StoreClosedError
 from kvplug.shm import layout as lay
 from kvplug.shm import pins, read, reap, segment, write
-from kvplug.shm.atomics import now_ns
 from kvplug.shm.attach import PoolOptions, attach, reap_dead
 from kvplug.shm.batch import I8, I64, SlotBatch, part_offsets
 from kvplug.shm.events import EventReader
@@ -406,7 +406,7 @@ class Pool:
     def release_expired(self) -> int:
         """Free slots whose quarantine has run out. Their number."""
         out = np.empty(EXPIRED_AT_A_TIME, np.int64)
-        n = int(expired_rows(self.T, int(now_ns()), 0, self.geometry.n_slabs, out))
+        n = int(expired_rows(self.T, time.monotonic_ns(), 0, self.geometry.n_slabs, out))
         if n:
             with self._only_thread() as mine:
                 if mine:
