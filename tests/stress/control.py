@@ -192,12 +192,12 @@ class Controller:
     def _buried(self, child: Child, failpoint: str | None, inside: bool) -> None:
         self.children.pop(child.pid, None)
         r = self.report
-        r.kills += 1
-        r.inside_lock += inside
-        if failpoint is None:
-            r.random_kills += 1
-        else:
-            r.at[failpoint] += 1
+        if r.kills < self.wanted:  # those who were armed may go on dying: checked, not counted
+            r.kills += 1
+            r.inside_lock += inside
+            r.random_kills += failpoint is None
+            if failpoint is not None:
+                r.at[failpoint] += 1
         self._sum_up(child)
         self._integrity(f"after a kill at {failpoint or 'a random instant'} of {child.role}")
 
@@ -343,8 +343,13 @@ class Controller:
             pid, status = os.waitpid(child.pid, os.WNOHANG | os.WUNTRACED)
             if pid and os.WIFSTOPPED(status):
                 break
+            if pid:  # it could not even attach, on a machine as busy as that
+                self.children.pop(pid)
+                break
             time.sleep(0.002)
-        else:
+        if child.pid not in self.children or not pid:
+            if child.pid in self.children:
+                self._kill(child)  # before it stops where nobody looks for it
             self.checker.unpin(held.slots)
             self.checker.abort_batch(reserved.slots, reserved.gens, writers_done=True)
             return
@@ -403,6 +408,7 @@ class Controller:
                 r.stumbles += 1
             else:
                 r.other += 1
+            print(f"! {kind}: {what}", file=sys.stderr, flush=True)
             if len(r.notes) < 50:
                 r.notes.append(f"{kind}: {what}")
         self.told = len(lines)
