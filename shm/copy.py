@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.shm.atomics import memcpy
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.xxh3 import (
     BLOCK_BYTES,
     STRIPE_BYTES,
@@ -147,7 +147,7 @@ def _append(state: int, part: int, at: int, total: int, src: int, nbytes: int, a
     return at
 
 
-@kernel
+@entry("v(I, I, I)")
 def copy_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any) -> None:
     """Copy N ranges. dst_addrs, src_addrs, nbytes: int64[N]."""
     n = len(nbytes)
@@ -156,7 +156,7 @@ def copy_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any) -> None:
         copy_out(dst_addrs[i], src_addrs[i], nbytes[i], src_addrs[min(i + 1, n - 1)], stream)
 
 
-@kernel
+@entry("v(I, I, I, I)")
 def copy_hash_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any, out_hash: Any) -> None:
     """Copy N ranges and put the XXH3 of each into out_hash. All int64[N]."""
     n = len(nbytes)
@@ -164,14 +164,14 @@ def copy_hash_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any, out_hash: Any) 
         out_hash[i] = _copy_hash(dst_addrs[i], src_addrs[i], nbytes[i], src_addrs[min(i + 1, n - 1)])
 
 
-@kernel
+@entry("v(I, I, I)")
 def hash_batch(addrs: Any, nbytes: Any, out_hash: Any) -> None:
     """XXH3 of N ranges where they lie. All int64[N]."""
     for i in range(len(nbytes)):
         out_hash[i] = xxh3_64(addrs[i], nbytes[i])
 
 
-@kernel
+@entry("v(I, I, I, I, I, I)")
 def gather_runs(block_ids: Any, dst_addrs: Any, run_base: Any, run_stride: Any, run_nbytes: Any, out_hash: Any) -> None:
     """An engine's blocks to slots: part i becomes R runs, one after another without gaps.
 
@@ -196,7 +196,7 @@ def gather_runs(block_ids: Any, dst_addrs: Any, run_base: Any, run_stride: Any, 
         out_hash[i] = xxh3_finish(state, dst_addrs[i], total)
 
 
-@kernel
+@entry("v(I, I, I, I, I)")
 def scatter_runs(block_ids: Any, src_addrs: Any, run_base: Any, run_stride: Any, run_nbytes: Any) -> None:
     """Slots to an engine's blocks, the way back of :func:`gather_runs`; src_addrs: int64[N], the parts."""
     n = len(block_ids)
@@ -213,7 +213,7 @@ def scatter_runs(block_ids: Any, src_addrs: Any, run_base: Any, run_stride: Any,
             src += run_nbytes[r]
 
 
-@kernel
+@entry("v(I, I, I, I, I)")
 def gather_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, dst_addrs: Any, out_hash: Any) -> None:
     """Scattered fragments to parts: part i becomes fragments offsets[i] … offsets[i+1]-1, one after another.
 
@@ -233,7 +233,7 @@ def gather_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, dst_addrs: Any
         out_hash[i] = xxh3_finish(state, dst_addrs[i], total)
 
 
-@kernel
+@entry("v(I, I, I, I)")
 def scatter_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, src_addrs: Any) -> None:
     """Parts to scattered fragments, the way back of :func:`gather_multi`; src_addrs: int64[N], the parts."""
     n = len(src_addrs)

@@ -129,7 +129,8 @@ class Pool:
     def _now_or_later(self, section: Callable[[], int]) -> int:
         """Run a section that must happen; queue it if the lock is not to be had. Its answer, or Code.TIMEOUT."""
         with self._only_thread() as mine:
-            answer = int(section()) if mine else int(Code.TIMEOUT)
+            # What is queued goes first: an acknowledgement must not overtake its abort.
+            answer = int(section()) if mine and not self._pending else int(Code.TIMEOUT)
         if answer == Code.TIMEOUT:
             self._pending.append(section)
         return answer
