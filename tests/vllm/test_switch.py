@@ -56,7 +56,7 @@ SCENARIOS = (
     ),
     Scenario("installed-but-not-named", "", connector=None, env=(("VLLM_PLUGINS", None),)),
     Scenario("shm-too-small", "OFF", inside=_private_shm("size=1m")),
-    Scenario("pool-larger-than-shm", "OFF", size="900tb"),
+    Scenario("pool-larger-than-shm", "OFF", size="900tb", env=(("KVPLUG_POOL", "huge"),)),
     Scenario("garbage-under-the-pools-name", "OFF", env=(("KVPLUG_POOL", "garbage"),)),
     Scenario("pool-that-cannot-be-opened", "OFF", env=(("KVPLUG_POOL", "blocked"),)),
     Scenario("unknown-setting", "KVPLUG_SISE", connector=None, env=(("KVPLUG_SISE", "1gb"),)),
@@ -73,11 +73,11 @@ def cases(control: Control) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def names(pool: str) -> Iterator[dict[str, str]]:
-    """Pool names under which lies what is no pool: random bytes, and folders that no process may open as files.
+    """Pool names of their own: under one nothing lies, under one random bytes, under one folders instead of files.
 
-    (Root may open anything, so that a folder is the way to be refused that works for every user.)
+    (Root may open anything, so that a folder is the way to be refused that holds for every user.)
     """
-    out = {name: f"{pool}.{name}" for name in ("garbage", "blocked")}
+    out = {name: f"{pool}.{name}" for name in ("garbage", "blocked", "huge")}
     Path(f"/dev/shm/kvplug.{out['garbage']}.v1").write_bytes(random.Random(1).randbytes(1 << 20))
     folders = [Path(f"/dev/shm/kvplug.{out['blocked']}.{suffix}") for suffix in ("v1", "lock")]
     for folder in folders:
