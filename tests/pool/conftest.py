@@ -18,6 +18,8 @@ from kvplug.store import KvStore
 
 _numbers = itertools.count()
 
+PATIENT_S = 5.0
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled() -> None:
@@ -59,11 +61,14 @@ def make_store(pool_name: str) -> Iterator[Callable[..., KvStore]]:
     """``make_store(size="32mib", **config)``: a store on this test's pool; closed afterwards, the pool removed.
 
     Keywords are those of Config (``pool=`` too), and ``create=``. Environment and configuration file count for nothing.
+    Unless a test is about time-outs, the lock is waited for longer than a busy machine starves anybody.
     """
     made: list[KvStore] = []
 
     def make(size: int | str = "32mib", *, create: bool = True, **config: Any) -> KvStore:
-        store = KvStore(config=Config(**{"pool": pool_name, "size": size, **config}), create=create)
+        store = KvStore(
+            config=Config(**{"pool": pool_name, "size": size, "lock_timeout_s": PATIENT_S, **config}), create=create
+        )
         made.append(store)
         return store
 
