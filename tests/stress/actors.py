@@ -332,5 +332,5 @@ def run(
                 actor.rng.choice(loops[role])()
             else:
                 actor.one(actor.rng.choice(loops[role]))
-    except PoolError:
+    except (PoolError, BrokenPipeError):  # a pair's worker is gone with its pool
         return  # the pool went away under us: the controller has made a new one

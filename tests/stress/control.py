@@ -21,6 +21,7 @@ from kvplug.errors import Code, IntegrityError, LockTimeoutError, PoolError
 from kvplug.shm import copy as copies
 from kvplug.shm import failpoints
 from kvplug.shm import layout as lay
+from kvplug.shm.batch import SlotBatch
 from kvplug.shm.segment import remove_pool
 from tests.stress import actors, content
 from tests.stress.board import CALLS, CHILD, HITS, MAX_ACTORS, SINCE_NS, SLOWEST_NS, Board
@@ -253,7 +254,8 @@ class Controller:
     # ---- checking
 
     def _integrity(self, when: str) -> None:
-        for _ in range(50):
+        deadline = time.monotonic() + HUNG_S
+        while time.monotonic() < deadline:
             try:
                 self.checker.check_integrity(deep=True)
             except LockTimeoutError:  # a paused holder
@@ -370,7 +372,7 @@ class Controller:
         self.checker.complete(reserved.slots, reserved.gens, 0, sums)
         os.kill(child.pid, signal.SIGCONT)
         self.report.stopped_holders += 1
-        self._queue_is_drained(int(held.slots[0]), late, point)
+        self._queue_is_drained(int(held.slots[0]), reserved, point)
         deadline = time.monotonic() + QUIET_S
         while self.checker.remove([name])[0] == Code.TIMEOUT:
             if time.monotonic() > deadline:
@@ -381,13 +383,15 @@ class Controller:
             time.sleep(0.005)
         self._integrity("after a stopped holder went on")
 
-    def _queue_is_drained(self, pinned: int, sealed: bytes, point: str) -> None:
+    def _queue_is_drained(self, pinned: int, sealed: SlotBatch, point: str) -> None:
         """A release and a seal that found the lock stopped are done without another call."""
         pool = self.checker.pool
         word = pool.geometry.o_row + pinned * lay.ROW_WORDS + lay.R_PIN + (pool.client >> 6)
         deadline = time.monotonic() + QUIET_S
         while time.monotonic() < deadline:
-            if not (int(pool.T[word]) >> (pool.client & 63)) & 1 and self.checker.exists([sealed])[0]:
+            # Sealed, and perhaps evicted since: in either case nobody but its seal can have ended the writing.
+            writing = self.checker.still_writing(sealed.slots, sealed.gens)[0]
+            if not (int(pool.T[word]) >> (pool.client & 63)) & 1 and not writing:
                 return
             time.sleep(0.01)
         self.board.violation(
