@@ -78,15 +78,13 @@ class HostPages:
         )
 
 
-def host_pages(name: str, pool: Any, *, rank_replicated: bool, sharded: bool, shard: str = "") -> HostPages:
+def host_pages(name: str, pool: Any, *, replicated: bool) -> HostPages:
     """What there is to know of a host pool.
 
     Args:
         name: SGLang's name of it.
         pool: the pool.
-        rank_replicated: the model's KV is the same on all tensor-parallel ranks (MLA).
-        sharded: this pool's pages are not, although the model's KV is.
-        shard: of which part of a page the pool holds its bytes, where ranks that the namespace takes for one differ.
+        replicated: its pages are the same on all tensor-parallel ranks.
 
     Raises:
         UnsupportedEngineError: the pool does not say where the bytes of its pages lie.
@@ -96,14 +94,14 @@ def host_pages(name: str, pool: Any, *, rank_replicated: bool, sharded: bool, sh
         raise UnsupportedEngineError(f"host pool {name} keeps several pools' pages in one piece")
     logical = getattr(pool, "kv_buffer", None) is None and int(getattr(pool, "size_per_token", 1) or 0) == 0
     page_size = int(getattr(pool, "page_size", 1) or 1)
-    words = [name, type(pool).__name__, layout, str(getattr(pool, "dtype", "")), f"page {page_size}", shard]
+    words = [name, type(pool).__name__, layout, str(getattr(pool, "dtype", "")), f"page {page_size}"]
     tag = getattr(pool, "storage_format_tag", None)
     pages = HostPages(
         name=name,
         pool=pool,
         page_size=page_size,
         identity=" ".join(word for word in (*words, tag) if word),
-        replicated=rank_replicated and not sharded,
+        replicated=replicated,
         logical=logical,
     )
     if not logical:

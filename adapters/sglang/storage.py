@@ -26,7 +26,7 @@ from kvplug.errors import Code, UnsupportedEngineError
 T = TypeVar("T")
 
 FLAT = " flat"
-"""Keys of pages that SGLang hands over as one tensor have it in their pool's name: their bytes can be in another order."""
+"""In the name of pages that SGLang hands over as one tensor each: their bytes can be in another order."""
 MAX_STATS = 1024
 """Transfers of which SGLang has not asked the figures are forgotten beyond so many."""
 _GB = 1e9
@@ -92,15 +92,8 @@ class KvplugStorage(HiCacheStorage):
             )
 
     def _host_pages(self, name: str, pool: Any) -> HostPages:
-        config = self._config
-        cp_size = int(getattr(config, "attn_cp_size", 1) or 1)
-        return hostpages.host_pages(
-            name,
-            pool,
-            rank_replicated=bool(config.is_mla_model),
-            sharded=name == hostpages.MAMBA or compat.holds_own_heads(pool),
-            shard=f"cp {config.attn_cp_rank} of {cp_size}" if cp_size > 1 else "",
-        )
+        sharded = name == hostpages.MAMBA or compat.holds_own_heads(pool)
+        return hostpages.host_pages(name, pool, replicated=bool(self._config.is_mla_model) and not sharded)
 
     def on_host_pools_registered(self) -> None:
         """Nothing waits for it."""
@@ -120,7 +113,7 @@ class KvplugStorage(HiCacheStorage):
         if keys is None or store is None:
             return 0
         hits = store.match_prefix(keys)
-        self._count_lookup(pages, len(hashes), hits)
+        self._count_lookup(hits)
         return hits
 
     def batch_exists_v2(
@@ -164,7 +157,7 @@ class KvplugStorage(HiCacheStorage):
                 restorable &= said.restorable
         ends = (np.flatnonzero(restorable) + 1).tolist()
         longest = ends[-1] if ends else 0
-        self._count_lookup(pages, len(hashes), longest)
+        self._count_lookup(longest)
         return PoolTransferResult(longest, hits, ends)
 
     def _found(self, pages: HostPages, hashes: list[str]) -> Bools | None:
@@ -172,11 +165,10 @@ class KvplugStorage(HiCacheStorage):
         store = self._engine.store
         return None if keys is None or store is None else store.exists(keys)
 
-    def _count_lookup(self, pages: HostPages, asked: int, hits: int) -> None:
+    def _count_lookup(self, hits: int) -> None:
         counts = self._engine.counts
         counts["lookups"] += 1
-        counts["lookup_tokens"] += asked * pages.page_size
-        counts["hit_tokens"] += hits * pages.page_size
+        counts["hit_pages"] += hits
 
     # -- from and to host pages --------------------------------------------------------------------------------------
 
@@ -235,11 +227,11 @@ class KvplugStorage(HiCacheStorage):
         taken = time.perf_counter() - began
         done = codes == Code.OK
         total = int(nbytes[done].sum())
-        counts["loaded_blocks"] += int(done.sum())
+        counts["loaded_pages"] += int(done.sum())
         counts["loaded_bytes"] += total
         counts["load_ns"] += int(taken * 1e9)
         counts["load_failures"] += int((~done).sum())
-        counts["corrupt_blocks"] += int((codes == Code.CORRUPT).sum())
+        counts["corrupt_pages"] += int((codes == Code.CORRUPT).sum())
         self._measure("get", len(keys), total, taken)
         if self._engine.epoch != epoch:
             counts["dropped_by_change"] += int(done.sum())
@@ -258,10 +250,10 @@ class KvplugStorage(HiCacheStorage):
         # What another engine is writing just now will be there, or will be a miss as anything that was evicted is.
         done: Bools = new | (codes == Code.EXISTS) | (codes == Code.IN_PROGRESS)
         total = int(nbytes[new].sum())
-        counts["stored_blocks"] += int(new.sum())
+        counts["stored_pages"] += int(new.sum())
         counts["stored_bytes"] += total
         counts["store_ns"] += int(taken * 1e9)
-        counts["blocks_present"] += int((codes == Code.EXISTS).sum())
+        counts["already_stored_pages"] += int((codes == Code.EXISTS).sum())
         for code, number in zip(*np.unique(codes[~done], return_counts=True), strict=True):
             counts[f"not_stored:{Code(int(code)).name.lower()}"] += int(number)
         self._measure("set", len(keys), total, taken)
@@ -271,7 +263,7 @@ class KvplugStorage(HiCacheStorage):
             done[:] = False
         return done
 
-    # -- pages as tensors, which SGLang uses where the backend's settings lack interface_v1 -----------------------------
+    # -- pages as tensors, which SGLang uses where the backend's settings lack interface_v1 ------------------------
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """One KV page into a flat tensor: the tensor, or None."""
@@ -348,7 +340,7 @@ class KvplugStorage(HiCacheStorage):
     def _shielded(self, where: str, call: Callable[..., T], otherwise: T, *args: Any) -> T:
         try:
             return call(*args)
-        except Exception as error:  # SGLang's threads must not end by it
+        except Exception as error:  # noqa: BLE001 - SGLang's threads must not end by it
             self._engine.caught(where, error)
             return otherwise
 
