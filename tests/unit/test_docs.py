@@ -163,11 +163,11 @@ def settings_table() -> str:
         "size": "¼ of the memory that the container may use, at most ½ of what /dev/shm has left",
         "min_block": "`16kib`",
         "slab": "`auto`",
-        "weights_id": "",
     }
     lines = []
     for name, field in Config.model_fields.items():
-        value = shown.get(name, f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`")
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        value = shown.get(name, "" if default is None else f"`{default}`")
         lines.append(f"| `{name}` | `KVPLUG_{name.upper()}` | {value} | {field.description} |")
     return "\n".join(lines)
 
