@@ -171,7 +171,7 @@ class Config(BaseSettings):
     # Between hosts.
     agent_listen: Address = Field(
         default="127.0.0.1:9410",
-        description="where `kvplug agent` listens, host:port (port 0: any); wider than loopback only with auth_key or TLS",
+        description="where `kvplug agent` listens (port 0: any); wider than loopback only with auth_key or TLS",
     )
     agent_advertise: Address | None = Field(
         default=None, description="the address that other hosts reach this agent by, where it differs from agent_listen"

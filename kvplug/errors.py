@@ -131,7 +131,7 @@ class UnsupportedEngineError(KvplugError):
 
 
 class AgentError(KvplugError):
-    """The agent cannot serve: no address, one that is open too wide, another agent on this pool, or the pool is gone."""
+    """The agent cannot serve: its address, another agent on this pool, or a pool that is gone."""
 
 
 class PeerError(KvplugError):

@@ -86,8 +86,7 @@ def knock(
     connection: Connection, secret: bytes | None, deadline: float, *, ticket: bytes = b""
 ) -> tuple[Session, Welcome, Challenge]:
     """The reader's side of the handshake. Raises PeerAuthError, PeerTimeoutError, PeerError."""
-    role = "data" if ticket else "control"
-    hello = Hello(role, secret is not None, os.urandom(NONCE_BYTES), connection.peer, ticket)
+    hello = Hello("data" if ticket else "control", secret is not None, os.urandom(NONCE_BYTES), connection.peer, ticket)
     try:
         said = connection.send(hello, 0, deadline)
         answer, _, answered = connection.receive(deadline)

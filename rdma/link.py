@@ -1,4 +1,4 @@
-"""A reader's control connection with one agent: dialled when needed, asked one thing at a time, dropped when it fails."""
+"""A reader's control connection with one agent: dialled when needed, asked one thing at a time."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ I64 = npt.NDArray[np.int64]
 I8 = npt.NDArray[np.int8]
 Nonce = Annotated[bytes, Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 Text = Annotated[str, Meta(max_length=_TEXT)]
-Id = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Id = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Seconds = Annotated[float, Meta(ge=0, le=MAX_LEASE_S)]
 
 
-class Message(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """Root of all messages."""
 
 

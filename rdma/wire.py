@@ -82,7 +82,7 @@ class Connection:
             got = self._fill(memoryview(header)[:1], idle_deadline)
             deadline = time.monotonic() + FRAME_S
         self._fill(memoryview(header)[got:], deadline)
-        kind, length, request = parse_header(header)
+        kind, length, request = parse_header(bytes(header))
         body = bytearray(length + (MAC_BYTES if self._in else 0))
         self._fill(memoryview(body), deadline)
         if self._in:

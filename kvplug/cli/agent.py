@@ -17,7 +17,7 @@ def agent(
     pool: Annotated[str, typer.Option("--pool", help="Name of the pool. Default: the one that is configured.")] = "",
     listen: Annotated[str, typer.Option("--listen", help="host:port. Default: the setting agent_listen.")] = "",
 ) -> None:
-    """Serve the pool to other hosts until SIGTERM or Ctrl-C. One per pool; wider than loopback only with a key or TLS."""
+    """Serve the pool to other hosts until SIGTERM or Ctrl-C. Wider than loopback only with a key or TLS."""
     from kvplug.config import load
     from kvplug.exchange import PoolExchange
     from kvplug.rdma.agent import Agent
