@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from kvplug.errors import PeerError, PeerTimeoutError
+from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
 from kvplug.rdma.auth import REFUSALS, Session, dial, knock, shared_key, tls_context
 from kvplug.rdma.protocol import Challenge, Failed, GetTicket, Message, Ticket, Welcome, expect
 from kvplug.rdma.wire import Connection, resolve
@@ -97,7 +97,7 @@ class Link:
             fresh = self._connect(soon)
             try:
                 return self._ask(message, wanted, soon)
-            except (PeerTimeoutError, RefusedError):
+            except (PeerTimeoutError, ProtocolError, RefusedError):
                 raise
             except PeerError:
                 if fresh or not again:

@@ -233,7 +233,7 @@ def decode(kind: int, body: bytes | bytearray | memoryview) -> Message:
     """The message of a body. Raises ProtocolError."""
     try:
         return _DECODERS[kind].decode(body)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:  # ValueError: text that is not UTF-8
         raise ProtocolError(f"a malformed {KINDS[kind][0].__name__}: {e}") from None
 
 
