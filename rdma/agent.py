@@ -84,6 +84,7 @@ class Agent:
         self._next_reader = 1
         self._stopping = threading.Event()
         self._listeners: list[socket.socket] = []
+        self._acceptor: threading.Thread | None = None
         self._names: frozenset[str] = frozenset()
         self.address = ""
         """ip:port that it listens on."""
@@ -122,7 +123,8 @@ class Agent:
             raise AgentError(f"cannot listen on {listen}: {e.strerror}") from None
         self._names = frozenset(names)
         self.address = address_text(listener.getsockname())
-        threading.Thread(target=self._accept, args=(listener,), name="kvplug-accept", daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvplug-accept", daemon=True)
+        self._acceptor.start()
         return self.address
 
     def _accept(self, listener: socket.socket) -> None:
@@ -306,6 +308,8 @@ class Agent:
     def close(self) -> None:
         """Hang up on everybody, release all pins and the lock. Idempotent."""
         self._stopping.set()
+        if self._acceptor is not None:
+            self._acceptor.join(STOP_S)  # else its address stays taken
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.close()

@@ -55,7 +55,7 @@ WINDOW_BYTES: Final = 256 << 20
 """Reserved and read at a time: slots that are waiting for their bytes are slots that nobody else has."""
 BACK_OFF_FIRST_S: Final = 0.5
 BACK_OFF_MOST_S: Final = 10.0
-RELEASE_S: Final = 0.5
+RELEASE_S: Final = 0.25
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -40,6 +40,8 @@ PIECE_BLOCKS: Final = 256
 SHARE_BYTES: Final = 2 << 20
 """A connection is not worth its thread for less."""
 LET_GO_S: Final = 0.5
+STALL_LOOKS: Final = 4
+"""How often within a peer's time-out its connection is looked at: a stall is noticed a quarter late at most."""
 RECEIVE_BUFFER_BYTES: Final = 4 << 20
 
 
@@ -207,7 +209,7 @@ class TcpPath(DataPath):
         total = int(nbytes.sum())
         if expect(answer, ReadStart).nbytes != total:
             raise ProtocolError(f"{connection.peer} sends {answer} where {total} bytes were asked for")
-        connection.block_with_timeout(self._stall_s)
+        connection.block_with_timeout(self._stall_s / STALL_LOOKS)
         targets = wanted.targets[part]
         pieces = (np.cumsum(nbytes) - 1) // PIECE_BYTES + np.arange(len(part)) // PIECE_BLOCKS
         cuts = np.flatnonzero(np.diff(pieces)) + 1
@@ -220,21 +222,25 @@ class TcpPath(DataPath):
 
     def _fill(self, connection: Connection, views: list[memoryview], deadline: float) -> None:
         sock = connection.sock
+        progress = time.monotonic()
         while views:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if now >= deadline:
                 raise PeerTimeoutError(f"{connection.peer} had not sent everything at the deadline")
-            if left < self._stall_s:
-                connection.block_with_timeout(left)
+            if now >= progress + self._stall_s:
+                raise PeerTimeoutError(f"{connection.peer} sent nothing for {self._stall_s:g} s")
+            if deadline - now < self._stall_s / STALL_LOOKS:
+                connection.block_with_timeout(deadline - now)
             try:
                 if connection.is_tls:
                     n = sock.recv_into(views[0])
                 else:
                     n = sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
             except (BlockingIOError, TimeoutError):
-                raise PeerTimeoutError(f"{connection.peer} sent nothing for {min(left, self._stall_s):.2g} s") from None
+                continue
             except (OSError, ValueError) as e:
                 raise PeerError(f"the connection with {connection.peer} broke: {e}") from None
+            progress = time.monotonic()
             if n == 0:
                 raise ClosedError(f"{connection.peer} closed the connection in mid-read")
             while views and n >= len(views[0]):

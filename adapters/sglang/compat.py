@@ -249,7 +249,9 @@ def _rust_tree(params: Any) -> bool:
     from sglang.srt.environ import envs
 
     setting = getattr(envs, "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", None)
-    return (getattr(params, "tree_core_backend", None) or (setting.get() if setting is not None else "python")) == "rust"
+    return (
+        getattr(params, "tree_core_backend", None) or (setting.get() if setting is not None else "python")
+    ) == "rust"
 
 
 def take_python_tree(params: Any) -> bool:

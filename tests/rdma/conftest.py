@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from kvplug.shm.jit import warm_up
 from tests.pool.conftest import leave_nothing
 from tests.rdma.hosts import Host, Proxy, certificates
+from tests.rdma.knocking import opened
 
 _numbers = itertools.count()
 
@@ -21,6 +21,13 @@ _numbers = itertools.count()
 def compiled() -> None:
     """Compile once, before anything with a deadline starts."""
     warm_up()
+
+
+@pytest.fixture(autouse=True)
+def _hang_up() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()
 
 
 @pytest.fixture

@@ -226,7 +226,10 @@ def random_fault(rng: random.Random, lengths: list[list[int]]) -> Fault:
     most = lengths[number][0 if to_agent else 1]
     early = rng.random() < 0.5  # frames are few bytes beside blocks
     return Fault(
-        rng.choice(["cut", "stall", "flip", "delay"]), number, to_agent, rng.randrange(min(most, 600) if early else most)
+        rng.choice(["cut", "stall", "flip", "delay"]),
+        number,
+        to_agent,
+        rng.randrange(min(most, 600) if early else most),
     )
 
 
@@ -254,7 +257,9 @@ def certificates(folder: Path) -> dict[str, dict[str, str]]:
     return made
 
 
-def two(make: Callable[..., Host], n: int = 64, *, seed: int = 7, nbytes: int = BLOCK, **settings: Any) -> Iterator[Any]:
+def two(
+    make: Callable[..., Host], n: int = 64, *, seed: int = 7, nbytes: int = BLOCK, **settings: Any
+) -> Iterator[Any]:
     """Owner with ``n`` blocks, reader without, and their keys."""
     owner, reader = make(**settings), make(**settings)
     of = keys(n, seed)

@@ -13,12 +13,16 @@ from kvplug.rdma.wire import Connection
 from tests.rdma.hosts import Host
 
 SOON_S = 3.0
+opened: list[Connection] = []
+"""Closed by a fixture when the test ends."""
 
 
 def dial(address: str) -> Connection:
     """A connection on which nothing was said."""
     host, port = address.rsplit(":", 1)
-    return Connection(socket.create_connection((host, int(port)), SOON_S))
+    connection = Connection(socket.create_connection((host, int(port)), SOON_S))
+    opened.append(connection)
+    return connection
 
 
 def let_in(host: Host, address: str) -> tuple[Connection, Session]:

@@ -91,7 +91,7 @@ def test_more_keys_than_one_lookup_takes(make_host: MakeHost) -> None:
 
 
 def test_a_key_asked_for_twice_is_fetched_once(pair: tuple[Host, Host, Peer]) -> None:
-    owner, reader, peer = pair
+    owner, _, peer = pair
     of = keys(4, 6)
     put(owner.store, of, BLOCK)
     codes = peer.fetch(np.concatenate((of, of)))

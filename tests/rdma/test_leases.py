@@ -93,9 +93,7 @@ def test_the_number_of_leases_of_a_reader_is_bounded(table: Table) -> None:
     assert table.leases.room(2) > 0
 
 
-@given(
-    st.floats(0.02, 600), st.floats(0, 5), st.floats(0, 5), st.floats(0.97, 1.03), st.floats(-1e6, 1e6)
-)
+@given(st.floats(0.02, 600), st.floats(0, 5), st.floats(0, 5), st.floats(0.97, 1.03), st.floats(-1e6, 1e6))
 def test_the_readers_lease_is_over_before_the_owners(
     seconds: float, there: float, back: float, drift: float, owner_clock: float
 ) -> None:

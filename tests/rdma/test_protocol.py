@@ -70,7 +70,9 @@ def test_the_largest_messages_fit_their_bounds() -> None:
     big = 1 << 62
     largest = [
         p.Lookup(bytes(n * 32), 600.0, True),
-        p.Leased(big, 600.0, bytes(n), bytes(8 * n), bytes(8 * n), bytes(2 * n), bytes(n), bytes(8 * parts), bytes(8 * parts)),  # noqa: E501
+        p.Leased(
+            big, 600.0, bytes(n), bytes(8 * n), bytes(8 * n), bytes(2 * n), bytes(n), bytes(8 * parts), bytes(8 * parts)
+        ),
         p.Release((big,) * p.MAX_LEASES_A_REQUEST),
         p.Read(big, bytes(4 * n)),
         p.StatsReply({f"{i:064d}": big for i in range(64)}, big, big),
