@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from kvplug.adapters.sglang import compat, engine, flags, lora
+from kvplug.adapters.sglang import compat, compat_pools, engine, flags, lora
 from kvplug.errors import ConfigError
 
 logger = logging.getLogger("sglang.kvplug")
@@ -174,8 +174,9 @@ def before_tree_cache(ctx: Any, *_args: Any, **_kwargs: Any) -> None:
 
 
 @_guarded
-def after_tree_cache(_cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None:
+def after_tree_cache(cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None:
     """After the prefix cache was made: SGLang may have swallowed why kvplug's part of it is missing."""
+    compat_pools.attach_linker(cache)
     if _configured(ctx.server_args) and not engine.engines():
         _say(
             "kvplug: OFF: SGLang was told to load kvplug and did not; its log says why, "
