@@ -106,7 +106,8 @@ def base_env(
 
 
 def core_split(ranks: int) -> str:
-    """VLLM_CPU_OMP_THREADS_BIND (and SGLang's of that kind): the allowed cores dealt out in equal runs, or all on the same where they are few."""
+    """The allowed cores dealt out in equal runs, or all on the same where they are few, as "0,1|2,3": what vLLM and
+    SGLang take to bind their ranks by."""
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // ranks)
     shares = [[cores[(r * each + i) % len(cores)] for i in range(each)] for r in range(ranks)]
