@@ -142,7 +142,7 @@ class RankEngine:
             if self.off_reason is not None:
                 return
             self.off_reason = reason
-            self._forget()
+            self._masks = {}  # no new epoch: what was promised before is still right, and other ranks count on it
         self._identified.set()
         self.say(f"kvplug: OFF: {reason}")
 
