@@ -23,6 +23,7 @@ from typing import Any, Literal
 import psutil
 
 from tests.sglang_lab.env import MAIN, EngineError, base_env
+from tests.sglang_lab.zygote import fork_server, may_fork
 from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
 
 __all__ = ["HICACHE_ARGUMENTS", "PAGE", "SERVE_ARGUMENTS", "Answer", "Mode", "SglangServer"]
@@ -68,6 +69,8 @@ class SglangServer(LabProcess):
 
     ``pool`` None: kvplug is not loaded. ``settings``: more of what ``--kvplug-config`` may hold. ``hicache``: SGLang's
     host cache runs on the CPU with the lab's copies; None: as ``mode`` needs it. ``version``: an SGLang release.
+    ``cold``: in interpreters of its own, three times slower, instead of forked from one that has imported SGLang
+    already (see ``zygote``); None: only where ``env`` needs that.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class SglangServer(LabProcess):
         version: str = MAIN,
         env: Mapping[str, str | None] | None = None,
         arguments: Sequence[str] = (),
+        cold: bool | None = None,
     ) -> None:
         self._again = {k: v for k, v in locals().items() if k not in ("self", "__class__", "log")}
         self.port = _free_port()
@@ -92,8 +96,10 @@ class SglangServer(LabProcess):
         self._ear = Path(tempfile.mkdtemp(prefix="sglang-lab-"))
         hicache = mode != "linker" and pool is not None if hicache is None else hicache
         plugins = (*(["lab_hicache"] if hicache else []), *(["kvplug"] if pool is not None else []))
+        self._version = version
+        self._cold = not may_fork(env) if cold is None else cold
         command = [
-            *[sys.executable, "-c", ENTRY, "serve", "--model-path", str(model), "--served-model-name", "m"],
+            *["serve", "--model-path", str(model), "--served-model-name", "m"],
             *["--host", "127.0.0.1", "--port", str(self.port), "--page-size", str(page_size), "--tp-size", str(tp)],
             *SERVE_ARGUMENTS,
             *(HICACHE_ARGUMENTS if hicache else ()),
@@ -105,6 +111,11 @@ class SglangServer(LabProcess):
             version=version, plugins=plugins, tp=tp, env={"SGLANG_LAB_EAR": str(self._ear), **(env or {})}
         )
         super().__init__([*command, *arguments], environment, log)
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str], sink: Any, **popen: Any) -> Any:
+        if self._cold:
+            return super()._start([sys.executable, "-c", ENTRY, *command], env, sink, **popen)
+        return fork_server(command, env, self.log, version=self._version, spares=self.tp + 1)
 
     def ready(self, timeout_s: float = BOOT_S) -> SglangServer:
         """Waits for /health. Raises EngineError when the server ends or the deadline passes first."""
