@@ -21,7 +21,7 @@ from blake3 import blake3
 from kvplug import config as configuration
 from kvplug.adapters.sglang import compat, namespace
 from kvplug.adapters.sglang.compat import Facts
-from kvplug.adapters.sglang.flags import EXTRA_KEY
+from kvplug.adapters.sglang.flags import EXTRA_KEY, private_name
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
 from kvplug.canonical import Value
@@ -57,13 +57,17 @@ class RankEngine:
         self.shard = Shard(0, 1)
         self.replicated_shard = Shard(0, 1)
         self.secret = bytes(32)
+        self.private_name = ""
+        self.keeps_sessions = False
         self.hub_cache: str | None = None
         self.layout: dict[str, Value] | None = None
         self._lock = threading.RLock()
         self._namespace: Namespace | None = None
         self._masks: dict[tuple[str, bool], Keys] = {}
         self._unflushed = False
+        self._updating = False
         self._changes = 0
+        self._rotations = 0
         self._identified = threading.Event()
         self._closed = threading.Event()
         self._publisher: Publisher | None = None
@@ -84,8 +88,11 @@ class RankEngine:
         own = dict(extra.get(EXTRA_KEY) or {})
         self.config = configuration.load(**dict(own.get("settings") or {}))
         self.facts = compat.facts()
-        _refuse(self.facts)
-        self.secret = blake3(str(own.get("engine") or id(self)).encode() + b"kvplug engine").digest()
+        _refuse(self.facts, self.config)
+        word = f"{own.get('engine') or id(self)} {self.facts.replica}"
+        self.secret = blake3(word.encode() + b"kvplug engine").digest()
+        self.private_name = private_name(own)
+        self.keeps_sessions = self.facts.is_multimodal and not self.config.trust_mm_ids
         self._started_ns = int(own.get("started_ns") or PROCESS_STARTED_NS)
         (tp, tps), (cp, cps), (pp, pps) = self.facts.tp, self.facts.cp, self.facts.pp
         self.shard = Shard((pp * cps + cp) * tps + tp, pps * cps * tps)
@@ -185,6 +192,20 @@ class RankEngine:
         self.counts["weight_changes"] += 1
         logger.info("kvplug: weights change (%s); nothing is shared until the cache is flushed", why)
 
+    def update_began(self) -> None:
+        """Weights will be changed by several calls, and are no model's in between."""
+        self.weights_changed("begin_weight_update")
+        with self._lock:
+            self._updating = True
+
+    def update_ended(self, all_flushed: bool) -> None:
+        """The last of them; ``all_flushed``: each of the others was followed by a flush if the user wanted one."""
+        if not all_flushed:  # somebody else has written the weights meanwhile
+            self.weights_changed("end_weight_update")
+        with self._lock:
+            self._updating = False
+            self._forget()
+
     def flushed(self) -> None:
         """SGLang has emptied its own cache."""
         with self._lock:
@@ -201,10 +222,11 @@ class RankEngine:
     def rotate(self, why: str) -> None:
         """This engine's pages so far are hidden from it; they stay there for others."""
         with self._lock:
+            self._rotations += 1
             self.counts["rotations"] += 1
             self._forget()
             if self._namespace is not None:
-                self._namespace = self._namespace.rotated(self._word("rotation", self.counts["rotations"]))
+                self._namespace = self._namespace.rotated(self._word("rotation", self._rotations))
         logger.info("kvplug: the engine's pages so far are hidden from it (%s)", why)
 
     def _word(self, kind: str, number: int) -> bytes:
@@ -217,7 +239,8 @@ class RankEngine:
 
     def _make_mask(self, pool: str, replicated: bool) -> Keys | None:
         with self._lock:
-            if self._namespace is None or self._unflushed or self.off_reason is not None:
+            closed = self._unflushed or self._updating or self.off_reason is not None
+            if self._namespace is None or closed:
                 return None
             shard = self.replicated_shard if replicated else self.shard
             masked = self._masks[(pool, replicated)] = mask(self._namespace.digest(), pool, shard.index)
@@ -244,6 +267,8 @@ class RankEngine:
             with self._lock:
                 if self._changes:  # what was identified is not what is in memory any more
                     known = known.private(self._word("weights", self._changes))
+                if self._rotations:
+                    known = known.rotated(self._word("rotation", self._rotations))
                 self._namespace = known
                 self._forget()
             self.say(f"kvplug: sharing as {known.describe()}", logging.INFO)
@@ -255,16 +280,30 @@ class RankEngine:
             self.off(f"{type(error).__name__}: {error}")
 
 
-def _refuse(facts: Facts) -> None:
+def _refuse(facts: Facts, config: Config) -> None:
     """UnsupportedEngineError for what kvplug can't work with."""
     if facts.is_multimodal and not compat.wide_image_names():
         raise UnsupportedEngineError(
             f"multimodal models need SGLang 0.5.23: in {compat.version()} an image is 30 bits of a page's name"
         )
-    if facts.lora_enabled and facts.rust_tree and not compat.take_python_tree(facts.params):
+    if facts.is_multimodal and not config.trust_mm_ids:
+        if not facts.one_tokenizer:
+            raise UnsupportedEngineError(
+                "a multimodal model whose requests come in through several tokenizer processes, gRPC, or encoders "
+                "elsewhere: whether images are named by their content can't be seen; trust_mm_ids vouches for it"
+            )
+        if facts.server.get("trust_mm_content_hashes"):
+            raise UnsupportedEngineError(
+                "--trust-mm-content-hashes names images by the user's word; trust_mm_ids lets other engines believe it"
+            )
+    if facts.server.get("dllm_algorithm"):
+        raise UnsupportedEngineError("diffusion language models: their cache is not named by tokens alone")
+    if facts.server.get("elastic_ep_backend"):
+        raise UnsupportedEngineError("--elastic-ep-backend: pages depend on which experts are alive")
+    if facts.lora_enabled and facts.rust_tree:
         raise UnsupportedEngineError(
             "LoRA with SGLang's Rust prefix tree: it names adapters by their path; "
-            "set SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python"
+            "unset SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND, or set it to python"
         )
 
 
