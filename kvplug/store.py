@@ -228,7 +228,10 @@ class KvStore:
         self._pool.touch(_words(keys))
 
     def remove(self, keys: Keys) -> I8:
-        """Free these blocks: 0 removed, -1 missing, -10 pinned by somebody, -2 being written."""
+        """Free these blocks: 0 removed, -1 missing, -10 pinned by somebody, -2 being written.
+
+        Siblings (:meth:`reserve_batch`) go with them; one that is pinned stays, and changes no code.
+        """
         return self._pool.remove(_words(keys))
 
     # ---- in place ----------------------------------------------------------------------------------------------------
@@ -251,9 +254,17 @@ class KvStore:
         """Release one pin of each slot (negative entries are passed over). Never blocks: queued if the lock is busy."""
         self._pool.unpin(_ints(slots))
 
-    def reserve_batch(self, keys: Keys, part_nbytes: Sequence[int] | I64) -> SlotBatch:
-        """A slot with ``len(part_nbytes)`` parts for each key that is not there yet."""
-        return self._pool.reserve(_words(keys), part_nbytes)
+    def reserve_batch(
+        self, keys: Keys, part_nbytes: Sequence[int] | I64, *, siblings: tuple[int, int] = (1, 0)
+    ) -> SlotBatch:
+        """A slot with ``len(part_nbytes)`` parts for each key that is not there yet.
+
+        ``siblings``: (count, index) of blocks that are worth nothing without each other, as the ranks of an engine
+        store them: when one is evicted, removed or dropped, so are the others, unless they are pinned or being
+        written. Sibling *j* of *i* has the same key with i ^ j XORed into its last two bytes, u16 little-endian, as
+        :func:`kvplug.keys.fold` numbers shards. Raises ConfigError unless 0 <= index < count <= 128.
+        """
+        return self._pool.reserve(_words(keys), part_nbytes, siblings=siblings)
 
     @staticmethod
     def part_offsets(part_nbytes: Sequence[int] | I64) -> I64:

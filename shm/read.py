@@ -32,10 +32,9 @@ from kvplug.shm.layout import (
     R_TICK,
     R_WORD,
     SEALED,
-    SIZE_BITS,
     SIZE_MASK,
 )
-from kvplug.shm.lists import row_at, slot_offset
+from kvplug.shm.lists import parts_of, row_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_TOUCH, L_VERIFY
 from kvplug.shm.write import MISSING, OK, STALE, TOUCH_NONE, tick_of
 from kvplug.shm.xxh3 import xxh3_64
@@ -86,7 +85,7 @@ def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
 
     Without the lock the slot may be another block's meanwhile, with larger parts: nothing past ``size`` is read.
     """
-    n_parts = T[row_at(T, row) + R_SIZE] >> SIZE_BITS
+    n_parts = parts_of(T, row)
     p0 = T[H_O_PART] + row * PART_WORDS
     at = 0
     for p in range(n_parts):
@@ -168,7 +167,7 @@ def verify_part(T: Any, L: Any, rows: Any, gens: Any, part: int, codes: Any) -> 
         word = load_acquire(base + 8 * (r + R_WORD))
         if word != (gens[i] << GEN_SHIFT) | SEALED:
             continue
-        n_parts = T[r + R_SIZE] >> SIZE_BITS
+        n_parts = parts_of(T, row)
         if part < 0 or part >= n_parts:
             continue
         p0 = T[H_O_PART] + row * PART_WORDS
