@@ -260,12 +260,9 @@ class Pool:
                 part = slice(at, at + RESERVE_KEYS_A_SECTION)
                 done = int(write.remove(self.T, self.L, keys[part], codes[part]))
                 if done < len(keys[part]):
-                    codes[at + done :] = self._why_no_lock()
+                    codes[at + done :] = Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT
                     break
         return codes
-
-    def _why_no_lock(self) -> int:
-        return int(Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -286,13 +283,13 @@ class Pool:
         self._ready()
         read.touch(self.T, self.L, keys)
 
-    def get_into(self, keys: I64, dst_addrs: I64, dst_nbytes: I64) -> I8:
-        """Copy each block to its destination: OK, MISSING, SIZE or CORRUPT. No lock."""
+    def get_into(self, keys: I64, offsets: I64, dst_addrs: I64, dst_nbytes: I64) -> I8:
+        """Copy block *i* to destinations ``offsets[i] … offsets[i+1]-1``: OK, MISSING, SIZE or CORRUPT. No lock."""
         self._ready()
         n = len(keys)
         codes = np.empty(n, np.int8)
         slots, words = np.empty((2, n), np.int64)
-        hits = read.get_into(self.T, self.L, keys, dst_addrs, dst_nbytes, codes, slots, words)
+        hits = read.get_into(self.T, self.L, keys, offsets, dst_addrs, dst_nbytes, codes, slots, words)
         if hits < n and self.options.verify:
             bad = codes == Code.CORRUPT
             self._drop(slots[bad], words[bad])
@@ -343,7 +340,7 @@ class Pool:
             todo = todo[int(pins.unpin(self.T, self.L, self._pin_counts, todo)) :]
             if not len(todo):
                 return 0
-            return self._why_no_lock()
+            return int(Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT)
 
         return section
 

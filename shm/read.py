@@ -81,7 +81,7 @@ def touch(T: Any, L: Any, keys: Any) -> None:
 
 @kernel
 def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
-    """Whether the ``size`` bytes at ``addr`` (the payload, or a copy of it) have the checksums of the slot's parts.
+    """Whether the ``size`` bytes at ``addr``, the payload, have the checksums of the slot's parts.
 
     Without the lock the slot may be another block's meanwhile, with larger parts: nothing past ``size`` is read.
     """
@@ -98,9 +98,11 @@ def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
     return True
 
 
-@entry("i(I, I, K, I, I, I8, I, I)")
-def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: Any, rows: Any, words: Any) -> int:
-    """Copy each key's block to its destination; the number of hits.
+@entry("i(I, I, K, I, I, I, I8, I, I)")
+def get_into(
+    T: Any, L: Any, keys: Any, offsets: Any, dst_addrs: Any, dst_nbytes: Any, codes: Any, rows: Any, words: Any
+) -> int:
+    """Copy each key's block to its fragments ``offsets[i] … offsets[i+1]-1``, one after another; the number of hits.
 
     ``rows``/``words`` name the block that was read, for the caller to drop one whose code says CORRUPT. A destination's
     content counts only where the code is OK.
@@ -110,7 +112,7 @@ def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: 
     me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
     first = T[H_TICK] + 1
     T[H_TICK] += n
-    stream = L[L_VERIFY] == 0 and dst_nbytes.sum() >= STREAM_BYTES
+    stream = dst_nbytes.sum() >= STREAM_BYTES
     hits = 0
     total = 0
     for i in range(n):
@@ -128,12 +130,19 @@ def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: 
         size = T[r + R_SIZE] & SIZE_MASK
         offset = slot_offset(T, row)
         after = slot_offset(T, rows[i + 1]) if i + 1 < looked_up and rows[i + 1] >= 0 else offset
+        room = 0
+        for f in range(offsets[i], offsets[i + 1]):
+            room += dst_nbytes[f]
         ok = True
-        fits = size == dst_nbytes[i] and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
+        fits = size == room and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
         if fits:
-            copy_out(dst_addrs[i], base + offset, size, base + after, stream)
-            if L[L_VERIFY] != 0:
-                ok = bytes_match(T, row, dst_addrs[i], size)
+            src = base + offset
+            for f in range(offsets[i], offsets[i + 1]):
+                end = src + dst_nbytes[f]
+                copy_out(dst_addrs[f], src, dst_nbytes[f], end if f + 1 < offsets[i + 1] else base + after, stream)
+                src = end
+            if L[L_VERIFY] != 0:  # after the copy: what is wrong in the copy was wrong in the slot, and still is
+                ok = bytes_match(T, row, base + offset, size)
         fence_acquire()
         if load_acquire(base + 8 * (r + R_WORD)) != word:
             continue
