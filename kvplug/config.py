@@ -43,7 +43,7 @@ __all__ = [
 
 ENV_PREFIX = "KVPLUG_"
 PATH_ENV = "KVPLUG_CONFIG"
-RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_FAILPOINT"})
+RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT"})
 """Variables that are read elsewhere and are not settings of the schema."""
 RESERVED_ENV_PREFIXES = ("KVPLUG_TEST_", "KVPLUG_BENCH_", "KVPLUG_DEMO_")
 _FOREIGN_ENV = re.compile(r"KVPLUG_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_\w+)?)")

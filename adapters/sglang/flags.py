@@ -1,0 +1,165 @@
+"""How a user switches kvplug on in SGLang, and which of SGLang's own settings that stands for.
+
+``--enable-kvplug``, ``--kvplug-mode`` and ``--kvplug-config`` on the command line, or ``KVPLUG_ENABLE=1`` (with
+``KVPLUG_SGLANG_MODE``) in the environment, which is also what ``sglang.Engine(...)`` looks at. Both write the settings
+by which SGLang loads a storage backend or a linker of somebody else's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kvplug import config as configuration
+from kvplug.errors import ConfigError
+
+Mode = Literal["hicache", "linker"]
+MODES = ("auto", "hicache", "linker")
+ENABLE_ENV = "KVPLUG_ENABLE"
+MODE_ENV = "KVPLUG_SGLANG_MODE"
+EXTRA_KEY = "kvplug"
+"""Entry of the backend's extra configuration that holds :meth:`Options.extra`."""
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    mode: str = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of :class:`kvplug.config.Config` that go over environment and file."""
+
+    def extra(self) -> dict[str, Any]:
+        """What the engine's processes are told: the settings, when loading began, and a secret that they share."""
+        return {"settings": self.settings, "started_ns": time.time_ns(), "engine": secrets.token_hex(16)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds kvplug's flags to SGLang's parser."""
+    group = parser.add_argument_group("kvplug")
+    group.add_argument(
+        "--enable-kvplug", action="store_true", help="Share KV caches through kvplug's pool on this host."
+    )
+    group.add_argument(
+        "--kvplug-mode",
+        choices=MODES,
+        default="auto",
+        help="hicache: behind SGLang's host cache. linker: between device and pool, with no second copy on the host. "
+        "auto: linker where this SGLang has it (0.5.23), else hicache.",
+    )
+    group.add_argument(
+        "--kvplug-config",
+        default=None,
+        metavar="JSON|@FILE",
+        help='kvplug\'s settings as a JSON object, such as \'{"pool": "a", "size": "30gb"}\', or @file with one.',
+    )
+
+
+def from_arguments(args: Any) -> Options | None:
+    """The options in a parsed command line; None if kvplug was not asked for. ConfigError for what does not fit."""
+    if not getattr(args, "enable_kvplug", False):
+        given = [name for name in ("kvplug_config",) if getattr(args, name, None)]
+        if given:
+            raise ConfigError("--kvplug-config is given without --enable-kvplug: add it, or leave out both")
+        return None
+    return checked(Options(getattr(args, "kvplug_mode", "auto"), parse_settings(getattr(args, "kvplug_config", None))))
+
+
+def from_environment() -> Options | None:
+    """The options in the environment; None if kvplug was not asked for. ConfigError for what does not fit."""
+    if not switched_on():
+        return None
+    mode = os.environ.get(MODE_ENV, "auto").strip().lower() or "auto"
+    if mode not in MODES:
+        raise ConfigError(f"{MODE_ENV}={mode}: it is one of {', '.join(MODES)}")
+    return checked(Options(mode))
+
+
+def switched_on() -> bool:
+    """Whether ``KVPLUG_ENABLE`` asks for kvplug. ConfigError for a value that is neither yes nor no."""
+    value = os.environ.get(ENABLE_ENV, "").strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value in ("1", "true", "yes", "on"):
+        return True
+    raise ConfigError(f"{ENABLE_ENV}={value}: it is 1 or 0")
+
+
+def parse_settings(text: str | None) -> dict[str, Any]:
+    """A JSON object, or ``@file`` with one. ConfigError says what is wrong with it."""
+    if text is None or not text.strip():
+        return {}
+    source = "--kvplug-config"
+    if text.startswith("@"):
+        path = Path(text[1:]).expanduser()
+        source = f"--kvplug-config {text}"
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_CONFIG_BYTES + 1).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source}: the file can't be read: {error}") from None
+        if len(text) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{source}: the file is larger than {MAX_CONFIG_BYTES} bytes")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f'{source} is not JSON: {error}. It is an object such as {{"size": "30gb"}}') from None
+    if not isinstance(value, dict):
+        raise ConfigError(f'{source} is a JSON {type(value).__name__}; an object such as {{"size": "30gb"}} is needed')
+    return value
+
+
+def checked(options: Options) -> Options:
+    """The same options, if their settings fit the schema; ConfigError if not."""
+    configuration.load(**options.settings)
+    return options
+
+
+def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
+    """SGLang's own settings that switch kvplug on in this mode."""
+    extra = {EXTRA_KEY: options.extra()}
+    if mode == "linker":
+        return {
+            "enable_unified_cache_external_linker": True,
+            "unified_cache_external_linker_backend": "dynamic",
+            "unified_cache_external_linker_config": {
+                "linker": "KvplugLinker",
+                "linker_module_path": "kvplug.adapters.sglang.linker",
+                "linker_extra_config": extra,
+            },
+        }
+    return {
+        "enable_hierarchical_cache": True,
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_backend_extra_config": json.dumps({
+            "backend_name": "kvplug",
+            "module_path": "kvplug.adapters.sglang.storage",
+            "class_name": "KvplugStorage",
+            "interface_v1": 1,
+            **extra,
+        }),
+    }  # fmt: skip
+
+
+def conflict(given: Any, mode: Mode) -> str | None:
+    """What among the user's settings (ServerArgs, or the parsed command line) stands in the way; None if nothing."""
+    if getattr(given, "disable_radix_cache", False):
+        return "--disable-radix-cache leaves no prefix cache to share"
+    for name in ("enable_lmcache", "enable_flexkv", "radix_cache_backend"):
+        if getattr(given, name, None):
+            return f"--{name.replace('_', '-')} takes the place that kvplug would need"
+    storage = getattr(given, "hicache_storage_backend", None)
+    if storage is not None:
+        return f"--hicache-storage-backend {storage} is set already"
+    if getattr(given, "enable_unified_cache_external_linker", False):
+        return "--enable-unified-cache-external-linker is set already"
+    if mode == "linker" and getattr(given, "enable_hierarchical_cache", False):
+        return "--enable-hierarchical-cache and the linker exclude each other; take --kvplug-mode hicache"
+    return None
