@@ -232,8 +232,8 @@ def what_changes_meanwhile_is_dropped() -> None:
     plain = {name: getattr(store, name) for name in ("get_fragments", "put_fragments")}
 
     def during(name: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            codes = plain[name](*args)
+        def call(*args: Any, **named: Any) -> Any:
+            codes = plain[name](*args, **named)
             rank.weights_changed("a check")
             return codes
 
