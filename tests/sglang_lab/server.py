@@ -43,6 +43,9 @@ HICACHE_ARGUMENTS = (
 )
 """How SGLang's host cache works where the device is the CPU."""
 
+LINE = 400
+"""Characters of a line of the log that are shown with an error."""
+
 ENTRY = "import sys; sys.argv[0] = 'sglang'; from sglang.cli.main import main; main()"
 
 
@@ -148,6 +151,10 @@ class SglangServer(LabProcess):
                 if title.startswith("sglang::"):
                     out[title.removeprefix("sglang::").split()[0]] = p.pid
         return out
+
+    def log_tail(self, lines: int = 40) -> str:
+        """Without the rest of long lines: SGLang says all of its settings in one."""
+        return "\n".join(line[:LINE] for line in super().log_tail(lines).splitlines())
 
     def generate(
         self,

@@ -72,7 +72,8 @@ class Forked:
         if self.returncode is None:
             if not select.select([self._news], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            told = self._news.recv(64)
+            with self._news:
+                told = self._news.recv(64)
             self.returncode = int(told) if told else -signal.SIGKILL  # the zygote itself is gone, and took it along
         return self.returncode
 
