@@ -29,6 +29,10 @@ bench *ARGS: setup
 stress *ARGS: install
     {{ py }} tests/stress/run.py {{ ARGS }}
 
+# a vLLM engine and two SGLang engines on one pool, under load and kills: just soak --minutes 5
+soak *ARGS: setup
+    {{ py }} tests/soak/run.py {{ ARGS }}
+
 # ruff and mypy, as the tests run them
 lint: install
     {{ py }} -m ruff check .
