@@ -46,8 +46,11 @@ class Shard:
 class RankEngine:
     """See the module's first lines. Thread-safe; :meth:`keys` is called from SGLang's own threads."""
 
-    def __init__(self, mode: str, extra: Mapping[str, Any]) -> None:
-        """Attaches to the pool. Never raises: what stands in the way is in :attr:`off_reason`, and was said."""
+    def __init__(self, mode: str, extra: Mapping[str, Any], before: RankEngine | None = None) -> None:
+        """Attaches to the pool. Never raises: what stands in the way is in :attr:`off_reason`, and was said.
+
+        ``before``: this rank's engine until it left the pool, whose weights may have changed since the start.
+        """
         self.mode = mode
         self.counts: Counter[str] = Counter()
         self.off_reason: str | None = None
@@ -64,10 +67,10 @@ class RankEngine:
         self._lock = threading.RLock()
         self._namespace: Namespace | None = None
         self._masks: dict[tuple[str, bool], Keys] = {}
-        self._unflushed = False
-        self._updating = False
-        self._changes = 0
-        self._rotations = 0
+        self._unflushed = before is not None and before._unflushed
+        self._updating = before is not None and before._updating
+        self._changes = before._changes if before is not None else 0
+        self._rotations = before._rotations if before is not None else 0
         self._identified = threading.Event()
         self._closed = threading.Event()
         self._publisher: Publisher | None = None
@@ -166,8 +169,14 @@ class RankEngine:
             self._said.add(where)
             logger.error("kvplug: %s failed; the engine goes on without it", where, exc_info=error)
 
-    def close(self) -> None:
-        """Leaves the pool. Idempotent."""
+    @property
+    def left(self) -> bool:
+        """Whether this engine has left the pool."""
+        return self._closed.is_set()
+
+    def leave(self) -> None:
+        """Leaves the pool, for SGLang was told to do without. Changes of weights are still noted, for :func:`start`:
+        SGLang goes on with the pages that it has, and may be told to use the pool again. Idempotent."""
         with self._lock:
             if self._closed.is_set():
                 return
@@ -179,6 +188,10 @@ class RankEngine:
             self._publisher.close()
         if store is not None:
             store.close()
+
+    def close(self) -> None:
+        """Leaves the pool for good. Idempotent."""
+        self.leave()
         forget(self)
 
     # -- changes -----------------------------------------------------------------------------------------------------
@@ -300,6 +313,8 @@ def _refuse(facts: Facts, config: Config) -> None:
         raise UnsupportedEngineError("diffusion language models: their cache is not named by tokens alone")
     if facts.server.get("elastic_ep_backend"):
         raise UnsupportedEngineError("--elastic-ep-backend: pages depend on which experts are alive")
+    if facts.server.get("uno_lora_path"):
+        raise UnsupportedEngineError("--uno-lora-path: that adapter's content is not known here")
     if facts.lora_enabled and facts.rust_tree:
         raise UnsupportedEngineError(
             "LoRA with SGLang's Rust prefix tree: it names adapters by their path; "
@@ -313,8 +328,11 @@ _engines: list[RankEngine] = []
 
 
 def start(mode: str, extra: Mapping[str, Any]) -> RankEngine:
-    """A rank's engine, at work or off."""
-    engine = RankEngine(mode, extra)
+    """A rank's engine, at work or off. It goes on where one that has left the pool was."""
+    before = next((each for each in _engines if each.left), None)
+    engine = RankEngine(mode, extra, before)
+    if before is not None:
+        forget(before)
     _engines.append(engine)
     return engine
 
@@ -326,5 +344,5 @@ def forget(engine: RankEngine) -> None:
 
 
 def engines() -> list[RankEngine]:
-    """All of this process: one, but for moments in which a storage backend is exchanged."""
+    """All of this process: one, at work or off, or one that has left the pool and may be told to come back."""
     return list(_engines)

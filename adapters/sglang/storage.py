@@ -332,7 +332,7 @@ class KvplugStorage(HiCacheStorage):
 
     def close(self) -> None:
         """SGLang detached its storage, or ends: this rank leaves the pool."""
-        self._shielded("close", self._engine.close, None)
+        self._shielded("close", self._engine.leave, None)
 
     def _keys(self, pages: HostPages, hashes: Sequence[str], kind: str = "") -> Keys | None:
         return self._engine.keys(pages.identity + kind, hashes, pages.replicated)

@@ -54,6 +54,6 @@ def counts(scheduler: Any) -> dict[str, int]:
     return {**rank.counts, **({"off": rank.off_reason} if rank.off_reason else {})}
 
 
-def number_of_engines(scheduler: Any) -> int:
-    """How many engines of kvplug's live in this process."""
-    return len(engines.engines())
+def living_engines(scheduler: Any) -> int:
+    """How many engines of kvplug's are at the pool in this process."""
+    return sum(rank.store is not None for rank in engines.engines())

@@ -95,6 +95,7 @@ class SglangServer(LabProcess):
     ) -> None:
         self._again = {k: v for k, v in locals().items() if k not in ("self", "__class__", "log")}
         self.port = _free_port()
+        self.headers: dict[str, str] = {}  # of get and post
         self.tp = tp
         self._ear = Path(tempfile.mkdtemp(prefix="sglang-lab-"))
         hicache = mode != "linker" and pool is not None if hicache is None else hicache
@@ -224,7 +225,8 @@ class SglangServer(LabProcess):
 
     def get(self, path: str, timeout_s: float = 60.0) -> Any:
         """GET; answers the JSON, or the text where it is none. urllib.error.HTTPError for a status of 400 and above."""
-        with urllib.request.urlopen(self.url(path), timeout=timeout_s) as answer:
+        request = urllib.request.Request(self.url(path), headers=self.headers)
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return _decoded(answer.read())
 
     def post(self, path: str, body: Any = None, timeout_s: float = 60.0, method: str = "POST") -> Any:
@@ -233,7 +235,7 @@ class SglangServer(LabProcess):
             self.url(path),
             data=json.dumps(body).encode() if body is not None else b"",
             method=method,
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **self.headers},
         )
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return _decoded(answer.read())
