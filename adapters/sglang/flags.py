@@ -37,7 +37,10 @@ class Options:
     """Settings of :class:`kvplug.config.Config` that go over environment and file."""
 
     def extra(self) -> dict[str, Any]:
-        """What the engine's processes are told: the settings, when loading began, and a secret that they share."""
+        """What the engine's processes are told: the settings, when loading began, and a number that only they share.
+
+        The number is no secret (SGLang logs its settings): what is built on it has to differ from engine to engine.
+        """
         return {"settings": self.settings, "started_ns": time.time_ns(), "engine": secrets.token_hex(16)}
 
 
@@ -128,6 +131,13 @@ def checked(options: Options) -> Options:
     return options
 
 
+MODULES: dict[Mode, str] = {
+    "linker": "kvplug.adapters.sglang.linker",
+    "hicache": "kvplug.adapters.sglang.storage",
+}
+"""What SGLang imports in each mode."""
+
+
 def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
     """SGLang's own settings that switch kvplug on in this mode."""
     extra = {EXTRA_KEY: options.extra()}
@@ -137,7 +147,7 @@ def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
             "unified_cache_external_linker_backend": "dynamic",
             "unified_cache_external_linker_config": {
                 "linker": "KvplugLinker",
-                "linker_module_path": "kvplug.adapters.sglang.linker",
+                "linker_module_path": MODULES[mode],
                 "linker_extra_config": extra,
             },
         }
@@ -146,7 +156,7 @@ def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
         "hicache_storage_backend": "dynamic",
         "hicache_storage_backend_extra_config": json.dumps({
             "backend_name": "kvplug",
-            "module_path": "kvplug.adapters.sglang.storage",
+            "module_path": MODULES[mode],
             "class_name": "KvplugStorage",
             "interface_v1": 1,
             **extra,
@@ -169,7 +179,7 @@ def extra_of(settings: Any) -> dict[str, Any] | None:
 
 
 def private_name(extra: dict[str, Any]) -> str:
-    """A word that keeps requests to one engine, in front of their extra key. Nobody outside of it can guess it."""
+    """A word that keeps requests to one engine, in front of their extra key."""
     return "kvplug-" + hashlib.sha256(f"private {extra.get('engine')}".encode()).hexdigest() + "|"
 
 

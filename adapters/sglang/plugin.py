@@ -8,6 +8,7 @@ installed and not asked for, three functions are hooked that return at once, and
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import sys
@@ -144,6 +145,7 @@ def _apply(server_args: Any) -> Any:
     if reason is not None:
         _refuse(reason)
         return None
+    importlib.import_module(flags.MODULES[mode])  # in a scheduler, an error there would end the engine
     before = compat.snapshot(server_args)
     for name, value in flags.settings_for(mode, options).items():
         setattr(server_args, name, value)
@@ -226,11 +228,16 @@ def before_tree_cache(ctx: Any, *_args: Any, **_kwargs: Any) -> None:
 @_guarded
 def after_tree_cache(_cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None:
     """After the prefix cache was made: SGLang may have swallowed why kvplug's part of it is missing."""
-    if flags.extra_of(ctx.server_args) is not None and not _engines():
+    if flags.extra_of(ctx.server_args) is None:
+        return
+    engines = _engines()
+    if not engines:
         _say(
             "kvplug: OFF: SGLang was told to load kvplug and did not; its log says why, "
             "look for 'storage backend' or 'linker'"
         )
+    for each in engines if ctx.disable_radix_cache else ():
+        each.off("SGLang keeps no prefix cache with this model or these settings")
 
 
 @_guarded
