@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, serve
+from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, attached, eventually, make_prompts
 from tests.vllm_lab.env import temporary_pool
@@ -229,3 +230,17 @@ def test_after_a_change_of_weights_nothing_old_is_found(
     assert from_storage(serve(attached_one, [changed])) == [changed.whole], "its own pages of the new weights are found"
     detached.flush()
     serve(detached, [changed])
+
+
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+def test_older_releases_store_and_hit(boot: Boot, cases: list[Case], own_pool: str, version: str) -> None:
+    if not installed(version):
+        pytest.skip(f"no SGLang {version} here: tests/sglang_lab/install.sh .venv")
+    server = boot(version, mode="hicache", version=version, pool=own_pool).ready()
+    try:
+        store(server, cases[:2])
+        server.flush()
+        assert from_storage(serve(server, cases[:2])) == [case.whole for case in cases[:2]]
+        assert ask(server, "counts").get("errors", 0) == 0
+    finally:
+        server.close()
