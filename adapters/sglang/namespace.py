@@ -81,7 +81,6 @@ _DECIDE_BYTES = (
     "speculative_draft_model_quantization",
     "speculative_draft_sink_size",
     "speculative_draft_window_size",
-    "torchao_config",
     "triton_attention_reduce_in_fp32",
 )
 """Settings of SGLang, besides those that have a field of their own, that choose other arithmetic or another layout. A
