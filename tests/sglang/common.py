@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, make_prompts
-from tests.vllm_lab.models import ModelSpec, model_dir
+from tests.vllm_lab.models import ModelSpec
 
 __all__ = ["PROMPT_TOKENS", "TOKENS", "Case", "Control", "agree", "pick", "serve"]
 
@@ -69,7 +69,7 @@ class Control:
     @property
     def server(self) -> SglangServer:
         if self._server is None:
-            self._server = SglangServer(model_dir(self._model), self._log, pool=None, **self._arguments).ready()
+            self._server = SglangServer(self._model, self._log, pool=None, **self._arguments).ready()
         return self._server
 
     def pick(self, count: int, seed: int, **more: Any) -> list[Case]:

@@ -13,7 +13,7 @@ from tests.sglang.common import Control
 from tests.sglang_lab.env import installed
 from tests.sglang_lab.server import SglangServer
 from tests.vllm_lab.env import temporary_pool
-from tests.vllm_lab.models import LLAMA, ModelSpec, model_dir
+from tests.vllm_lab.models import LLAMA, ModelSpec
 from tests.vllm_lab.process import LabProcess
 
 HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ def boot(pool: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
 
         def start(name: str, model: ModelSpec = LLAMA, **arguments: Any) -> SglangServer:
             arguments.setdefault("pool", pool)
-            return stack.enter_context(SglangServer(model_dir(model), folder / f"{name}.log", **arguments))
+            return stack.enter_context(SglangServer(model, folder / f"{name}.log", **arguments))
 
         yield start
 

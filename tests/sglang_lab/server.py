@@ -23,7 +23,9 @@ from typing import Any, Literal
 import psutil
 
 from tests.sglang_lab.env import MAIN, EngineError, base_env
+from tests.sglang_lab.models import serving_arguments
 from tests.sglang_lab.zygote import fork_server, may_fork
+from tests.vllm_lab.models import ModelSpec
 from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
 
 __all__ = ["HICACHE_ARGUMENTS", "PAGE", "SERVE_ARGUMENTS", "Answer", "Mode", "SglangServer"]
@@ -78,7 +80,7 @@ class SglangServer(LabProcess):
 
     def __init__(
         self,
-        model: Path | str,
+        model: ModelSpec | Path | str,
         log: Path,
         *,
         pool: str | None,
@@ -103,7 +105,7 @@ class SglangServer(LabProcess):
         self._version = version
         self._cold = not may_fork(env) if cold is None else cold
         command = [
-            *["serve", "--model-path", str(model), "--served-model-name", "m"],
+            *["serve", *serving_arguments(model), "--served-model-name", "m"],
             *["--host", "127.0.0.1", "--port", str(self.port), "--page-size", str(page_size), "--tp-size", str(tp)],
             *SERVE_ARGUMENTS,
             *(HICACHE_ARGUMENTS if hicache else ()),

@@ -31,19 +31,7 @@ def install() -> None:
             transfer_kv_per_layer_direct_pf_lf,
         ):
             setattr(module, copy.__name__, copy)
-    # What a CPU torch refuses, though there is nothing to do.
     torch.cpu.Stream.synchronize = lambda self: None  # type: ignore[method-assign, attr-defined]
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    for maker in ("zeros", "empty", "tensor"):
-        setattr(torch, maker, _unpinned(getattr(torch, maker)))
-
-
-def _unpinned(make: Any) -> Any:
-    def made(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("pin_memory", None)
-        return make(*args, **kwargs)
-
-    return made
 
 
 def _allocate(dims: Any, dtype: Any, device: Any, pin_memory: bool, allocator: Any, *_: Any, **__: Any) -> Any:

@@ -24,9 +24,18 @@ def install() -> None:
     """Called by SGLang in each of its processes, before anything of the engine is made."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    _unpinned_memory()
     _paged_allocation()
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _latent_attention, HookType.BEFORE)
     if os.environ.get(EAR):
         HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _listen, HookType.AFTER)
+
+
+def _latent_attention(*args: Any, **kwargs: Any) -> None:
+    """Multi-head latent attention by plain torch works on the latent itself; SGLang would unfold it for a prefill."""
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handler
+
+    handler.AttentionBackendRegistry.register("torch_native", lambda *_: handler.AttnForwardMethod.MLA)
 
 
 def _listen(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,6 +65,23 @@ def _hear(ear: socket.socket, scheduler: Any) -> None:
                 stream.write(json.dumps(answer).encode() + b"\n")
             except OSError:  # the caller has gone
                 continue
+
+
+def _unpinned_memory() -> None:
+    """Memory can't be pinned without an accelerator: torch refuses, where there would be nothing to do."""
+    import torch
+
+    def unpinned(make: Any) -> Any:
+        @functools.wraps(make)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            kwargs.pop("pin_memory", None)
+            return make(*args, **kwargs)
+
+        return made
+
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    for maker in ("zeros", "empty", "tensor"):
+        setattr(torch, maker, unpinned(getattr(torch, maker)))
 
 
 class _Launched:
