@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, serve
+from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, pick, serve
 from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, attached, eventually, make_prompts
 from tests.vllm_lab.env import temporary_pool
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, model_dir
+from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
 
 BACKEND = "/hicache/storage-backend"
 KEY = "key"
@@ -259,5 +259,28 @@ def test_older_releases_store_and_hit(boot: Boot, cases: list[Case], own_pool: s
         server.flush()
         assert from_storage(serve(server, cases[:2])) == [case.whole for case in cases[:2]]
         assert ask(server, "counts").get("errors", 0) == 0
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(("model", "tp"), [(MELLUM, 1), (MLA, 2)], ids=["sliding window", "one writer for two ranks"])
+def test_other_kinds_of_cache(boot: Boot, own_pool: str, model: ModelSpec, tp: int) -> None:
+    """Window pages come from a pool of their own; latent pages, alike on all ranks, are stored by one of them."""
+    server = boot(model.family, model=model, mode="hicache", tp=tp, pool=own_pool).ready()
+    try:
+        some = pick(server, 2, seed=73)  # nothing is in the pool: these are computed
+        store(server, some, ranks=tp)
+        server.flush()
+        assert from_storage(serve(server, some)) == [case.whole for case in some]
+        counts = [ask(server, "counts", rank) for rank in range(tp)]
+        assert [c.get("errors", 0) for c in counts] == [0] * tp
+        if model is MELLUM:
+            window = ask(server, "there", tokens=list(some[0].prompt), pool="swa")
+            assert any(window)
+            assert not all(window), "pages before the window are not stored"
+        else:
+            assert counts[0]["stored_pages"] > 0
+            assert counts[1].get("stored_pages", 0) == 0
+            assert counts[1]["loaded_pages"] == counts[0]["loaded_pages"] > 0
     finally:
         server.close()
