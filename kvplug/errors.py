@@ -15,6 +15,7 @@ __all__ = [
     "ClientLimitError",
     "Code",
     "ConfigError",
+    "DirectoryError",
     "IntegrityError",
     "KeyFormatError",
     "KvplugError",
@@ -123,3 +124,7 @@ class NamespaceError(KvplugError):
 
 class UnsupportedEngineError(KvplugError):
     """The engine's version or shape is not one that kvplug knows; the engine runs on without kvplug."""
+
+
+class DirectoryError(KvplugError):
+    """The directory's server answered with an error, or with what no Redis or Valkey answers; callers take a miss."""
