@@ -179,7 +179,7 @@ class Directory:
     # ---- looking up --------------------------------------------------------------------------------------------------
 
     def _ask(self, wanted: U8, deadline: float) -> Hits | None:
-        if self._asking is None or time.monotonic() < self._not_before:
+        if self._asking is None:
             return None
         asked = wanted[:MAX_KEYS]
         names, buckets = self._names.of(asked), self._names.buckets(asked)
@@ -188,7 +188,7 @@ class Directory:
             return None
         try:
             c = self._asking
-            if c is None or time.monotonic() < self._not_before:
+            if c is None:
                 return None
             try:
                 peers, have = self._rounds(c, names, buckets, deadline)
@@ -253,7 +253,7 @@ class Directory:
         return tuple(peers[i] for i in holds), have[holds]
 
     def _give_up(self, c: Connection, error: Exception) -> None:
-        """Out of step, or too slow: this connection is not used again, and for a while no other is tried."""
+        """Out of step, or too slow: this connection is not used again, and for a while no other is opened."""
         if isinstance(error, TimeoutError):
             self._n["timeouts"] += 1
         self._n["failures"] += 1

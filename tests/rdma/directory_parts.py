@@ -21,7 +21,7 @@ from kvplug.rdma.resp import Endpoint
 from kvplug.shm import segment
 from kvplug.shm.jit import warm_up
 from kvplug.store import KvStore
-from tests.rdma.redis_server import RedisServer
+from tests.rdma.redis_server import Delay, RedisServer
 
 U8 = npt.NDArray[np.uint8]
 SECRET: Final = b"a secret of all the hosts"
@@ -109,7 +109,7 @@ def a_host(
 
 @contextlib.contextmanager
 def a_reader(
-    server: RedisServer, *, ttl_s: float = TTL_S, timeout_s: float = 5.0, own_id: str | None = None
+    server: RedisServer | Delay, *, ttl_s: float = TTL_S, timeout_s: float = 5.0, own_id: str | None = None
 ) -> Iterator[Directory]:
     """A reader of the directory."""
     made = Directory(Endpoint.parse(server.url), Names(SECRET), ttl_s=ttl_s, timeout_s=timeout_s, own_id=own_id)

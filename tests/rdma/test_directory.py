@@ -112,6 +112,22 @@ def test_evicted_blocks_are_withdrawn(server: RedisServer) -> None:
         assert told.stats().entries == store.stats().sealed_blocks
 
 
+def test_of_a_block_that_comes_and_goes_between_two_looks_the_last_counts(server: RedisServer) -> None:
+    """By the events alone: nothing is reconciled meanwhile."""
+    with a_host(server, "hasty") as (store, told):
+        here, not_here = keys(20, 18), keys(20, 19)
+        put(store, here)
+        wait_for(lambda: told.stats().unsettled_buckets == 0 and is_settled(store, told, server))
+        for _ in range(4):
+            store.remove(here)
+            put(store, not_here)
+            put(store, here)
+            store.remove(not_here)
+        wait_for(lambda: is_settled(store, told, server))
+        assert told.stats().entries == 20
+        assert (told.stats().reconciled, told.stats().laps) == (BUCKETS, 0)
+
+
 def test_a_publisher_that_was_lapped_is_right_again(server: RedisServer) -> None:
     with a_host(server, "lapped", size="2mib") as (store, told):
         wait_for(lambda: told.stats().reconciled >= BUCKETS)
