@@ -13,8 +13,8 @@ default:
 demo *ARGS: setup
     {{ py }} bench/demo.py {{ ARGS }}
 
-# everything: unit tests, the pool under fire, real vLLM
-test *ARGS: setup
+# everything: unit tests, the pool under fire, real vLLM, real SGLang
+test *ARGS: engines
     {{ py }} -m pytest tests {{ ARGS }}
 
 # unit tests only: no engine, a few minutes at most
@@ -29,6 +29,10 @@ bench *ARGS: setup
 stress *ARGS: install
     {{ py }} tests/stress/run.py {{ ARGS }}
 
+# a vLLM engine and two SGLang engines on one pool, under load and kills: just soak --minutes 5
+soak *ARGS: setup
+    {{ py }} tests/soak/run.py {{ ARGS }}
+
 # ruff and mypy, as the tests run them
 lint: install
     {{ py }} -m ruff check .
@@ -40,9 +44,13 @@ fmt: install
     {{ py }} -m ruff check --fix .
     {{ py }} -m ruff format .
 
-# kvplug with its development tools, and the test engine (vLLM for the CPU, about 4 GB)
+# kvplug with its development tools, and the test engines (vLLM and SGLang for the CPU, about 4.5 GB)
 setup:
     @bash .ci/setup engine
+
+# the same, and it fails where SGLang can't be installed (g++ and OpenSSL's headers are needed)
+engines:
+    @bash .ci/setup engines
 
 # kvplug with its development tools only
 install:

@@ -90,6 +90,11 @@ FIGURES: Final = (
     Figure("vllm_ttft", "vLLM: time to first token from a warm pool ÷ computing it", "", 0.2),
     Figure("vllm_unseen", "vLLM: prompts never seen, with kvplug ÷ without", "", 1.03),
     Figure("vllm_step", "vLLM: scheduler's own time in a step that admits no request", "µs", 100.0),
+    Figure("sglang_ttft", "SGLang: time to first token from a warm pool ÷ computing it", "", 0.3),
+    Figure("sglang_unseen", "SGLang: prompts never seen, with kvplug ÷ without", "", 1.05),
+    Figure("sglang_ttft_hicache", "the first of them in hicache mode", "", None),
+    Figure("sglang_unseen_hicache", "the second of them in hicache mode", "", None),
+    Figure("sglang_lookup", "SGLang, linker mode: lookup of 512 pages, pinned, on the scheduler thread", "ms", 0.5),
     Figure("keys", "key making for 16 tokens, incremental", "µs", 1.0),
     *_hit_rates(),
 )

@@ -19,6 +19,7 @@ from kvplug.shm.objects import C_CONTIGUOUS, HEAD_BYTES, READ_BYTES, WRITEABLE, 
 
 I64 = npt.NDArray[np.int64]
 _INT64 = np.dtype(np.int64)
+_ONE_EACH = np.arange(4097)
 _nbytes = operator.attrgetter("nbytes")
 _is_cpu = operator.attrgetter("is_cpu")
 
@@ -201,6 +202,32 @@ class RegisteredRanges:
                 f"fragment {bad} ({int(nbytes[bad])} bytes at {int(addrs[bad]):#x}) is not inside a registered buffer; "
                 f"call register_buffer first"
             )
+
+
+def one_each(n: int) -> I64:
+    """Offsets int64[N+1] of ``n`` blocks that have one fragment each."""
+    return _ONE_EACH[: n + 1] if n < len(_ONE_EACH) else np.arange(n + 1)
+
+
+def equal_fragments(addrs: Any, nbytes: Any, n: int) -> tuple[I64, I64, I64]:
+    """The same as :func:`fragments` for F fragments each: addrs (N, F), nbytes (N, F) or (F,), arrays of integers."""
+    at, sizes = np.asarray(addrs), np.asarray(nbytes)
+    if at.dtype.kind not in "iu" or sizes.dtype.kind not in "iu":
+        raise BufferError(f"addresses and lengths must be integers, not {at.dtype} and {sizes.dtype}")
+    if at.ndim != 2 or len(at) != n or at.shape[1] < 1:
+        raise BufferError(f"addresses of shape {at.shape} were given for {n} keys; they must be ({n}, F), F at least 1")
+    if sizes.shape not in (at.shape, at.shape[1:]):
+        raise BufferError(
+            f"lengths of shape {sizes.shape} were given for addresses of shape {at.shape}; they must have that shape, "
+            f"or ({at.shape[1]},) if they are the same for every key"
+        )
+    sizes = np.broadcast_to(sizes, at.shape)
+    bad = (sizes < 0) | ((at <= 0) & (sizes > 0))
+    if bad.any():
+        i, f = np.argwhere(bad)[0].tolist()
+        raise BufferError(f"fragment {f} of key {i}: {int(sizes[i, f])} bytes at {int(at[i, f]):#x}")
+    offsets = np.arange(0, at.size + 1, at.shape[1], dtype=np.int64)
+    return offsets, np.require(at.ravel(), np.int64, "W"), np.require(sizes.ravel(), np.int64, "W")
 
 
 def fragments(addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], n: int) -> tuple[I64, I64, I64]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from kvplug import config as configuration
-from kvplug.buffers import RegisteredRanges, addresses, fragments
+from kvplug.buffers import RegisteredRanges, addresses, equal_fragments, fragments, one_each
 from kvplug.config import Config
 from kvplug.errors import BufferError, Code, ConfigError, KeyFormatError
 from kvplug.handles import PinnedBlocks, Reservation
@@ -165,7 +165,7 @@ class KvStore:
             words, nbytes, lambda part, dst, size, sums: copies.copy_hash_batch(dst, addrs[part], size, sums)
         )
 
-    def _put(self, words: I64, nbytes: I64, copy: Any) -> I8:
+    def _put(self, words: I64, nbytes: I64, copy: Any, siblings: tuple[int, int] = (1, 0)) -> I8:
         n = len(words)
         codes = np.full(n, Code.FULL, np.int8)
         if n == 0:
@@ -182,15 +182,17 @@ class KvStore:
             step = max(1, min(PUT_CHUNK_KEYS, PUT_CHUNK_BYTES // size, budget // pool.geometry.stride(size, 1)))
             for at in range(begin, end, step):
                 part = np.arange(at, min(at + step, end))
-                codes[part] = self._put_chunk(words[part], part, size, copy, (first, n, at))
+                codes[part] = self._put_chunk(words[part], part, size, copy, siblings, (first, n, at))
         again = codes == Code.IN_PROGRESS
         if again.any():  # a duplicate within the batch waited for its twin
             codes[again] = np.where(pool.exists(words[again]), np.int8(Code.EXISTS), np.int8(Code.IN_PROGRESS))
         return codes
 
-    def _put_chunk(self, words: I64, part: I64, size: int, copy: Any, dated: tuple[int, int, int]) -> I8:
+    def _put_chunk(
+        self, words: I64, part: I64, size: int, copy: Any, siblings: tuple[int, int], dated: tuple[int, int, int]
+    ) -> I8:
         pool = self._pool
-        b = pool.reserve(words, (size,), dated=dated)
+        b = pool.reserve(words, (size,), siblings=siblings, dated=dated)
         ok = np.flatnonzero(b.codes == Code.OK)
         if not len(ok):
             return b.codes
@@ -213,7 +215,7 @@ class KvStore:
         """
         words = _words(keys)
         addrs, nbytes, _keep = addresses(buffers, len(words), writable=True)
-        return self._pool.get_into(words, addrs, nbytes)
+        return self._pool.get_into(words, one_each(len(words)), addrs, nbytes)
 
     def exists(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Whether each key has a sealed block now."""
@@ -228,7 +230,10 @@ class KvStore:
         self._pool.touch(_words(keys))
 
     def remove(self, keys: Keys) -> I8:
-        """Free these blocks: 0 removed, -1 missing, -10 pinned by somebody, -2 being written."""
+        """Free these blocks: 0 removed, -1 missing, -10 pinned by somebody, -2 being written.
+
+        Siblings (:meth:`reserve_batch`) go with them; one that is pinned stays, and changes no code.
+        """
         return self._pool.remove(_words(keys))
 
     # ---- in place ----------------------------------------------------------------------------------------------------
@@ -251,9 +256,17 @@ class KvStore:
         """Release one pin of each slot (negative entries are passed over). Never blocks: queued if the lock is busy."""
         self._pool.unpin(_ints(slots))
 
-    def reserve_batch(self, keys: Keys, part_nbytes: Sequence[int] | I64) -> SlotBatch:
-        """A slot with ``len(part_nbytes)`` parts for each key that is not there yet."""
-        return self._pool.reserve(_words(keys), part_nbytes)
+    def reserve_batch(
+        self, keys: Keys, part_nbytes: Sequence[int] | I64, *, siblings: tuple[int, int] = (1, 0)
+    ) -> SlotBatch:
+        """A slot with ``len(part_nbytes)`` parts for each key that is not there yet.
+
+        ``siblings``: (count, index) of blocks that are worth nothing without each other, as the ranks of an engine
+        store them: when one is evicted, removed or dropped, so are the others, unless they are pinned or being
+        written. Sibling *j* of *i* has the same key with i ^ j XORed into its last two bytes, u16 little-endian, as
+        :func:`kvplug.keys.fold` numbers shards. Raises ConfigError unless 0 <= index < count <= 128.
+        """
+        return self._pool.reserve(_words(keys), part_nbytes, siblings=siblings)
 
     @staticmethod
     def part_offsets(part_nbytes: Sequence[int] | I64) -> I64:
@@ -283,7 +296,42 @@ class KvStore:
         """Compare a part of pinned blocks with its checksum: OK, CORRUPT, STALE."""
         return self._pool.verify_part(_ints(slots), _ints(gens), part)
 
-    # ---- scatter and gather, under the names that connectors know ----------------------------------------------------
+    # ---- scatter and gather ------------------------------------------------------------------------------------------
+
+    def put_fragments(self, keys: Keys, addrs: Any, nbytes: Any, *, siblings: tuple[int, int] = (1, 0)) -> I8:
+        """Store for each key its F fragments, one after another. Codes as of :meth:`put`.
+
+        addrs: integers (N, F), addresses of readable memory of this process: nobody checks them, the caller answers for
+        them. nbytes: (N, F), or (F,) if they are the same for every key; a fragment may be empty, a block not.
+        ``siblings``: see :meth:`reserve_batch`. Raises KeyFormatError, BufferError, BlockTooLargeError, ConfigError.
+        """
+        words = _words(keys)
+        return self._put_pieces(words, equal_fragments(addrs, nbytes, len(words)), siblings)
+
+    def get_fragments(self, keys: Keys, addrs: Any, nbytes: Any) -> I8:
+        """Copy each key's block into its F fragments, the way back of :meth:`put_fragments`, without the lock.
+
+        Codes as of :meth:`get_into`; fragments whose code is not 0 may have been written to. Raises KeyFormatError,
+        BufferError.
+        """
+        words = _words(keys)
+        return self._get_pieces(words, equal_fragments(addrs, nbytes, len(words)))
+
+    def _put_pieces(self, words: I64, pieces: tuple[I64, I64, I64], siblings: tuple[int, int]) -> I8:
+        offsets, addrs, sizes = pieces
+
+        def copy(part: I64, dst: I64, _size: I64, sums: I64) -> None:
+            picked, at = _pick(offsets, part)
+            copies.gather_multi(at, addrs[picked], sizes[picked], dst, sums)
+
+        return self._put(words, _sums(offsets, sizes), copy, siblings)
+
+    def _get_pieces(self, words: I64, pieces: tuple[I64, I64, I64]) -> I8:
+        offsets, addrs, sizes = pieces
+        _sums(offsets, sizes)
+        return self._pool.get_into(words, offsets, addrs, sizes)
+
+    # ---- the same, under the names that connectors know ----------------------------------------------------
 
     def register_buffer(self, addr: int, nbytes: int) -> int:
         """Vouch for memory whose raw addresses the ``multi_buffers`` calls may use. 0; raises BufferError."""
@@ -300,15 +348,9 @@ class KvStore:
     ) -> list[int]:
         """Store for each key its fragments, one after another. 0 for a key that is there now, else a negative Code."""
         words = _words(_named(keys))
-        offsets, frag_addrs, frag_sizes = fragments(addrs, sizes, len(words))
-        self._registered.check(frag_addrs, frag_sizes)
-        nbytes = _sums(offsets, frag_sizes)
-
-        def copy(part: I64, dst: I64, _size: I64, sums: I64) -> None:
-            picked, at = _pick(offsets, part)
-            copies.gather_multi(at, frag_addrs[picked], frag_sizes[picked], dst, sums)
-
-        codes = self._put(words, nbytes, copy)
+        pieces = fragments(addrs, sizes, len(words))
+        self._registered.check(*pieces[1:])
+        codes = self._put_pieces(words, pieces, (1, 0))
         done: list[int] = np.where(codes == Code.EXISTS, 0, codes).tolist()
         return done
 
@@ -317,26 +359,11 @@ class KvStore:
     ) -> list[int]:
         """Copy each key's block into its fragments. Bytes copied, or a negative Code."""
         words = _words(_named(keys))
-        offsets, frag_addrs, frag_sizes = fragments(addrs, sizes, len(words))
-        self._registered.check(frag_addrs, frag_sizes)
-        nbytes = _sums(offsets, frag_sizes)
-        b = self._pool.pin(words)
-        bad = np.empty(0, np.int64)
-        try:
-            good = np.flatnonzero((b.codes == Code.OK) & (b.nbytes == nbytes))
-            out = np.where(b.codes == Code.OK, np.int64(Code.SIZE), b.codes.astype(np.int64))
-            if self.config.verify == "always" and len(good):
-                checked = self._pool.verify_part(b.slots[good], b.gens[good], 0)
-                out[good] = checked
-                bad = good[checked == Code.CORRUPT]
-                good = good[checked == Code.OK]
-            picked, at = _pick(offsets, good)
-            copies.scatter_multi(at, frag_addrs[picked], frag_sizes[picked], self._pool.base_address + b.offsets[good])
-            out[good] = nbytes[good]
-        finally:
-            self._pool.unpin(b.slots)
-        self._pool.drop_corrupt(b.slots[bad], b.gens[bad])
-        return [int(x) for x in out]
+        pieces = fragments(addrs, sizes, len(words))
+        self._registered.check(*pieces[1:])
+        codes = self._get_pieces(words, pieces)
+        out: list[int] = np.where(codes == Code.OK, _sums(pieces[0], pieces[2]), codes).tolist()
+        return out
 
     def batch_is_exist(self, keys: Sequence[str | bytes]) -> list[int]:
         """1 there, 0 not."""

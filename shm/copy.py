@@ -44,7 +44,6 @@ __all__ = [
     "gather_multi",
     "gather_runs",
     "hash_batch",
-    "scatter_multi",
     "scatter_runs",
     "xxh3_64",
 ]
@@ -231,16 +230,3 @@ def gather_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, dst_addrs: Any
             at = _append(state, dst_addrs[i], at, total, frag_addrs[f], frag_nbytes[f], after)
         stream_fence()
         out_hash[i] = xxh3_finish(state, dst_addrs[i], total)
-
-
-@entry("v(I, I, I, I)")
-def scatter_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, src_addrs: Any) -> None:
-    """Parts to scattered fragments, the way back of :func:`gather_multi`; src_addrs: int64[N], the parts."""
-    n = len(src_addrs)
-    stream = frag_nbytes.sum() >= STREAM_BYTES
-    for i in range(n):
-        src = src_addrs[i]
-        for f in range(offsets[i], offsets[i + 1]):
-            after = src + frag_nbytes[f] if f + 1 < offsets[i + 1] else src_addrs[min(i + 1, n - 1)]
-            copy_out(frag_addrs[f], src, frag_nbytes[f], after, stream)
-            src += frag_nbytes[f]

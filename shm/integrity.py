@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvplug.errors import Code, IntegrityError, LockTimeoutError, PoolError
 from kvplug.shm.index import find
 from kvplug.shm.jit import compile_entry, kernel
 from kvplug.shm.layout import (
@@ -47,7 +48,9 @@ from kvplug.shm.layout import (
     S_ROW_STEP,
     S_STATE,
     SEALED,
-    SIZE_BITS,
+    SIBLING_BITS,
+    SIBLING_MASK,
+    SIBLING_SHIFT,
     SIZE_MASK,
     SLAB_DRAINING,
     SLAB_FREE,
@@ -56,7 +59,7 @@ from kvplug.shm.layout import (
     STATE_MASK,
     WRITING,
 )
-from kvplug.shm.lists import row_at, slab_at, slot_offset
+from kvplug.shm.lists import parts_of, row_at, slab_at, slot_offset
 from kvplug.shm.local import L_BASE
 from kvplug.shm.lock import enter, leave
 from kvplug.shm.read import bytes_match
@@ -80,6 +83,7 @@ FINDINGS = {
     16: "a client's number of pins is not the number of its bits",
     17: "a sealed block's bytes do not match its checksum",
     18: "a slot lies outside the segment",
+    19: "a block is numbered past its siblings",
 }
 
 
@@ -100,8 +104,11 @@ def _check_slot(T: Any, L: Any, row: int, deep: bool, pins: Any, found: Any, n: 
             n = _note(found, n, 1, row)
         if slot_offset(T, row) < 0:
             n = _note(found, n, 18, row)
-    if state == SEALED and T[r + R_DONE] != (1 << (T[r + R_SIZE] >> SIZE_BITS)) - 1:
+    if state == SEALED and T[r + R_DONE] != (1 << parts_of(T, row)) - 1:
         n = _note(found, n, 7, row)
+    which = T[r + R_SIZE] >> SIBLING_SHIFT
+    if state != FREE and (which & SIBLING_MASK) > (which >> SIBLING_BITS):
+        n = _note(found, n, 19, row)
     size = T[r + R_SIZE] & SIZE_MASK
     if state == SEALED and deep and not bytes_match(T, row, L[L_BASE] + slot_offset(T, row), size):
         n = _note(found, n, 17, row)
@@ -214,6 +221,16 @@ def check(T: Any, L: Any, deep: bool, pins: Any, seen: Any, found: Any) -> int:
 def prepare() -> None:
     """Compile or load the check, which no ordinary call needs, before anybody waits for it."""
     compile_entry(check, "i(I, I, b, I, I8, K)")
+
+
+def raise_findings(pool: str, answer: int, sentences: list[str], lock_timeout_s: float) -> None:
+    """What :func:`findings` answered, as an error: IntegrityError, LockTimeoutError or PoolError."""
+    if answer == Code.TIMEOUT:
+        raise LockTimeoutError(f"the lock of pool {pool!r} was not to be had within {lock_timeout_s} s")
+    if answer < 0:
+        raise PoolError(f"pool {pool!r} was removed")
+    if answer:
+        raise IntegrityError(f"pool {pool!r} has {answer} finding(s): " + "; ".join(sentences))
 
 
 def findings(

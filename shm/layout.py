@@ -131,7 +131,7 @@ MAX_CLASSES: Final = 64
 ROW_WORDS: Final = 12
 R_WORD: Final = 0  # state in the low 3 bits, generation above: the row's only commit
 R_KEY: Final = 1  # four words
-R_SIZE: Final = 5  # payload bytes (low 40 bits), number of parts above
+R_SIZE: Final = 5  # from below: payload bytes (40 bits), parts (6), which sibling it is (7), siblings - 1 (7)
 R_DONE: Final = 6  # bit per finished part
 R_SESSION: Final = 7  # who writes
 R_TICK: Final = 8
@@ -146,7 +146,13 @@ STATE_MASK: Final = 7
 GEN_SHIFT: Final = 3
 SIZE_MASK: Final = (1 << 40) - 1
 SIZE_BITS: Final = 40
+PARTS_MASK: Final = 63
 MAX_PARTS: Final = 62
+SIBLING_SHIFT: Final = 46
+SIBLING_BITS: Final = 7
+SIBLING_MASK: Final = (1 << SIBLING_BITS) - 1
+SIBLING_KEY_SHIFT: Final = 48  # where a sibling's number stands in a key's last word: its last two bytes
+MAX_SIBLINGS: Final = 1 << SIBLING_BITS
 PART_ALIGN_BYTES: Final = 64
 
 # ---- parts, index, events --------------------------------------------------------------------------------------------
@@ -171,6 +177,13 @@ def layout_hash() -> int:
     )
     text = ";".join(f"{n}={globals()[n]}" for n in names)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def sibling_bits(count: int, index: int) -> int:
+    """What a row's size word says of a block that is number ``index`` of ``count`` siblings; :class:`ConfigError`."""
+    if not (1 <= count <= MAX_SIBLINGS and 0 <= index < count):
+        raise ConfigError(f"block {index} of {count} siblings: there are 1 to {MAX_SIBLINGS}, numbered from 0")
+    return ((count - 1) << SIBLING_BITS | index) << SIBLING_SHIFT
 
 
 def _pow2_at_least(n: int) -> int:

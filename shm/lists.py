@@ -28,7 +28,9 @@ from kvplug.shm.layout import (
     K_SLABS,
     K_STRIDE,
     MAX_CLASSES,
+    PARTS_MASK,
     R_NEXT,
+    R_SIZE,
     R_WORD,
     ROW_WORDS,
     S_CLASS,
@@ -41,6 +43,7 @@ from kvplug.shm.layout import (
     S_ROW_STEP,
     S_STATE,
     S_STRIDE,
+    SIZE_BITS,
     SLAB_FREE,
     SLAB_WORDS,
     STATE_MASK,
@@ -61,6 +64,12 @@ def slab_at(T: Any, slab: int) -> int:
 def row_at(T: Any, row: int) -> int:
     """Word offset of a slot's row."""
     return T[H_O_ROW] + row * ROW_WORDS
+
+
+@kernel
+def parts_of(T: Any, row: int) -> int:
+    """Number of parts of the slot's block."""
+    return (T[row_at(T, row) + R_SIZE] >> SIZE_BITS) & PARTS_MASK
 
 
 @kernel

@@ -22,13 +22,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.errors import Code, ConfigError, IntegrityError, LockTimeoutError, PoolError, StoreClosedError
+from kvplug.errors import Code, ConfigError, PoolError, StoreClosedError
 from kvplug.shm import layout as lay
 from kvplug.shm import pins, read, reap, segment, write
 from kvplug.shm.attach import PoolOptions, attach, reap_dead
 from kvplug.shm.batch import I8, I64, SlotBatch, part_offsets
 from kvplug.shm.events import EventReader
-from kvplug.shm.integrity import findings, prepare
+from kvplug.shm.integrity import findings, prepare, raise_findings
 from kvplug.shm.layout import Geometry
 from kvplug.shm.liveness import alive_clients, close_private
 from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SESSION
@@ -143,9 +143,18 @@ class Pool:
         self.T[lay.H_TICK] += n
         return first
 
-    def reserve(self, keys: I64, part_nbytes: npt.ArrayLike, *, dated: tuple[int, int, int] | None = None) -> SlotBatch:
+    def reserve(
+        self,
+        keys: I64,
+        part_nbytes: npt.ArrayLike,
+        *,
+        siblings: tuple[int, int] = (1, 0),
+        dated: tuple[int, int, int] | None = None,
+    ) -> SlotBatch:
         """A slot for each key that is not there yet, with one part per entry of ``part_nbytes``.
 
+        ``siblings``: (count, index) of blocks that leave the pool together, each under the same key but for its index,
+        XORed into the key's last two bytes (u16, little-endian).
         ``dated``: what batch these keys are a piece of: its first tick, its length, the number of keys before these.
         Codes: OK, EXISTS, IN_PROGRESS, FULL, BUDGET, TIMEOUT, RETIRED. Raises BlockTooLargeError, ConfigError,
         StoreClosedError.
@@ -154,6 +163,7 @@ class Pool:
         if not 1 <= len(sizes) <= lay.MAX_PARTS or int(sizes.min()) < 1:
             raise ConfigError(f"a block has 1 to {lay.MAX_PARTS} parts of at least one byte, not {sizes.tolist()}")
         _, size = part_offsets(sizes)
+        which = lay.sibling_bits(*siblings)
         stride = self.geometry.stride(size, len(sizes))
         n = len(keys)
         dated = dated or (self.take_ticks(n), n, 0)
@@ -173,7 +183,7 @@ class Pool:
                 end = min(at + RESERVE_KEYS_A_SECTION, n)
                 got = int(
                     write.reserve(
-                        self.T, self.L, keys, at, end, stride, size, sizes, *proposed, v.used, *filled, *dated
+                        self.T, self.L, keys, at, end, stride, size, which, sizes, *proposed, v.used, *filled, *dated
                     )
                 )
                 if got < 0:
@@ -243,14 +253,14 @@ class Pool:
         return out
 
     def remove(self, keys: I64) -> I8:
-        """Free the blocks with these keys: OK, MISSING, PINNED, IN_PROGRESS, TIMEOUT."""
+        """Free the blocks with these keys, and their siblings: OK, MISSING, PINNED, IN_PROGRESS, TIMEOUT, RETIRED."""
         codes = np.full(len(keys), Code.TIMEOUT, np.int8)
         with self._only_thread() as mine:
             for at in range(0, len(keys) if mine else 0, RESERVE_KEYS_A_SECTION):
                 part = slice(at, at + RESERVE_KEYS_A_SECTION)
-                answer = int(write.remove(self.T, self.L, keys[part], codes[part]))
-                if answer < 0:
-                    codes[at:] = answer
+                done = int(write.remove(self.T, self.L, keys[part], codes[part]))
+                if done < len(keys[part]):
+                    codes[at + done :] = Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT
                     break
         return codes
 
@@ -273,13 +283,13 @@ class Pool:
         self._ready()
         read.touch(self.T, self.L, keys)
 
-    def get_into(self, keys: I64, dst_addrs: I64, dst_nbytes: I64) -> I8:
-        """Copy each block to its destination: OK, MISSING, SIZE or CORRUPT. No lock."""
+    def get_into(self, keys: I64, offsets: I64, dst_addrs: I64, dst_nbytes: I64) -> I8:
+        """Copy block *i* to destinations ``offsets[i] … offsets[i+1]-1``: OK, MISSING, SIZE or CORRUPT. No lock."""
         self._ready()
         n = len(keys)
         codes = np.empty(n, np.int8)
         slots, words = np.empty((2, n), np.int64)
-        hits = read.get_into(self.T, self.L, keys, dst_addrs, dst_nbytes, codes, slots, words)
+        hits = read.get_into(self.T, self.L, keys, offsets, dst_addrs, dst_nbytes, codes, slots, words)
         if hits < n and self.options.verify:
             bad = codes == Code.CORRUPT
             self._drop(slots[bad], words[bad])
@@ -435,14 +445,7 @@ class Pool:
         prepare()
         with self._only_thread() as mine:
             n, sentences = findings(self.T, self.L, deep=deep) if mine else (int(Code.TIMEOUT), [])
-        if n == Code.TIMEOUT:
-            raise LockTimeoutError(
-                f"the lock of pool {self.name!r} was not to be had within {self.options.lock_timeout_s} s"
-            )
-        if n < 0:
-            raise PoolError(f"pool {self.name!r} was removed")
-        if n:
-            raise IntegrityError(f"pool {self.name!r} has {n} finding(s): " + "; ".join(sentences))
+        raise_findings(self.name, n, sentences, self.options.lock_timeout_s)
 
     def close(self) -> None:
         """Release pins, leave, and reclaim what this session had in writing if it was its last process. Idempotent.

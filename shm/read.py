@@ -32,10 +32,9 @@ from kvplug.shm.layout import (
     R_TICK,
     R_WORD,
     SEALED,
-    SIZE_BITS,
     SIZE_MASK,
 )
-from kvplug.shm.lists import row_at, slot_offset
+from kvplug.shm.lists import parts_of, row_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_TOUCH, L_VERIFY
 from kvplug.shm.write import MISSING, OK, STALE, TOUCH_NONE, tick_of
 from kvplug.shm.xxh3 import xxh3_64
@@ -82,11 +81,11 @@ def touch(T: Any, L: Any, keys: Any) -> None:
 
 @kernel
 def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
-    """Whether the ``size`` bytes at ``addr`` (the payload, or a copy of it) have the checksums of the slot's parts.
+    """Whether the ``size`` bytes at ``addr``, the payload, have the checksums of the slot's parts.
 
     Without the lock the slot may be another block's meanwhile, with larger parts: nothing past ``size`` is read.
     """
-    n_parts = T[row_at(T, row) + R_SIZE] >> SIZE_BITS
+    n_parts = parts_of(T, row)
     p0 = T[H_O_PART] + row * PART_WORDS
     at = 0
     for p in range(n_parts):
@@ -99,9 +98,11 @@ def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
     return True
 
 
-@entry("i(I, I, K, I, I, I8, I, I)")
-def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: Any, rows: Any, words: Any) -> int:
-    """Copy each key's block to its destination; the number of hits.
+@entry("i(I, I, K, I, I, I, I8, I, I)")
+def get_into(
+    T: Any, L: Any, keys: Any, offsets: Any, dst_addrs: Any, dst_nbytes: Any, codes: Any, rows: Any, words: Any
+) -> int:
+    """Copy each key's block to its fragments ``offsets[i] … offsets[i+1]-1``, one after another; the number of hits.
 
     ``rows``/``words`` name the block that was read, for the caller to drop one whose code says CORRUPT. A destination's
     content counts only where the code is OK.
@@ -111,7 +112,7 @@ def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: 
     me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
     first = T[H_TICK] + 1
     T[H_TICK] += n
-    stream = L[L_VERIFY] == 0 and dst_nbytes.sum() >= STREAM_BYTES
+    stream = dst_nbytes.sum() >= STREAM_BYTES
     hits = 0
     total = 0
     for i in range(n):
@@ -129,12 +130,19 @@ def get_into(T: Any, L: Any, keys: Any, dst_addrs: Any, dst_nbytes: Any, codes: 
         size = T[r + R_SIZE] & SIZE_MASK
         offset = slot_offset(T, row)
         after = slot_offset(T, rows[i + 1]) if i + 1 < looked_up and rows[i + 1] >= 0 else offset
+        room = 0
+        for f in range(offsets[i], offsets[i + 1]):
+            room += dst_nbytes[f]
         ok = True
-        fits = size == dst_nbytes[i] and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
+        fits = size == room and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
         if fits:
-            copy_out(dst_addrs[i], base + offset, size, base + after, stream)
-            if L[L_VERIFY] != 0:
-                ok = bytes_match(T, row, dst_addrs[i], size)
+            src = base + offset
+            for f in range(offsets[i], offsets[i + 1]):
+                end = src + dst_nbytes[f]
+                copy_out(dst_addrs[f], src, dst_nbytes[f], end if f + 1 < offsets[i + 1] else base + after, stream)
+                src = end
+            if L[L_VERIFY] != 0:  # after the copy: what is wrong in the copy was wrong in the slot, and still is
+                ok = bytes_match(T, row, base + offset, size)
         fence_acquire()
         if load_acquire(base + 8 * (r + R_WORD)) != word:
             continue
@@ -168,7 +176,7 @@ def verify_part(T: Any, L: Any, rows: Any, gens: Any, part: int, codes: Any) -> 
         word = load_acquire(base + 8 * (r + R_WORD))
         if word != (gens[i] << GEN_SHIFT) | SEALED:
             continue
-        n_parts = T[r + R_SIZE] >> SIZE_BITS
+        n_parts = parts_of(T, row)
         if part < 0 or part >= n_parts:
             continue
         p0 = T[H_O_PART] + row * PART_WORDS

@@ -42,7 +42,6 @@ from kvplug.shm.layout import (
     R_DONE,
     R_NEXT,
     R_PIN,
-    R_SIZE,
     R_WORD,
     S_CLASS,
     S_FREE_COUNT,
@@ -53,7 +52,6 @@ from kvplug.shm.layout import (
     S_STATE,
     S_STRIDE,
     SEALED,
-    SIZE_BITS,
     SLAB_DRAINING,
     SLAB_FREE,
     SLAB_OWNED,
@@ -61,7 +59,7 @@ from kvplug.shm.layout import (
     STATE_MASK,
     WRITING,
 )
-from kvplug.shm.lists import class_of, push_free_slab, push_free_slot, row_at, set_free, slab_at
+from kvplug.shm.lists import class_of, parts_of, push_free_slab, push_free_slot, row_at, set_free, slab_at
 from kvplug.shm.local import L_BASE
 
 
@@ -70,7 +68,7 @@ def _rebuild_slot(T: Any, L: Any, row: int) -> None:
     r = row_at(T, row)
     state = T[r + R_WORD] & STATE_MASK
     if state == WRITING:
-        n_parts = T[r + R_SIZE] >> SIZE_BITS
+        n_parts = parts_of(T, row)
         if n_parts > 0 and T[r + R_DONE] == (1 << n_parts) - 1:
             # Every part and checksum is in place; only the seal is missing.
             store_release(L[L_BASE] + 8 * (r + R_WORD), (((T[r + R_WORD] >> GEN_SHIFT) + 1) << GEN_SHIFT) | SEALED)

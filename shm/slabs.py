@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.shm.atomics import store_release
+from kvplug.shm.evict import evict, is_pinned
 from kvplug.shm.failpoints import DRAIN_EMPTY, DRAIN_STARTED, WATERMARK, fail
 from kvplug.shm.jit import entry
 from kvplug.shm.layout import (
     E_EVICTED,
     FREE,
-    H_C_EVICTED,
     H_C_SLAB_MOVES,
     H_DRAINING,
     H_N_SLABS,
@@ -34,7 +34,6 @@ from kvplug.shm.layout import (
 from kvplug.shm.lists import give_back_slab, list_slab, push_free_slab, row_at, slab_at, unlink
 from kvplug.shm.local import L_BASE
 from kvplug.shm.lock import clean, dirty, enter, leave
-from kvplug.shm.write import evict, is_pinned
 
 DRAIN_SLOTS_A_SECTION = 1024
 NOT_BEGUN = -1
@@ -94,12 +93,10 @@ def drain_step(T: Any, L: Any, wanted: int, stride: int) -> int:
         if state != SEALED or is_pinned(T, row):
             result = DRAIN_CALLED_OFF
             break
-        if evicted == DRAIN_SLOTS_A_SECTION:
+        if evicted >= DRAIN_SLOTS_A_SECTION:
             result = DRAIN_GOES_ON
             break
-        evict(T, L, row, E_EVICTED)
-        T[H_C_EVICTED] += 1
-        evicted += 1
+        evicted += 1 + evict(T, L, row, E_EVICTED)
     if result == DRAIN_DONE:
         fail(L, DRAIN_EMPTY)
         T[H_DRAINING] = 0

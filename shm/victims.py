@@ -27,7 +27,7 @@ DRAIN_TRIES: Final = 4
 
 @dataclasses.dataclass(slots=True)
 class Victims:
-    """Proposals in the order in which they should go; ``used[0]`` of them have been looked at."""
+    """Proposals in the order in which they should go; ``used[0]`` of them have been looked at (``[1]``: scratch)."""
 
     slots: I64
     words: I64
@@ -37,7 +37,7 @@ class Victims:
 
 def _none() -> Victims:
     e = np.empty(0, np.int64)
-    return Victims(e, e, e, np.zeros(1, np.int64))
+    return Victims(e, e, e, np.zeros(2, np.int64))
 
 
 class VictimFinder:
@@ -63,7 +63,7 @@ class VictimFinder:
         chosen = chosen[:found]
         if self._take_slab(stride, int(np.median(c.ticks)) if found else -1):
             return True
-        self._by_stride[stride] = Victims(c.slots[chosen], c.words[chosen], c.ticks[chosen], np.zeros(1, np.int64))
+        self._by_stride[stride] = Victims(c.slots[chosen], c.words[chosen], c.ticks[chosen], np.zeros(2, np.int64))
         return found > 0
 
     def _take_slab(self, stride: int, own_tick: int) -> bool:

@@ -11,12 +11,11 @@ from typing import Any
 
 from kvplug.shm.atomics import fence_release, load_acquire, now_ns, store_release
 from kvplug.shm.events import emit
+from kvplug.shm.evict import SIBLINGS_A_SECTION, announce_siblings, evict, is_pinned
 from kvplug.shm.failpoints import (
     ABORT_UNINDEXED,
     ABORT_WORD,
     ACK_WORD,
-    EVICT_UNINDEXED,
-    EVICT_WORD,
     PART_DONE,
     PART_RECORDED,
     RESERVE_FIELDS,
@@ -35,11 +34,9 @@ from kvplug.shm.layout import (
     E_SEALED,
     GEN_SHIFT,
     H_C_ABORTED,
-    H_C_EVICTED,
     H_C_FULL,
     H_C_QUARANTINED,
     H_C_RELEASED,
-    H_C_REMOVED,
     H_C_SEALED,
     H_GRACE_NS,
     H_MAX_CLIENTS,
@@ -67,6 +64,7 @@ from kvplug.shm.layout import (
 from kvplug.shm.lists import (
     class_of,
     is_slot_of,
+    parts_of,
     pop_free_slot,
     release_slot,
     row_at,
@@ -110,16 +108,6 @@ def set_word(T: Any, L: Any, row: int, state: int) -> int:
 
 
 @kernel
-def is_pinned(T: Any, row: int) -> bool:
-    """Whether any client holds a pin on the slot."""
-    r = row_at(T, row)
-    for w in range(PIN_WORDS):
-        if T[r + R_PIN + w] != 0:
-            return True
-    return False
-
-
-@kernel
 def owe(T: Any, row: int, by: int) -> None:
     """Count a reservation up or down at the client that made it."""
     owner = T[row_at(T, row) + R_NEXT]
@@ -128,21 +116,11 @@ def owe(T: Any, row: int, by: int) -> None:
 
 
 @kernel
-def evict(T: Any, L: Any, row: int, kind: int) -> None:
-    """SEALED → FREE, out of the index, on no list. The caller has checked pins and marked the pool dirty."""
-    emit(T, L, kind, row)
-    set_free(T, L, row)
-    fail(L, EVICT_WORD)
-    delete(T, L, row)
-    fail(L, EVICT_UNINDEXED)
-
-
-@kernel
 def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at: Any, worth: int) -> int:
     """A slot for one block: a free one, one of a fresh slab, or the next victim that still is one; -1 if none.
 
     A victim dated after ``worth``, the date of what is to be stored, stays: nothing is gained by dropping the middle of
-    a prefix for its tail.
+    a prefix for its tail. ``at[0]`` victims have been looked at, and ``at[1]`` of their siblings in this section.
     """
     row = pop_free_slot(T, cls)
     if row >= 0:
@@ -159,26 +137,28 @@ def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at
             return -1
         at[0] += 1
         if same:
-            evict(T, L, row, E_EVICTED)
-            T[H_C_EVICTED] += 1
+            at[1] += evict(T, L, row, E_EVICTED)
             return row
     return -1
 
 
-@entry("i(I, I, K, i, i, i, i, I, I, I, I, I, I8, I, I, I, i, i, i)")
+@entry("i(I, I, K, i, i, i, i, i, I, I, I, I, I, I8, I, I, I, i, i, i)")
 def reserve(
-    T: Any, L: Any, keys: Any, begin: int, end: int, stride: int, size: int, part_nbytes: Any,
+    T: Any, L: Any, keys: Any, begin: int, end: int, stride: int, size: int, siblings: int, part_nbytes: Any,
     victims: Any, words: Any, ticks: Any, at: Any, codes: Any, rows: Any, gens: Any, offsets: Any,
     first: int, total: int, before: int,
 ) -> int:  # fmt: skip
     """Reserve a slot for each of ``keys[begin:end]``; returns where it stopped, or a negative lock code.
 
     It stops early at the first key that needs a victim when there is none left, or only ones that are worth more;
-    ``at[0]`` victims have been looked at. The keys are dated as those after the first ``before`` of a batch of
-    ``total`` that begins at tick ``first``; a batch that comes in pieces goes through a pool smaller than itself.
+    ``at[0]`` victims have been looked at. ``siblings``: see layout.sibling_bits. The keys are dated as those after the
+    first ``before`` of a batch of ``total`` that begins at tick ``first``; a batch that comes in pieces goes through a
+    pool smaller than itself.
     """
     announce(T, L, keys, begin, end)  # what is in the cache already needs no wait under the lock
-    announce_rows(T, L, victims, at[0], min(at[0] + end - begin, victims.shape[0]))
+    likely = min(at[0] + end - begin, victims.shape[0])
+    announce_rows(T, L, victims, at[0], likely)
+    announce_siblings(T, L, victims, at[0], likely)
     lock = enter(T, L)
     if lock < 0:
         return lock
@@ -186,8 +166,17 @@ def reserve(
     dirty(T, L)
     cls = class_of(T, stride)
     me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
+    at[1] = 0
     i = begin
     while i < end:
+        if at[1] >= SIBLINGS_A_SECTION:
+            clean(T, L)
+            leave(T, L)
+            if enter(T, L) < 0:
+                return i  # the caller asks again, and is told
+            dirty(T, L)
+            cls = class_of(T, stride)
+            at[1] = 0
         k0, k1, k2, k3 = keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3]
         tick = tick_of(first, total, before + i, L[L_TOUCH])
         worth = tick if total == keys.shape[0] else first + total
@@ -215,7 +204,7 @@ def reserve(
         T[r + R_KEY + 1] = k1
         T[r + R_KEY + 2] = k2
         T[r + R_KEY + 3] = k3
-        T[r + R_SIZE] = (n_parts << SIZE_BITS) | size
+        T[r + R_SIZE] = siblings | (n_parts << SIZE_BITS) | size
         T[r + R_DONE] = 0
         T[r + R_SESSION] = L[L_SESSION]
         T[r + R_TICK] = tick
@@ -266,7 +255,7 @@ def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: 
         r = row_at(T, row)
         if T[r + R_WORD] != ((gens[i] << GEN_SHIFT) | WRITING):
             continue
-        n_parts = T[r + R_SIZE] >> SIZE_BITS
+        n_parts = parts_of(T, row)
         if part < 0 or part >= n_parts:
             continue
         T[T[H_O_PART] + (row + part) * PART_WORDS + 1] = sums[i]
@@ -376,12 +365,19 @@ def release_expired(T: Any, L: Any, rows: Any) -> int:
 
 @entry("i(I, I, K, I8)")
 def remove(T: Any, L: Any, keys: Any, codes: Any) -> int:
-    """Free the sealed, unpinned blocks with these keys."""
-    lock = enter(T, L)
-    if lock < 0:
-        return lock
+    """Free the sealed, unpinned blocks with these keys. How many keys are done: fewer than given means a lock code."""
+    if enter(T, L) < 0:
+        return 0
     dirty(T, L)
+    looked = 0
     for i in range(keys.shape[0]):
+        if looked >= SIBLINGS_A_SECTION:
+            clean(T, L)
+            leave(T, L)
+            if enter(T, L) < 0:
+                return i
+            dirty(T, L)
+            looked = 0
         row = find(T, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
         if row < 0:
             codes[i] = MISSING
@@ -392,31 +388,36 @@ def remove(T: Any, L: Any, keys: Any, codes: Any) -> int:
         if is_pinned(T, row):
             codes[i] = PINNED
             continue
-        evict(T, L, row, E_CLEARED)
+        looked += evict(T, L, row, E_CLEARED)
         release_slot(T, L, row)
-        T[H_C_REMOVED] += 1
         codes[i] = OK
     clean(T, L)
     leave(T, L)
-    return 0
+    return keys.shape[0]
 
 
 @entry("i(I, I, I, I)")
 def drop_corrupt(T: Any, L: Any, rows: Any, words: Any) -> int:
-    """Free unpinned blocks whose bytes were found to be wrong, if they are still the same blocks."""
-    lock = enter(T, L)
-    if lock < 0:
-        return lock
+    """Free unpinned blocks whose bytes were found to be wrong, if they are still the same blocks. How many are done."""
+    if enter(T, L) < 0:
+        return 0
     dirty(T, L)
+    looked = 0
     for i in range(rows.shape[0]):
+        if looked >= SIBLINGS_A_SECTION:
+            clean(T, L)
+            leave(T, L)
+            if enter(T, L) < 0:
+                return i
+            dirty(T, L)
+            looked = 0
         row = rows[i]
         if row >= 0 and T[row_at(T, row) + R_WORD] == words[i] and not is_pinned(T, row):
-            evict(T, L, row, E_CLEARED)
+            looked += evict(T, L, row, E_CLEARED)
             release_slot(T, L, row)
-            T[H_C_REMOVED] += 1
     clean(T, L)
     leave(T, L)
-    return 0
+    return rows.shape[0]
 
 
 @entry("v(I, I, I, I, B)")

@@ -57,7 +57,7 @@ class DeviceCopy(ABC):
             runs: where a block's bytes lie.
             block_ids: int64[N].
             dst: int64[N], the address of each block's part in this process's mapping of the pool.
-            after: a mark; the copy starts when the work that it stands for is done.
+            after: a mark; the copy starts when the work that it stands for is done. None: there is nothing to wait for.
 
         Returns:
             uint64[N]: XXH3-64 of each part, taken from the bytes that were written.

@@ -53,6 +53,11 @@ def note_load(lora_id: str, path: str | None) -> None:
     _loaded[lora_id] = _Adapter(path)
 
 
+def is_known(extra_key: str) -> bool:
+    """Whether an extra key ends like that of a request with one of the adapters that were loaded here."""
+    return extra_key[-ID_CHARS:] in _loaded
+
+
 def seed(
     extra_key: str | None,
     cache_salt: str | None,

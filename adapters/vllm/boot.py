@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvplug import config as configuration
-from kvplug.adapters.devices.base import DeviceCopy
-from kvplug.adapters.devices.cpu import CpuCopy
+from kvplug.adapters.devices import for_device
 from kvplug.adapters.vllm import compat, namespace, plugin
 from kvplug.adapters.vllm.jobs import Rank, RankLayout
 from kvplug.adapters.vllm.layout import group_bytes
@@ -95,18 +94,12 @@ def worker_start(
             backends=compat.attention_backends(vllm_config),
         )
         assert len(rules) == len(groups)
-        side = WorkerSide(store, _device(kind), groups, rank, warn)
+        side = WorkerSide(store, for_device(kind), groups, rank, warn)
     except Exception as error:  # noqa: BLE001 - the engine must start; the scheduler's side says why kvplug is off
         for store in opened:
             store.close()
         return RankLayout(rank, None, str(error) or type(error).__name__), None
     return layout, side
-
-
-def _device(kind: str) -> DeviceCopy:
-    if kind == "cpu":
-        return CpuCopy()
-    raise UnsupportedEngineError(f"no copies for devices of kind {kind!r} yet")
 
 
 def _host() -> str:

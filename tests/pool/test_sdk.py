@@ -12,6 +12,7 @@ import torch
 
 from kvplug import errors
 from kvplug.errors import Code
+from kvplug.keys import fold
 from kvplug.shm import layout as lay
 from kvplug.shm.index import key_hash
 from tests.pool.sample import BLOCK, MakeStore, flip_a_byte, some_blocks, some_keys
@@ -305,3 +306,98 @@ def test_raw_addresses_count_only_inside_registered_memory(make_store: MakeStore
     with pytest.raises(errors.BufferError):
         store.register_buffer(at, 0)
     assert store.batch_is_exist(["a", "b"]) == [1, 0]
+
+
+# ---- fragments -----------------------------------------------------------------------------------------------------
+
+
+def cut(memory: np.ndarray, n: int, *sizes: int) -> np.ndarray:
+    """Addresses (n, F) of fragments of these sizes, dealt out backwards over ``memory``."""
+    ends = memory.ctypes.data + memory.nbytes - np.cumsum(np.tile(sizes, n))
+    return ends.reshape(n, len(sizes))
+
+
+def content_of(memory: np.ndarray, addrs: np.ndarray, nbytes: np.ndarray) -> list[bytes]:
+    at = addrs - memory.ctypes.data
+    return [
+        b"".join(memory[s : s + n].tobytes() for s, n in zip(one.tolist(), ns.tolist(), strict=True))
+        for one, ns in zip(at, nbytes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("verify", ["never", "always"])
+@pytest.mark.parametrize("sizes", [(4096, 4096), (20_000,), (1, 0, 9000, 64)])
+def test_equal_fragments_go_in_and_come_out(verify: str, sizes: tuple[int, ...], make_store: MakeStore) -> None:
+    store = make_store(verify=verify)
+    n = 300
+    source, target = some_blocks(1, n * sum(sizes))[0], np.zeros(n * sum(sizes), np.uint8)
+    of = some_keys(n)
+    src, dst = cut(source, n, *sizes), cut(target, n, *sizes)
+    assert store.put_fragments(of, src, np.array(sizes)).tolist() == [Code.OK] * n
+    assert store.put_fragments(of, src, np.tile(sizes, (n, 1))).tolist() == [Code.EXISTS] * n
+    missing = some_keys(1, seed=9)
+    codes = store.get_fragments(np.concatenate([missing, of]), np.concatenate([dst[:1], dst]), np.array(sizes))
+    assert codes.tolist() == [Code.MISSING] + [Code.OK] * n
+    assert (target == source).all()
+    whole = np.empty((n, sum(sizes)), np.uint8)
+    assert not store.get_into(of, whole).any(), "a block of fragments is a block like any other"
+    assert [one.tobytes() for one in whole] == content_of(source, src, np.tile(sizes, (n, 1)))
+    assert store.get_fragments(of[:2], dst[:2, :1], [sum(sizes) - 1]).tolist() == [Code.SIZE] * 2
+    assert store.put_fragments(of[:0], np.empty((0, 2), np.int64), [1, 1]).tolist() == []
+    assert store.stats().hits == 2 * n
+
+
+def test_each_key_may_have_fragments_of_its_own_lengths(make_store: MakeStore) -> None:
+    store = make_store(verify="always")
+    source, target = some_blocks(1, 60_000)[0], np.zeros(60_000, np.uint8)
+    nbytes = np.array([[10_000, 5000], [1, 29_999], [15_000, 0]])
+    at = np.concatenate(([0], np.cumsum(nbytes.ravel())[:-1])).reshape(3, 2)
+    assert store.put_fragments(some_keys(3), source.ctypes.data + at, nbytes).tolist() == [Code.OK] * 3
+    assert store.get_fragments(some_keys(3), target.ctypes.data + at, nbytes).tolist() == [Code.OK] * 3
+    assert (target == source).all()
+
+
+def test_corrupt_fragments_are_dropped(make_store: MakeStore) -> None:
+    store = make_store(verify="always")
+    source, target = some_blocks(1, 40_000)[0], np.zeros(40_000, np.uint8)
+    assert not store.put_fragments(some_keys(2), cut(source, 2, 15_000, 5000), [15_000, 5000]).any()
+    flip_a_byte(store, some_keys(2)[0], at=17_000)
+    got = store.get_fragments(some_keys(2), cut(target, 2, 15_000, 5000), [15_000, 5000])
+    assert got.tolist() == [Code.CORRUPT, Code.OK]
+    assert store.exists(some_keys(2)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("addrs", "nbytes", "says"),
+    [
+        (np.ones((2, 2), np.int64), [1, 1], "for 3 keys"),
+        (np.ones(3, np.int64), [1], "for 3 keys"),
+        (np.ones((3, 0), np.int64), [], "must be integers"),
+        (np.ones((3, 2), np.int64), [1, 1, 1], "the same for every key"),
+        (np.ones((3, 2), np.int64), np.ones((2, 2), np.int64), "the same for every key"),
+        (np.ones((3, 2)), [1, 1], "must be integers"),
+        (np.ones((3, 2), np.int64), [1.0, 1.0], "must be integers"),
+        (np.ones((3, 2), np.int64), [5, -1], "fragment 1 of key 0: -1 bytes"),
+        (np.array([[4096, 4096], [4096, 0], [4096, 4096]]), [5, 1], "fragment 1 of key 1: 1 bytes at 0x0"),
+        (np.ones((3, 2), np.int64), [0, 0], "0 bytes together"),
+    ],
+)
+def test_fragments_of_a_wrong_shape_are_refused(
+    addrs: np.ndarray, nbytes: object, says: str, make_store: MakeStore
+) -> None:
+    store = make_store()
+    for call in (store.put_fragments, store.get_fragments):
+        with pytest.raises(errors.BufferError, match=says):
+            call(some_keys(3), addrs, nbytes)
+    with pytest.raises(errors.ConfigError, match="siblings"):
+        store.put_fragments(some_keys(1), np.ones((1, 1), np.int64), [1], siblings=(2, 2))
+
+
+def test_fragments_have_siblings(make_store: MakeStore) -> None:
+    store = make_store()
+    source = some_blocks(1, 3 * BLOCK)[0]
+    of = [fold(some_keys(3), 0, rank) for rank in range(2)]
+    for rank in range(2):
+        assert not store.put_fragments(of[rank], cut(source, 3, BLOCK), [BLOCK], siblings=(2, rank)).any()
+    assert store.remove(of[1][:1]).tolist() == [Code.OK]
+    assert store.exists(of[0]).tolist() == [False, True, True]

@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 from kvplug import KvStore
 from kvplug.config import Config
 from kvplug.errors import Code
+from kvplug.keys import fold
 from kvplug.shm import copy as copies
 from kvplug.shm.failpoints import NAMES, arm
 from kvplug.shm.jit import warm_up
@@ -45,6 +46,10 @@ Name = tuple[int, int]
 Handle = tuple[int, int, int]
 """(slot, generation, offset)."""
 
+GROUP: Final = 3
+GROUP_BYTES: Final = 4096
+GROUPS: Final = keys(8, 3)
+"""Blocks that leave together: sibling *i* of each has its key with *i* folded in."""
 OPEN_CODES: Final = {Code.FULL, Code.BUDGET}
 numbers = itertools.count()
 
@@ -146,10 +151,27 @@ def everything(store: KvStore, names: list[Name], version: int) -> None:
     put(store, names, version)
 
 
+def put_siblings(store: KvStore, numbers: list[int], index: int) -> list[int]:
+    of = fold(GROUPS[numbers], 0, index)
+    b = store.reserve_batch(of, [GROUP_BYTES], siblings=(GROUP, index))
+    ok = b.codes == Code.OK
+    for at, data in zip(b.offsets[ok].tolist(), blocks(of[ok], GROUP_BYTES), strict=True):
+        store.mapping[at : at + GROUP_BYTES] = data
+    sums = np.empty(int(ok.sum()), np.int64)
+    copies.hash_batch(store.base_address + b.offsets[ok], b.nbytes[ok], sums)
+    b.codes[ok] = store.complete(b.slots[ok], b.gens[ok], 0, sums)
+    return b.codes.tolist()
+
+
+def remove_siblings(store: KvStore, numbers: list[int], index: int) -> list[int]:
+    return store.remove(fold(GROUPS[numbers], 0, index)).tolist()
+
+
 NAME = st.tuples(st.sampled_from(SIZES), st.integers(0, N_KEYS - 1))
 NAMES_LIST = st.lists(NAME, min_size=1, max_size=8, unique=True)
 WHO = st.booleans()
 """Whether the second process does it (where there is one)."""
+WHICH = st.integers(0, GROUP - 1)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -162,6 +184,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.open: list[tuple[Name, int, Handle, set[int]]] = []
         self.quarantined: list[Handle] = []
         self.limbo: set[Name] = set()
+        self.groups: dict[int, set[int]] = {number: set() for number in range(len(GROUPS))}
+        self.may_break = 0
         self.peer: Peer | None = None
         self.joined = False
         self.version = 0
@@ -333,6 +357,31 @@ class PoolMachine(RuleBasedStateMachine):
         codes = self.store.put(of, list(blocks(of, size)))
         assert set(codes.tolist()) <= {Code.OK, Code.EXISTS} | OPEN_CODES, codes.tolist()
 
+    def siblings_there(self) -> dict[int, set[int]]:
+        found = [self.store.exists(fold(GROUPS, 0, index)) for index in range(GROUP)]
+        return {number: {i for i in range(GROUP) if found[i][number]} for number in self.groups}
+
+    @rule(
+        by_peer=WHO, picked=st.lists(st.integers(0, len(GROUPS) - 1), min_size=1, max_size=4, unique=True), index=WHICH
+    )
+    def put_siblings(self, by_peer: bool, picked: list[int], index: int) -> None:
+        codes = self.do(by_peer, put_siblings, picked, index)
+        found = self.siblings_there()
+        for number, code in zip(picked, codes, strict=True):
+            before = self.groups[number]
+            assert code == Code.OK or (code == Code.EXISTS and index in before) or code in OPEN_CODES, Code(code).name
+            assert found[number] in (set(), before, before | {index}, {index}), f"of group {number} a part went"
+            self.groups[number] = found[number]
+
+    @rule(
+        by_peer=WHO, picked=st.lists(st.integers(0, len(GROUPS) - 1), min_size=1, max_size=4, unique=True), index=WHICH
+    )
+    def remove_siblings(self, by_peer: bool, picked: list[int], index: int) -> None:
+        for number, code in zip(picked, self.do(by_peer, remove_siblings, picked, index), strict=True):
+            assert code == (Code.OK if index in self.groups[number] else Code.MISSING), Code(code).name
+            if code == Code.OK:
+                self.groups[number] = set()
+
     # ---- other processes -------------------------------------------------------------------------
 
     @precondition(lambda self: self.peer is None)
@@ -370,6 +419,7 @@ class PoolMachine(RuleBasedStateMachine):
             if not self.pinned(name) and not any(name == one for one, _, _, _ in self.open):  # in limbo: reaped by it
                 self.known.setdefault(name, set()).update(((version, False), (version, True)))
         self.limbo.update(names)
+        self.may_break = 1 if status else 0
 
     @rule()
     def upkeep(self) -> None:
@@ -402,6 +452,15 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def tables_are_whole(self) -> None:
         self.store.check_integrity(deep=True)
+
+    @invariant()
+    def siblings_leave_together(self) -> None:
+        """A death may catch one group half-way; nothing else does."""
+        found = self.siblings_there()
+        broken = [n for n, before in self.groups.items() if found[n] not in (set(), before)]
+        assert len(broken) <= self.may_break, f"groups {broken} went in part: {found}, were {self.groups}"
+        assert all(found[n] < self.groups[n] for n in broken)
+        self.groups, self.may_break = found, 0
 
     @invariant()
     def pinned_blocks_stay(self) -> None:

@@ -83,7 +83,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "the first of two releases takes the pin away",
     ),
     "evicts_pinned": Mutant(
-        "shm/write.py",
+        "shm/evict.py",
         "        if T[r + R_PIN + w] != 0:\n            return True",
         "        if False:\n            return True",
         "a pinned block is evicted, removed and drained away",

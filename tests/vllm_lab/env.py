@@ -10,7 +10,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["ROOT", "SHM", "EngineError", "base_env", "matrix_path", "pool_files", "remove_pool", "temporary_pool"]
+__all__ = [
+    "ROOT",
+    "SHM",
+    "EngineError",
+    "base_env",
+    "core_split",
+    "matrix_path",
+    "pool_files",
+    "remove_pool",
+    "temporary_pool",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SHM = Path("/dev/shm")
@@ -84,7 +94,7 @@ def base_env(
         OMP_WAIT_POLICY="PASSIVE",
     )
     if ranks > 1:
-        out["VLLM_CPU_OMP_THREADS_BIND"] = _core_split(ranks)
+        out["VLLM_CPU_OMP_THREADS_BIND"] = core_split(ranks)
     if pool is not None:
         out.update(VLLM_PLUGINS="kvplug", KVPLUG_POOL=pool, KVPLUG_SIZE=size, KVPLUG_VERIFY="always")
     for name, value in (env or {}).items():
@@ -95,8 +105,9 @@ def base_env(
     return out
 
 
-def _core_split(ranks: int) -> str:
-    """VLLM_CPU_OMP_THREADS_BIND: the allowed cores dealt out in equal runs, or all on the same where they are few."""
+def core_split(ranks: int) -> str:
+    """The allowed cores dealt out in equal runs, or all on the same where they are few, as "0,1|2,3": what vLLM and
+    SGLang take to bind their ranks by."""
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // ranks)
     shares = [[cores[(r * each + i) % len(cores)] for i in range(each)] for r in range(ranks)]

@@ -33,16 +33,20 @@ class LabProcess:
         self._seen_shm: set[str] = set()
         self._family: dict[int, psutil.Process] = {}
         with log.open("ab") as sink:
-            self.process = subprocess.Popen(
-                list(command),
-                env=dict(env),
-                cwd=str(ROOT),
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **popen,
-            )
+            self.process = self._start(command, env, sink, **popen)
         self.started = time.monotonic()
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str], sink: Any, **popen: Any) -> Any:
+        """Starts the first process, at the head of a session of its own; answers a ``Popen`` or what acts like one."""
+        return subprocess.Popen(
+            list(command),
+            env=dict(env),
+            cwd=str(ROOT),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **popen,
+        )
 
     @property
     def pid(self) -> int:

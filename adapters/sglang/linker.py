@@ -1,0 +1,271 @@
+"""Linker mode: SGLang's device pages straight to the pool's slots and back, with no second copy on the host.
+
+SGLang drives a linker from its scheduler thread: ``lookup`` while it matches a request's prefix, ``load`` when it
+admits the request, ``start_layer_wise_loading`` with the batch, ``finish_layer_wise_loading`` after the forward pass;
+and ``offload`` when a part of its prefix tree has been computed. Every rank has a scheduler and a linker of its own,
+and they have to decide alike without asking each other. So an answer depends only on the calls that came before, which
+are the same on all ranks; on what the pool holds, it depends only where SGLang itself compares the ranks' answers (the
+lengths that lookup found, the results of loads and offloads).
+
+A failed load would end its requests. So what lookup promises is pinned first (``pins.py``), and what goes wrong before
+is a miss. A linker that can't work is off: it finds nothing and stores nothing, and says why once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+
+from kvplug.adapters.devices import for_device
+from kvplug.adapters.sglang import compat_pools, engine
+from kvplug.adapters.sglang.devicepools import KV, MAMBA, DevicePools
+from kvplug.adapters.sglang.loads import NO_LOAD, LayerCounter, Loads, QueuedLoad
+from kvplug.adapters.sglang.offloads import Ledger, Offload, Offloads, Pages, refuse
+from kvplug.adapters.sglang.pins import Pins
+from kvplug.config import Config
+from kvplug.errors import KvplugError, UnsupportedEngineError
+
+DEVICE_PAGES_IF_UNKNOWN = 1024
+
+
+class _Works:
+    """What a linker has that is on."""
+
+    def __init__(self, rank: engine.RankEngine, pools: DevicePools, ledger: Ledger) -> None:
+        store = rank.store
+        if store is None:
+            raise UnsupportedEngineError(rank.off_reason or "no pool")
+        device = for_device(pools.device)
+        self.pools = pools
+        self.replicated = pools.replicated
+        self.writer = not pools.replicated or rank.facts.tp[0] == 0
+        sizes = {name: pool.block_nbytes for name, pool in pools.sources.items()}
+        for size in sizes.values():
+            store.pool.geometry.stride(size, 1)  # BlockTooLargeError now, not at the first page
+        self.pins = Pins(rank, store, sizes, replicated=self.replicated, verify=rank.config.verify == "always")
+        self.loads = Loads(rank, store, pools, device)
+        self.offloads = Offloads(rank, store, pools, device, ledger)
+        self.device = device
+
+
+class KvplugLinker(UnifiedCacheLinker):
+    """See the module's first lines. All methods are called from SGLang's scheduler thread, and none of them raises."""
+
+    def __init__(
+        self,
+        server_args: Any,
+        params: Any,
+        *,
+        components: Iterable[Any],
+        extra_config: Mapping[str, Any] | None = None,
+        forward_stream: Any = None,
+    ) -> None:
+        """As SGLang constructs a linker from outside its tree; never raises, see :attr:`is_on`.
+
+        Args:
+            server_args: SGLang's settings.
+            params: what it builds its prefix cache from.
+            components: kinds of state that the cache keeps per node.
+            extra_config: what :mod:`~kvplug.adapters.sglang.flags` put into ``linker_extra_config``.
+            forward_stream: the stream on which the forward pass writes the device's pages.
+        """
+        self.forward_stream = forward_stream
+        self.engine = engine.start("linker", extra_config or {})
+        self.pools: dict[PoolName, object] = {}
+        self._works: _Works | None = None
+        self._ledger = Ledger(_most_held(params, self.engine.config))
+        self.layer_done_counter = LayerCounter(0)
+        if self.engine.off_reason is not None:
+            return
+        try:
+            pools = compat_pools.device_pools(params, components)
+            compat_pools.watch_hits()
+            works = _Works(self.engine, pools, self._ledger)
+            if MAMBA in pools.sources:  # its states do not go through the page pool that SGLang registers this with
+                params.req_to_token_pool.register_layer_transfer_counter(works.loads.counter)
+            self.engine.begin(pools.describe())
+        except KvplugError as error:
+            self.engine.off(str(error))
+        except Exception as error:  # noqa: BLE001 - the engine must start
+            self.engine.caught("starting the linker", error)
+            self.engine.off(f"{type(error).__name__}: {error}")
+        else:
+            self.layer_done_counter = works.loads.counter
+            self.pools = {PoolName(name): pool for name, pool in pools.sources.items()}
+            self._works = works
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything can be found or stored."""
+        return self._works is not None
+
+    def attached(self, markers: Container[str]) -> None:
+        """``markers``: where SGLang keeps, at any time, the requests for which it holds a hit."""
+        if self._works is not None:
+            self._works.pins.markers = markers
+
+    def matched(self, rid: str) -> None:
+        """SGLang has matched a request's prefix, with or without a lookup."""
+        if self._works is not None:
+            try:
+                self._works.pins.matched(rid)
+            except Exception as error:  # noqa: BLE001
+                self.engine.caught("releasing pins", error)
+
+    # -- lookup ------------------------------------------------------------------------------------------------------
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        """Every prefix length, in pages, that can be restored in full; what they need is pinned on return."""
+        works = self._works
+        if works is None:
+            return []
+        try:
+            by_source = {str(transfer.name.value): transfer.keys or [] for transfer in transfers}
+            hashes = by_source.pop(KV, [])
+            if not hashes or by_source.keys() | {KV} != works.pools.sources.keys():
+                return []
+            counts = self.engine.counts
+            counts["lookups"] += 1
+            lengths = works.pins.lookup(rid, hashes, {name: len(keys) for name, keys in by_source.items()})
+            counts["corrupt_pages"], counts["pins_swept"] = works.pins.corrupt, works.pins.swept
+        except Exception as error:  # noqa: BLE001
+            self.engine.caught("a lookup", error)
+            return []
+        return lengths
+
+    # -- loads -------------------------------------------------------------------------------------------------------
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        """Queues what was promised into device pages; False, and SGLang computes the prefix, if nothing was."""
+        works = self._works
+        if works is None:
+            return False
+        try:
+            wanted = {str(transfer.name.value): transfer for transfer in transfers if transfer.keys}
+            pages = {
+                name: works.pools.sources[name].block_ids(transfer.device_indices) for name, transfer in wanted.items()
+            }
+            if any(len(pages[name]) != len(transfer.keys) for name, transfer in wanted.items()):
+                raise UnsupportedEngineError("a load has other numbers of pages and of their names")
+            epoch = self.engine.epoch
+            taken = works.pins.take(rid, {name: transfer.keys for name, transfer in wanted.items()})
+        except Exception as error:  # noqa: BLE001
+            self.engine.caught("queueing a load", error)
+            works.pins.release(rid)
+            return False
+        if not taken:
+            return False
+        works.loads.queue(rid, QueuedLoad(pages, taken, epoch))
+        self.engine.counts["hit_pages"] += len(pages.get(KV, ()))
+        return True
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        """Gives up a load that has not begun; whether there was one."""
+        return self._works is not None and self._works.loads.cancel(rid)
+
+    def start_layer_wise_loading(self) -> int:
+        """Begins what is queued; the number of the batch, -1 if nothing is queued."""
+        return self._works.loads.start() if self._works is not None else NO_LOAD
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        """Waits until the batch writes nothing any more; whether all of it landed."""
+        return self._works is None or self._works.loads.finish(counter_index)
+
+    def release_request(self, rid: str) -> None:
+        """SGLang has forgotten what it found for a request."""
+        if self._works is not None:
+            self._works.pins.release(rid)
+
+    # -- offloads ----------------------------------------------------------------------------------------------------
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        """Begins to store pages. False: SGLang keeps too many for that already, and may come back to these."""
+        some = [transfer for transfer in transfers if transfer.keys]
+        num_pages = max((len(transfer.keys) for transfer in some), default=0)
+        if not some or not self._ledger.has_room(num_pages):
+            self.engine.counts["not_stored:held"] += num_pages
+            return False
+        offload = Offload(num_pages, self.engine.epoch)
+        self._ledger.add(offload)
+        try:
+            self._begin_offload(offload, some)
+        except Exception as error:  # noqa: BLE001
+            offload.answer = False
+            self.engine.caught("an offload", error)
+        return True
+
+    def _begin_offload(self, offload: Offload, transfers: list[PoolTransfer]) -> None:
+        works = self._works
+        if works is None:
+            offload.answer = False
+            return
+        if not works.writer:  # the rank that stores for all answers for all
+            offload.answer = True
+            return
+        pages = []
+        for transfer in transfers:
+            source = str(transfer.name.value)
+            keys = self.engine.keys(source, transfer.keys, works.replicated)
+            if keys is None or source not in works.pools.sources:
+                refuse(offload, self._count, "not_now")
+                return
+            pages.append(Pages(source, keys, transfer.device_indices))
+        works.offloads.submit(offload, pages, self.record_offload_ready())
+
+    def _count(self, name: str, number: int) -> None:
+        self.engine.counts[name] += number
+
+    def num_completed_offloads(self) -> int:
+        """How many offloads, oldest first, have their answer. SGLang asks once per scheduler step."""
+        if self._works is not None:
+            try:
+                self._works.pins.end_of_step()
+            except Exception as error:  # noqa: BLE001
+                self.engine.caught("releasing pins", error)
+        return self._ledger.answered()
+
+    def pop_completed_offload(self) -> bool:
+        """Takes the oldest offload's answer: whether all of it is in the pool."""
+        return self._ledger.take()
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """SGLang empties its cache: nothing is promised, queued or copied any more."""
+        self._ledger.give_up()
+        works = self._works
+        if works is None:
+            return
+        for what in (works.offloads.quiesce, works.pins.clear, works.loads.reset):
+            try:
+                what()
+            except Exception as error:  # noqa: BLE001
+                self.engine.caught("a reset", error)
+
+    def close(self) -> None:
+        """Leaves the pool. Idempotent."""
+        self._ledger.give_up()
+        works, self._works = self._works, None
+        if works is not None:
+            try:
+                works.pins.clear()
+                works.loads.close()
+                if works.offloads.close():  # else its copy still writes into the pool's mapping
+                    works.device.close()
+                else:
+                    return
+            except Exception as error:  # noqa: BLE001
+                self.engine.caught("closing the linker", error)
+        self.engine.close()
+
+
+def _most_held(params: Any, config: Config) -> int:
+    """Device pages that SGLang may keep for offloads. Equal on all ranks, whatever becomes of this one."""
+    try:
+        pages = compat_pools.device_pages(params)
+    except Exception:  # noqa: BLE001 - then device_pools() fails as well, and says why
+        pages = DEVICE_PAGES_IF_UNKNOWN
+    return max(1, int(pages * config.store_hold_share))

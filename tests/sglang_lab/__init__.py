@@ -1,0 +1,1 @@
+"""Installs and drives real SGLang servers on the CPU, with tiny models."""
