@@ -96,6 +96,8 @@ FIGURES: Final = (
     Figure("sglang_unseen_hicache", "the second of them in hicache mode", "", None),
     Figure("sglang_lookup", "SGLang, linker mode: lookup of 512 pages, pinned, on the scheduler thread", "ms", 0.5),
     Figure("keys", "key making for 16 tokens, incremental", "µs", 1.0),
+    Figure("directory_publish", "directory: a million names written, a second", "thousand", 50.0, True),
+    Figure("directory_lookup", "directory: 2048 keys of a million read in one round trip", "ms", 5.0),
     *_hit_rates(),
 )
 BY_NAME: Final = {f.name: f for f in FIGURES}
