@@ -24,7 +24,7 @@ import numpy.typing as npt
 from kvplug.errors import DirectoryError
 from kvplug.keys import as_key_array
 from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.peers import MAX_PEERS, Peer, from_record
+from kvplug.rdma.peers import MAX_PEERS, PeerInfo, from_record
 from kvplug.rdma.resp import Connection, Endpoint, Reply, ServerError, checked, command, members, variadic
 
 __all__ = ["Directory", "DirectoryStats", "Hits"]
@@ -52,7 +52,7 @@ _open_here: weakref.WeakSet[Directory] = weakref.WeakSet()
 class Hits:
     """Who is said to have what."""
 
-    peers: tuple[Peer, ...]
+    peers: tuple[PeerInfo, ...]
     have: Bools
     """bool[peers, keys]."""
     known: bool
@@ -102,7 +102,7 @@ class Directory:
         self._poll_s = ttl_s / POLLS_PER_TTL
         self.timeout_s = timeout_s
         self._n: collections.Counter[str] = collections.Counter()
-        self._peers: tuple[Peer, ...] = ()
+        self._peers: tuple[PeerInfo, ...] = ()
         self._closed = False
         self._lock = threading.Lock()
         self._begin()
@@ -133,7 +133,7 @@ class Directory:
 
     # ---- what engines and agents call --------------------------------------------------------------------------------
 
-    def peers(self) -> tuple[Peer, ...]:
+    def peers(self) -> tuple[PeerInfo, ...]:
         """The members known last, this host left out. Never waits."""
         self._ready()
         return self._peers
@@ -204,7 +204,7 @@ class Directory:
 
     def _rounds(
         self, c: Connection, names: npt.NDArray[np.uint64], buckets: U8, deadline: float
-    ) -> tuple[tuple[Peer, ...], Bools]:
+    ) -> tuple[tuple[PeerInfo, ...], Bools]:
         peers = self._peers
         if len(peers) > PEERS_IN_FULL:
             few = np.unique(np.linspace(0, len(names) - 1, min(PROBES, len(names))).astype(np.int64))
@@ -220,8 +220,8 @@ class Directory:
         return found, have
 
     def _round(
-        self, c: Connection, peers: tuple[Peer, ...], names: npt.NDArray[np.uint64], buckets: U8, deadline: float
-    ) -> tuple[tuple[Peer, ...], Bools]:
+        self, c: Connection, peers: tuple[PeerInfo, ...], names: npt.NDArray[np.uint64], buckets: U8, deadline: float
+    ) -> tuple[tuple[PeerInfo, ...], Bools]:
         """One round trip: the records of these peers, and what they have. A peer whose epoch has passed is left out."""
         have = np.zeros((len(peers), len(names)), np.bool_)
         if not peers or not len(names):

@@ -11,13 +11,13 @@ import msgspec
 from kvplug.errors import ConfigError
 from kvplug.rdma.names import Names
 
-__all__ = ["AllPeers", "Peer", "PeerSource", "StaticPeers"]
+__all__ = ["AllPeers", "PeerInfo", "PeerSource", "StaticPeers"]
 
 MAX_PEERS: Final = 1024
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 
-class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
+class PeerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     """One host's agent."""
 
     id: str
@@ -31,7 +31,7 @@ class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
 class PeerSource(Protocol):
     """Where peers come from."""
 
-    def peers(self) -> tuple[Peer, ...]:
+    def peers(self) -> tuple[PeerInfo, ...]:
         """Those that are known now, without waiting for anybody."""
         ...
 
@@ -45,9 +45,9 @@ class StaticPeers:
 
     def __init__(self, addresses: Iterable[str], *, own_address: str | None = None) -> None:
         others = dict.fromkeys(address for address in addresses if address != own_address)
-        self._peers = tuple(Peer(id=address, address=address) for address in others)
+        self._peers = tuple(PeerInfo(id=address, address=address) for address in others)
 
-    def peers(self) -> tuple[Peer, ...]:
+    def peers(self) -> tuple[PeerInfo, ...]:
         """All of them."""
         return self._peers
 
@@ -61,9 +61,9 @@ class AllPeers:
     def __init__(self, *sources: PeerSource) -> None:
         self._sources = sources
 
-    def peers(self) -> tuple[Peer, ...]:
+    def peers(self) -> tuple[PeerInfo, ...]:
         """Of all sources."""
-        by_address: dict[str, Peer] = {}
+        by_address: dict[str, PeerInfo] = {}
         for source in self._sources:
             for peer in source.peers():
                 by_address.setdefault(peer.address, peer)
@@ -83,15 +83,15 @@ def checked_id(host_id: str) -> str:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Peer)
+_decoder = msgspec.msgpack.Decoder(PeerInfo)
 
 
-def to_record(peer: Peer, names: Names) -> bytes:
+def to_record(peer: PeerInfo, names: Names) -> bytes:
     """What stands in the directory for this host."""
     return names.seal(_encoder.encode(peer))
 
 
-def from_record(record: object, host_id: str, names: Names) -> Peer | None:
+def from_record(record: object, host_id: str, names: Names) -> PeerInfo | None:
     """The peer of a record, or None if it was not written by a host with our secret, or under another id."""
     raw = names.unseal(record) if isinstance(record, bytes) else None
     if raw is None:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from kvplug.errors import DirectoryError
 from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.peers import Peer, checked_id, from_record, to_record
+from kvplug.rdma.peers import PeerInfo, checked_id, from_record, to_record
 from kvplug.rdma.resp import U64, Connection, Endpoint, ServerError, checked, command, members, variadic
 
 __all__ = ["Changes", "Feed", "Publisher", "PublisherStats"]
@@ -117,7 +117,7 @@ class Publisher:
         self, feed: Feed, endpoint: Endpoint, names: Names, *, host_id: str, address: str, ttl_s: float
     ) -> None:
         """``host_id``: names the pool, the same over restarts. ``ttl_s``: how long a silent host still counts."""
-        self.me = Peer(id=checked_id(host_id), address=address, epoch=secrets.token_hex(8))
+        self.me = PeerInfo(id=checked_id(host_id), address=address, epoch=secrets.token_hex(8))
         self._feed, self._endpoint, self._names = feed, endpoint, names
         self._ttl_ms = round(ttl_s * 1000)
         self._beat_s = ttl_s / BEATS_PER_TTL

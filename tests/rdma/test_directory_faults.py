@@ -11,7 +11,7 @@ import pytest
 
 from kvplug.rdma import publisher as publishing
 from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.peers import Peer, to_record
+from kvplug.rdma.peers import PeerInfo, to_record
 from kvplug.rdma.publisher import Publisher
 from kvplug.rdma.resp import Endpoint
 from kvplug.store import KvStore
@@ -180,7 +180,7 @@ def test_a_lie_is_a_hint_like_any_other(server: RedisServer) -> None:
         witness = server.witness()
         name, bucket = NAMES.of(known[:1])[0], int(NAMES.buckets(known[:1])[0])
         witness.sadd(NAMES.has("host", told.me.epoch, bucket), name.tobytes())
-        forged = Peer(id="evil", address="evil.test:1", epoch="00")
+        forged = PeerInfo(id="evil", address="evil.test:1", epoch="00")
         for record in (to_record(forged, Names(b"guessed")), b"", b"x" * 5000):
             witness.sadd(NAMES.members, "evil")
             witness.set(NAMES.host("evil"), record)

@@ -7,10 +7,10 @@ import pytest
 
 from kvplug.errors import ConfigError
 from kvplug.rdma.names import MAX_RECORD_BYTES, Names
-from kvplug.rdma.peers import AllPeers, Peer, StaticPeers, checked_id, from_record, to_record
+from kvplug.rdma.peers import AllPeers, PeerInfo, StaticPeers, checked_id, from_record, to_record
 
 NAMES = Names(b"a secret")
-PEER = Peer(id="pool-1", address="10.0.0.7:9410", epoch="0123456789abcdef")
+PEER = PeerInfo(id="pool-1", address="10.0.0.7:9410", epoch="0123456789abcdef")
 
 
 def test_the_settings_list_without_oneself_and_without_repeats() -> None:
@@ -23,8 +23,8 @@ def test_of_two_sources_an_address_counts_once_as_the_first_says() -> None:
     class Found:
         closed = False
 
-        def peers(self) -> tuple[Peer, ...]:
-            return (PEER, Peer(id="pool-2", address="c:1", epoch="x"))
+        def peers(self) -> tuple[PeerInfo, ...]:
+            return (PEER, PeerInfo(id="pool-2", address="c:1", epoch="x"))
 
         def close(self) -> None:
             self.closed = True
