@@ -138,6 +138,11 @@ class Directory:
         self._ready()
         return self._peers
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a look-up can be asked now."""
+        return self._asking is not None
+
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until the members were read once; whether they were."""
         self._ready()
@@ -165,8 +170,8 @@ class Directory:
     def stats(self) -> DirectoryStats:
         """A snapshot."""
         counts = {f.name: self._n[f.name] for f in dataclasses.fields(DirectoryStats)}
-        is_connected = self._asking is not None
-        return DirectoryStats(**counts | {"peers": len(self._peers), "is_connected": is_connected})  # type: ignore[arg-type]
+        now = {"peers": len(self._peers), "is_connected": self.is_connected}
+        return DirectoryStats(**counts | now)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """End the thread and the connections. Idempotent."""
@@ -179,7 +184,7 @@ class Directory:
     # ---- looking up --------------------------------------------------------------------------------------------------
 
     def _ask(self, wanted: U8, deadline: float) -> Hits | None:
-        if self._asking is None:
+        if not self.is_connected:
             return None
         asked = wanted[:MAX_KEYS]
         names, buckets = self._names.of(asked), self._names.buckets(asked)

@@ -68,16 +68,19 @@ class Endpoint:
     tls_ca: str | None = None
 
     @classmethod
-    def parse(cls, url: str, *, tls_ca: str | None = None) -> Endpoint:
-        """``redis://[[user]:password@]host[:port][/db]``, ``rediss://…`` (TLS), ``unix:///path[?db=n]``.
+    def parse(cls, url: str) -> Endpoint:
+        """``redis://[[user]:password@]host[:port][/db]``, ``rediss://…[?ca=file.pem]``, ``unix:///path[?db=n]``.
 
-        ``valkey://`` and ``valkeys://`` mean the same. ``tls_ca``: PEM file that the server's certificate is checked
-        against; default: what the system trusts. Raises ConfigError, which never quotes the url.
+        ``rediss://`` is with TLS; ``valkey://`` and ``valkeys://`` mean the same. ``ca``: what the server's certificate
+        is checked against; default: what the system trusts. Raises ConfigError, which never quotes the url.
         """
         try:
             parts = urlsplit(url)
             tls = _SCHEMES[parts.scheme]
-            database = parts.path.strip("/") if parts.scheme != "unix" else parse_qs(parts.query).get("db", [""])[0]
+            asked = {
+                name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()
+            }
+            database = asked.pop("db", "") if parts.scheme == "unix" else parts.path.strip("/")
             endpoint = cls(
                 host=parts.hostname or "",
                 port=parts.port or DEFAULT_PORT,
@@ -86,14 +89,14 @@ class Endpoint:
                 tls=tls,
                 username=unquote(parts.username or ""),
                 password=unquote(parts.password or ""),
-                tls_ca=tls_ca,
+                tls_ca=asked.pop("ca", None) if tls else None,
             )
-            if endpoint.database < 0 or not (endpoint.path or endpoint.host):
+            if asked or endpoint.database < 0 or not (endpoint.path or endpoint.host):
                 raise ValueError
         except (KeyError, ValueError):
             raise ConfigError(
-                "directory_url must be redis://[[user]:password@]host[:port][/db], rediss://… for TLS, or "
-                "unix:///path/of/socket[?db=n]; what is set is none of these"
+                "directory_url must be redis://[[user]:password@]host[:port][/db], rediss://…[?ca=file.pem] for TLS, "
+                "or unix:///path/of/socket[?db=n]; what is set is none of these"
             ) from None
         return endpoint
 

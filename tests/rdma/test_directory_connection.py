@@ -45,6 +45,7 @@ def server() -> Iterator[RedisServer]:
         ("redis://10.0.0.9", Endpoint("10.0.0.9", 6379)),
         ("valkey://h:7000/3", Endpoint("h", 7000, database=3)),
         ("rediss://u:p%40@h:1", Endpoint("h", 1, tls=True, username="u", password="p@")),
+        ("rediss://h/1?ca=/etc/ca.pem", Endpoint("h", 6379, database=1, tls=True, tls_ca="/etc/ca.pem")),
         ("redis://:pw@[::1]:5/0", Endpoint("::1", 5, password="pw")),
         ("unix:///run/r.sock?db=2", Endpoint("", 6379, path="/run/r.sock", database=2)),
     ],
@@ -54,7 +55,19 @@ def test_urls_mean_what_they_say(url: str, expected: Endpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "10.0.0.9:6379", "http://h", "redis://", "redis://h/x", "redis://h:99999", "redis://h/-1", "unix://"]
+    "url",
+    [
+        "",
+        "10.0.0.9:6379",
+        "http://h",
+        "redis://",
+        "redis://h/x",
+        "redis://h:99999",
+        "redis://h/-1",
+        "unix://",
+        "redis://h?db=3",
+        "redis://h?ca=x",
+    ],
 )
 def test_an_url_that_is_none_is_refused_and_not_quoted(url: str) -> None:
     with pytest.raises(ConfigError, match="directory_url must be") as caught:
@@ -144,7 +157,7 @@ def test_tls_checks_the_servers_certificate(tmp_path: Path) -> None:
     server = RedisServer(shutil.which("redis-server"), *tls, "--tls-ca-cert-file", tls[3], "--tls-auth-clients", "no")
     try:
         url = f"rediss://127.0.0.1:{port}"
-        c = Connection.open(Endpoint.parse(url, tls_ca=str(tmp_path / "cert")), soon())
+        c = Connection.open(Endpoint.parse(f"{url}/0?ca={tmp_path}/cert"), soon())
         assert c.call(soon(), command("PING")) == [b"PONG"]
         c.close()
         with pytest.raises(OSError, match="certificate verify failed"):
