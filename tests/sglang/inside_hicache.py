@@ -38,6 +38,27 @@ def remove(scheduler: Any, tokens: list[int], pages: list[int]) -> list[int]:
     return rank.store.remove(keys[pages]).tolist()
 
 
+_pinned: list[Any] = []
+
+
+def pin(scheduler: Any, tokens: list[int], pages: list[int]) -> int:
+    """Holds this rank's parts of these pages in the pool; how many there are."""
+    rank, keys = _keys(scheduler, tokens)
+    _pinned.append(rank.store.pin_batch(keys[pages]))
+    return int((_pinned[-1].codes == 0).sum())
+
+
+def unpin(scheduler: Any) -> int:
+    """Lets go of all that is held; how many pages that was."""
+    rank = engines.engines()[-1]
+    let_go = 0
+    while _pinned:
+        held = _pinned.pop()
+        rank.store.unpin(held.slots)
+        let_go += int((held.codes == 0).sum())
+    return let_go
+
+
 def zero(scheduler: Any, tokens: list[int], pages: list[int]) -> int:
     """Overwrites this rank's parts of these pages with zeros, behind everybody's back; how many there were."""
     rank, keys = _keys(scheduler, tokens)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import urllib.error
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, serve
+from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, pick, serve
 from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, attached, eventually, make_prompts
 from tests.vllm_lab.env import temporary_pool
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, model_dir
+from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
 
 BACKEND = "/hicache/storage-backend"
 KEY = "key"
@@ -143,26 +143,43 @@ def test_detached_and_attached_at_run_time(pair: dict[str, SglangServer], cases:
     assert "off" not in ask(server, "counts")
 
 
-def test_ranks_agree_when_one_ranks_pages_are_gone(boot: Boot, cases: list[Case]) -> None:
+@pytest.fixture(scope="module")
+def ranks(boot: Boot, cases: list[Case]) -> Iterator[SglangServer]:
+    """A server with two ranks on a pool of its own, in which the first three cases are."""
     with temporary_pool("hicache-tp") as own:
         server = boot("tp2", mode="hicache", tp=2, pool=own).ready()
-        try:
-            some = cases[:3]
-            store(server, some, ranks=2)
-            server.flush()
-            assert from_storage(serve(server, some)) == [case.whole for case in some]
-            for case, gone, left in zip(some, ([5], [0], [4, 5]), (5, 0, 4), strict=True):
-                assert ask(server, "remove", rank=1, tokens=list(case.prompt), pages=gone) == [0] * len(gone)
-                server.flush()
-                assert from_storage(serve(server, [case])) == [left * PAGE if left * PAGE >= 256 else 0]
-                eventually("both ranks have them again", lambda: all(
-                    all(ask(server, "there", rank, tokens=list(case.prompt))) for rank in (0, 1)  # noqa: B023
-                ))  # fmt: skip
-            assert [ask(server, "counts", rank).get("errors", 0) for rank in (0, 1)] == [0, 0]
-            with attached(own) as outside:
-                outside.check_integrity()
-        finally:
-            server.close()
+        store(server, cases[:3], ranks=2)
+        yield server
+        assert [ask(server, "counts", rank).get("errors", 0) for rank in (0, 1)] == [0, 0]
+        with attached(own) as outside:
+            outside.check_integrity()
+        server.close()
+
+
+@pytest.mark.parametrize("how", ["missing", "unreadable", "evicted"])
+def test_ranks_agree_when_one_ranks_page_is_gone(ranks: SglangServer, cases: list[Case], how: str) -> None:
+    """Page 5 of one rank is *missing*: they differ in what they find; *unreadable*: in what they can read; *evicted*:
+    the other rank's part went along."""
+    case = cases[("missing", "unreadable", "evicted").index(how)]
+    tokens = list(case.prompt)
+    corrupt = ask(ranks, "counts", rank=1).get("corrupt_pages", 0)
+    ranks.flush()
+    assert from_storage(serve(ranks, [case])) == [case.whole]
+    if how == "unreadable":
+        assert ask(ranks, "zero", rank=1, tokens=tokens, pages=[5]) == 1
+    else:
+        held = ask(ranks, "pin", rank=0, tokens=tokens, pages=[5]) if how == "missing" else 0
+        assert ask(ranks, "remove", rank=1, tokens=tokens, pages=[5]) == [0]
+        assert ask(ranks, "there", rank=0, tokens=tokens)[5] is (how == "missing")
+        assert ask(ranks, "unpin", rank=0) == held
+    ranks.flush()
+    assert from_storage(serve(ranks, [case])) == [5 * PAGE]
+    assert ask(ranks, "counts", rank=1).get("corrupt_pages", 0) == corrupt + (how == "unreadable")
+    eventually("both ranks have it again", lambda: all(
+        all(ask(ranks, "there", rank, tokens=tokens)) for rank in (0, 1)
+    ))  # fmt: skip
+    ranks.flush()
+    assert from_storage(serve(ranks, [case])) == [case.whole]
 
 
 def test_half_of_the_calls_fail_and_the_pool_is_too_small(boot: Boot, control: Control) -> None:
@@ -242,5 +259,28 @@ def test_older_releases_store_and_hit(boot: Boot, cases: list[Case], own_pool: s
         server.flush()
         assert from_storage(serve(server, cases[:2])) == [case.whole for case in cases[:2]]
         assert ask(server, "counts").get("errors", 0) == 0
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(("model", "tp"), [(MELLUM, 1), (MLA, 2)], ids=["sliding window", "one writer for two ranks"])
+def test_other_kinds_of_cache(boot: Boot, own_pool: str, model: ModelSpec, tp: int) -> None:
+    """Window pages come from a pool of their own; latent pages, alike on all ranks, are stored by one of them."""
+    server = boot(model.family, model=model, mode="hicache", tp=tp, pool=own_pool).ready()
+    try:
+        some = pick(server, 2, seed=73)  # nothing is in the pool: these are computed
+        store(server, some, ranks=tp)
+        server.flush()
+        assert from_storage(serve(server, some)) == [case.whole for case in some]
+        counts = [ask(server, "counts", rank) for rank in range(tp)]
+        assert [c.get("errors", 0) for c in counts] == [0] * tp
+        if model is MELLUM:
+            window = ask(server, "there", tokens=list(some[0].prompt), pool="swa")
+            assert any(window)
+            assert not all(window), "pages before the window are not stored"
+        else:
+            assert counts[0]["stored_pages"] > 0
+            assert counts[1].get("stored_pages", 0) == 0
+            assert counts[1]["loaded_pages"] == counts[0]["loaded_pages"] > 0
     finally:
         server.close()

@@ -15,9 +15,9 @@ from tests.vllm_lab.models import VOCAB
 
 __all__ = ["LONGEST", "Case", "Witness", "make_prompts"]
 
-LONGEST = 900
+LONGEST = 1100
 """Most tokens of a prompt."""
-FRESH = (30, 320)
+FRESH = (30, 480)
 """Tokens, least and most, that a prompt has to itself."""
 OUTPUT = (4, 8, 16, 32)
 """How many tokens are asked for."""

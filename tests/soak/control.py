@@ -27,19 +27,25 @@ from tests.vllm_lab.process import BOOT_S
 
 __all__ = ["Settings", "run"]
 
-MIB_PER_CASE: Final = 0.6
-"""Size of the pool. A case has 0.7 MiB of KV that no other case has, in each of the three engines' namespaces."""
-VLLM_BLOCKS: Final = "112"
-SGLANG_TOKENS: Final = "3584"
+MIB_PER_CASE: Final = 1.2
+"""Size of the pool. A case has about 1 MiB of KV that no other case has, in each of the three engines' namespaces."""
+VLLM_BLOCKS: Final = "96"
+SGLANG_TOKENS: Final = "2560"
+HICACHE_RATIO: Final = "1.1"
 """What an engine itself keeps: too little for its cases, so that it goes back to the pool all the time."""
 CHECK_EVERY_S: Final = 3.0
 LOCK_S: Final = 30.0
 QUIET_S: Final = 20.0
 IN_BOOT: Final = 0.15
 """Share of the kills that may fall on an engine while it boots."""
+MID_REQUEST: Final = 0.8
+"""Share of the others that fall while an answer is awaited."""
+MID_COPY: Final = 0.6
+"""Share of all that fall while a block of the pool is pinned or written, by whomever."""
+COPY_S: Final = 3.0
 STOPPED_S: Final = (0.3, 4.0)
 AFTERWARDS: Final = 6
-"""Cases that every engine answers once all kills are over."""
+"""Cases that every engine answers once all kills are over, at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +142,7 @@ class _Run:
                 mode=mode,
                 size=self.size,
                 settings={"verify": verify, **alike},
-                arguments=["--max-total-tokens", SGLANG_TOKENS],
+                arguments=["--max-total-tokens", SGLANG_TOKENS, "--hicache-ratio", HICACHE_RATIO],
             )
 
         blocks, pages = "kvplug_loaded_blocks_total", "kvplug_loaded_pages_total"
@@ -153,7 +159,7 @@ class _Run:
     # -- the soak itself ---------------------------------------------------------------------------------------------
 
     def _soak(self) -> None:
-        s, over = self.settings, threading.Event()
+        s, over, found = self.settings, threading.Event(), threading.Event()
         for seat in self.seats:
             if seat.wait_up(BOOT_S) is None:
                 raise RuntimeError(f"{seat.name} did not come up within {BOOT_S} s")
@@ -168,24 +174,27 @@ class _Run:
         spoil = Zeros(self.store, self.findings) if s.defect == "zeros" else None
         for thread in clients:
             thread.start()
-        killer = threading.Thread(target=self._kill, args=(until, over), name="killer")
+        killer = threading.Thread(target=self._kill, args=(until, found), name="killer")
         killer.start()
         try:
-            while time.monotonic() < until and not (s.defect and self.findings.counts["wrong"]):
+            while (time.monotonic() < until or killer.is_alive()) and not found.is_set():
                 if spoil is not None:
                     spoil.some()
                 else:
                     self._check("under load")
-                over.wait(CHECK_EVERY_S)
+                time.sleep(CHECK_EVERY_S)
+                if s.defect and self.findings.counts["wrong"]:
+                    found.set()
         finally:
+            found.set()
             over.set()
         for thread in [killer, *clients]:
             thread.join(load.HUNG_S * 2)
             if thread.is_alive():
-                self.findings.find("hung", f"{thread.name} waits for its engine's answer")
+                self.findings.find("hung", f"{thread.name} did not end")
         self._told()
 
-    def _kill(self, until: float, over: threading.Event) -> None:
+    def _kill(self, until: float, found: threading.Event) -> None:
         """The kills, and as many stops, each at a random instant of a stretch of its own."""
         began = time.monotonic()
         number = max(1, round(self.settings.minutes * self.settings.kills_per_minute))
@@ -197,29 +206,58 @@ class _Run:
             plan.append((began + (i + self.rng.random()) * stretch, None))
         turns: list[Seat] = []
         for at, strike in sorted(plan, key=lambda entry: entry[0]):
-            if over.wait(max(0.0, at - time.monotonic())):
+            if found.wait(max(0.0, at - time.monotonic())):
                 return
             if strike is None:
                 self.rng.choice(self.seats).pause(self.rng.uniform(*STOPPED_S), everything=self.rng.random() < 0.5)
                 continue
-            if not turns:
-                turns = self.rng.sample(self.seats, len(self.seats))
-            seat = turns.pop()
-            if self.rng.random() >= IN_BOOT and seat.wait_up(BOOT_S) is None:
-                self.findings.find("unexplained", f"{seat.name} was not up again within {BOOT_S} s")
+            turns = turns or self.rng.sample(self.seats, len(self.seats))
+            seat = self._target(turns, found)
+            if seat is None:
                 return
+            turns.remove(seat)
+            if self.rng.random() < MID_COPY:
+                self._await_copy()
             seat.strike(strike)
 
+    def _target(self, turns: list[Seat], found: threading.Event) -> Seat | None:
+        """Whose turn it is to be killed: an engine at work, or, now and then, one that boots."""
+        booting, mid_request = self.rng.random() < IN_BOOT, self.rng.random() < MID_REQUEST
+        deadline = time.monotonic() + BOOT_S
+        while not found.wait(0.02):
+            for seat in turns:
+                life = seat.life
+                if life is not None and life.right and (life.asking or not mid_request):
+                    return seat
+                if booting and seat.boots:
+                    return seat
+            if time.monotonic() > deadline:
+                names = ", ".join(seat.name for seat in turns)
+                self.findings.find("unexplained", f"{names}: nothing was answered within {BOOT_S} s")
+                break
+        return None
+
+    def _await_copy(self) -> None:
+        """Until somebody reads or writes a block, for a while."""
+        deadline = time.monotonic() + COPY_S
+        while time.monotonic() < deadline:
+            stats = self.store.stats()
+            if stats.pinned_slots or stats.writing_slots:
+                return
+            time.sleep(0.0005)
+
     def _afterwards(self) -> None:
-        """Everybody is up again, and answers right, one request at a time."""
+        """Everybody is up again, answers right, one request at a time, and reads from the pool."""
         for seat in self.seats:
             life = seat.wait_up(BOOT_S)
             if life is None:
                 self.findings.find("unexplained", f"{seat.name} is not up {BOOT_S} s after the last kill")
                 continue
-            for case in self.rng.sample(seat.cases, min(AFTERWARDS, len(seat.cases))):
+            for number, case in enumerate(self.rng.sample(seat.cases * 2, len(seat.cases) * 2)):
                 load.ask_once(seat, life, case)
-            seat.look(life)
+                seat.look(life)
+                if number >= AFTERWARDS and (seat.reused or not seat.kills):
+                    break
         for seat in self.seats:
             self.findings.counts[f"kills_{seat.name}"] = seat.kills
             self.findings.counts[f"reused_{seat.name}"] = round(seat.reused)

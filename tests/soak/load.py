@@ -53,6 +53,7 @@ def ask_once(seat: Seat, life: Life, case: Case) -> bool:
     """One request, asked and judged; whether it was answered right."""
     findings, server = seat.findings, life.server
     findings.add("requests")
+    life.asking.add(threading.get_ident())
     stops, began = life.stops, time.monotonic()
     try:
         if isinstance(server, SglangServer):
@@ -70,6 +71,8 @@ def ask_once(seat: Seat, life: Life, case: Case) -> bool:
         else:
             findings.find("unexplained", f"{where}after {took:.1f} s: {error}")
         return False
+    finally:
+        life.asking.discard(threading.get_ident())
     took = time.monotonic() - began
     verdict = judge(case.tokens, answer.tokens, doomed=life.doomed.is_set())
     if verdict == "right":

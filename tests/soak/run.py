@@ -15,6 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 NICE = 5
+COUNTED = (
+    *("right", "lost", "given_up", "mid_request", "stops", "lingered", "checks"),
+    *("stored", "evicted", "reaped_pins", "reaped_writes", "rebuilds"),
+)
 
 
 def main() -> int:
@@ -43,12 +47,7 @@ def main() -> int:
     c = findings.counts
     seats = [name.removeprefix("kills_") for name in c if name.startswith("kills_")]
     print(" ".join(f"{name}: kills={c[f'kills_{name}']} reused={c[f'reused_{name}']}" for name in seats))
-    print(
-        f"right={c['right']} lost to kills={c['lost']} given up={c['given_up']} stops={c['stops']} "
-        f"checks={c['checks']} stored={c['stored']} evicted={c['evicted']} reaped pins={c['reaped_pins']} "
-        f"reaped writes={c['reaped_writes']} rebuilds={c['rebuilds']} lingered={c['lingered']} "
-        f"slowest={findings.slowest_s:.1f} s"
-    )
+    print(" ".join(f"{name}={c[name]}" for name in COUNTED), f"slowest={findings.slowest_s:.1f} s")
     print(findings.summary(seed))
     if args.defect:
         print(f"{'found' if c['wrong'] else 'SURVIVED'}: {DEFECTS[args.defect]}")

@@ -54,8 +54,12 @@ class Life:
     over: threading.Event = field(default_factory=threading.Event)
     """Another engine may be booted in this one's place."""
     ready_at: float = 0.0
+    computing: list[int] = field(default_factory=list)
+    """Process ids of what computes, once it is up."""
     stops: int = 0
     right: int = 0
+    asking: set[int] = field(default_factory=set)
+    """Threads that wait for an answer."""
     loaded: float = 0.0
     """Blocks or pages that came out of the pool, as the engine's own metrics count them."""
 
@@ -93,6 +97,12 @@ class Seat:
         life = self.lives[-1] if self.lives else None
         return life if life is not None and life.up.is_set() and not life.doomed.is_set() else None
 
+    @property
+    def boots(self) -> bool:
+        """Whether an engine is on its way up."""
+        life = self.lives[-1] if self.lives else None
+        return life is not None and not life.up.is_set() and not life.doomed.is_set()
+
     def wait_up(self, timeout_s: float) -> Life | None:
         """The engine that can be asked, as soon as there is one."""
         deadline = time.monotonic() + timeout_s
@@ -121,6 +131,9 @@ class Seat:
                     continue
             if not life.doomed.is_set():
                 life.ready_at = time.monotonic()
+                life.computing = [
+                    pid for role, pid in life.server.roles().items() if not role.startswith(NOT_COMPUTING)
+                ]
                 life.up.set()
                 took = life.ready_at - life.server.started
                 self.findings.say(f"{self.name} #{number} is up after {took:.0f} s")
@@ -160,8 +173,11 @@ class Seat:
         if life.doomed.is_set():
             return
         life.doomed.set()
+        if strike.how != "front":  # at once: what led here, such as a copy under way, is over in a millisecond
+            self._signal(life.computing, signal.SIGSTOP if strike.how == "stopped" else signal.SIGKILL)
         self.kills += 1
         self.findings.add("kills")
+        self.findings.add("mid_request", bool(life.asking))
         thread = threading.Thread(target=self._strike, args=(life, strike), name=f"strike-{self.name}", daemon=True)
         self._strikers.append(thread)
         thread.start()
@@ -170,15 +186,13 @@ class Seat:
         server, when = life.server, "serving" if life.up.is_set() else "booting"
         try:
             if strike.how == "stopped":
-                self._signal(server, signal.SIGSTOP, everything=True)
+                self._signal([p.pid for p in server.family()], signal.SIGSTOP)
                 time.sleep(strike.stopped_s)
             self.findings.say(
                 f"{self.name} #{life.number}: SIGKILL to {strike.how} while {when}; "
                 f"{life.right} right answers, {life.loaded:.0f} blocks from the pool"
             )
-            if strike.how == "worker" and (computing := self._computing(server)):
-                for pid in computing:
-                    server.kill(pid)
+            if strike.how == "worker" and life.computing:
                 self._linger(life)
             elif strike.how == "front":
                 server.family()
@@ -205,18 +219,15 @@ class Seat:
         life.stops += 1
         self.findings.add("stops")
         self.findings.say(f"{self.name} #{life.number}: SIGSTOP for {seconds:.1f} s")
+        family = [p.pid for p in life.server.family()]
         try:
-            self._signal(life.server, signal.SIGSTOP, everything=everything)
+            self._signal(family if everything else life.computing, signal.SIGSTOP)
             time.sleep(seconds)
         finally:
-            self._signal(life.server, signal.SIGCONT, everything=True)
+            self._signal(family, signal.SIGCONT)
 
     @staticmethod
-    def _computing(server: AnyServer) -> list[int]:
-        return [pid for role, pid in server.roles().items() if not role.startswith(NOT_COMPUTING)]
-
-    def _signal(self, server: AnyServer, number: int, *, everything: bool) -> None:
-        pids = [p.pid for p in server.family()] if everything else self._computing(server)
+    def _signal(pids: list[int], number: int) -> None:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -226,14 +237,12 @@ class Seat:
     def leave(self, *, kindly: bool) -> None:
         """Ends the engine by SIGTERM or by SIGKILL, and boots no other."""
         self._leaving.set()
-        life = self.lives[-1]
-        if not life.doomed.is_set() and not life.up.is_set():
-            life.server.kill_all()  # it is booting, and ready() is waiting for it
+        if self.boots:
+            self.lives[-1].server.kill_all()  # ready() is waiting for it
         self._thread.join(BOOT_S)
-        if life.up.is_set() and not life.doomed.is_set():
-            self.look(life)
-            if kindly:
-                life.server.stop()
+        life = self.lives[-1]
+        if kindly and life.up.is_set() and not life.doomed.is_set():
+            life.server.stop()
         life.server.close()
         for thread in self._strikers:
             thread.join(LINGER_S * 3)

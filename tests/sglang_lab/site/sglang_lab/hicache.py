@@ -17,9 +17,10 @@ HOST_POOLS = ("mha", "mla", "mamba", "dsa", "unified")
 
 def install() -> None:
     """Called by SGLang in each of its processes, before a pool is made."""
-    from sglang.srt.mem_cache.pool_host import common
+    from sglang.srt.mem_cache.pool_host import base, common
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # 10 GB, which a machine for tests need not have
     for name in HOST_POOLS:
         try:
             module = importlib.import_module(f"sglang.srt.mem_cache.pool_host.{name}")

@@ -14,10 +14,12 @@ import os
 import socket
 import threading
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
 EAR = "SGLANG_LAB_EAR"
+ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
 def install() -> None:
@@ -27,6 +29,8 @@ def install() -> None:
     _unpinned_memory()
     _paged_allocation()
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _latent_attention, HookType.BEFORE)
+    for method in ("forward_extend", "forward_decode"):
+        HookRegistry.register(f"{ATTENTION}.{method}", _windowed_attention, HookType.AROUND)
     if os.environ.get(EAR):
         HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _listen, HookType.AFTER)
 
@@ -36,6 +40,23 @@ def _latent_attention(*args: Any, **kwargs: Any) -> None:
     from sglang.srt.models.deepseek_common import attention_backend_handler as handler
 
     handler.AttentionBackendRegistry.register("torch_native", lambda *_: handler.AttnForwardMethod.MLA)
+
+
+def _windowed_attention(
+    original: Any, backend: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Attention by plain torch writes a layer with a sliding window to that layer's own pool, and reads from it by the
+    places of the other pool. Here it reads by the right ones."""
+    rest = (q, k, v, layer, forward_batch, *args)
+    pool, places = backend.token_to_kv_pool, backend.req_to_token_pool
+    if not (backend.use_sliding_window_kv_pool and pool.layers_mapping[layer.layer_id][1]):
+        return original(backend, *rest, **kwargs)
+    translated = pool.translate_loc_from_full_to_swa(places.req_to_token)
+    backend.req_to_token_pool = types.SimpleNamespace(req_to_token=translated)
+    try:
+        return original(backend, *rest, **kwargs)
+    finally:
+        backend.req_to_token_pool = places
 
 
 def _listen(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
