@@ -15,7 +15,10 @@ from tests.sglang_lab.env import ROOT, base_env, installed
 
 CHILD_S = 180
 
-pytestmark = pytest.mark.skipif(not installed(), reason="no SGLang here: tests/sglang_lab/install.sh .venv")
+pytestmark = [
+    pytest.mark.skipif(not installed(), reason="no SGLang here: tests/sglang_lab/install.sh .venv"),
+    pytest.mark.timeout(1800),
+]
 
 
 def test_lookup_of_512_pages(pool: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from blake3 import blake3
 
 from kvplug import config as configuration
-from kvplug.adapters.sglang import compat, namespace
+from kvplug.adapters.sglang import compat, lora, namespace
 from kvplug.adapters.sglang.compat import Facts
 from kvplug.adapters.sglang.flags import EXTRA_KEY, private_name
 from kvplug.adapters.sglang.metrics import Publisher
@@ -117,6 +117,7 @@ class RankEngine:
             "pages are shared as soon as the weights are identified",
             logging.INFO,
         )
+        lora.begin_reading(self.hub_cache)
         threading.Thread(target=self._identify, name="kvplug-identify", daemon=True).start()
 
     def keys(self, pool: str, hashes: Sequence[str], replicated: bool = False) -> Keys | None:

@@ -268,6 +268,8 @@ def before_lora_load(_manager: Any, lora_ref: Any, *args: Any, **kwargs: Any) ->
     from kvplug.adapters.sglang import lora
 
     lora.note_load(str(lora_ref.lora_id), None if args or kwargs else getattr(lora_ref, "lora_path", None))
+    for each in _engines():
+        lora.begin_reading(each.hub_cache)
 
 
 @_guarded
