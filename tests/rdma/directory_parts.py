@@ -27,6 +27,8 @@ U8 = npt.NDArray[np.uint8]
 SECRET: Final = b"a secret of all the hosts"
 BLOCK: Final = 4096
 TTL_S: Final = 6.0
+POLL_TTL_S: Final = 0.9
+"""Readers look for members three times in this."""
 WAIT_S: Final = 30.0
 """Longer than a busy machine starves anybody."""
 _numbers = itertools.count()
@@ -109,7 +111,7 @@ def a_host(
 
 @contextlib.contextmanager
 def a_reader(
-    server: RedisServer | Delay, *, ttl_s: float = TTL_S, timeout_s: float = 5.0, own_id: str | None = None
+    server: RedisServer | Delay, *, ttl_s: float = POLL_TTL_S, timeout_s: float = 5.0, own_id: str | None = None
 ) -> Iterator[Directory]:
     """A reader of the directory."""
     made = Directory(Endpoint.parse(server.url), Names(SECRET), ttl_s=ttl_s, timeout_s=timeout_s, own_id=own_id)

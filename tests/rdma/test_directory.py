@@ -213,7 +213,7 @@ def test_a_host_that_was_killed_is_gone_when_its_time_is_up_and_its_old_entries_
     names = Names(SECRET)
     try:
         put(store, wanted)
-        with a_reader(server, ttl_s=SHORT_TTL_S) as reader, a_reader(server, ttl_s=900) as drowsy:
+        with a_reader(server) as reader, a_reader(server, ttl_s=900) as drowsy:
             child, epoch = start_mortal(server, pool, SHORT_TTL_S)
             try:
                 drowsy._wake.set()  # reads the members once, and then not for minutes
@@ -275,7 +275,7 @@ def test_a_host_that_is_stopped_goes_and_comes_back(server: RedisServer) -> None
     store = open_pool(pool)
     try:
         put(store, wanted)
-        with a_reader(server, ttl_s=SHORT_TTL_S) as reader:
+        with a_reader(server) as reader:
             child, _ = start_mortal(server, pool, SHORT_TTL_S)
             try:
                 wait_for(lambda: counts(reader.lookup(wanted)) == {"mortal": 20})
