@@ -164,6 +164,7 @@ def settings_table() -> str:
         "size": "¼ of the memory that the container may use, at most ½ of what /dev/shm has left",
         "min_block": "`16kib`",
         "slab": "`auto`",
+        "peers": "",
     }
     lines = []
     for name, field in Config.model_fields.items():
