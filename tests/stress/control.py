@@ -35,6 +35,7 @@ HUNG_S: Final = 30.0
 QUIET_S: Final = 10.0
 STOP_MARGIN_S: Final = 3.0
 SHARE_ARMED: Final = 0.5
+GROUPS_KEPT: Final = 24
 
 
 @dataclasses.dataclass
@@ -59,6 +60,7 @@ class Report:
     leaked_slots: int = 0
     leaked_pins: int = 0
     hung: int = 0
+    parted: int = 0
     broken_tables: int = 0
     other: int = 0
     stumbles: int = 0
@@ -80,7 +82,15 @@ class Report:
     @property
     def violations(self) -> int:
         """0 in a run that found nothing. A traceback of an actor is a fault too, but it may be the actor's own."""
-        return self.wrong_bytes + self.leaked_slots + self.leaked_pins + self.hung + self.broken_tables + self.other
+        return (
+            self.wrong_bytes
+            + self.leaked_slots
+            + self.leaked_pins
+            + self.hung
+            + self.broken_tables
+            + self.parted
+            + self.other
+        )
 
 
 class Controller:
@@ -95,6 +105,8 @@ class Controller:
         self.told = 0
         self.sleepers: list[int] = []
         self.epoch = 0
+        self.deaths = self.halved = self.groups_stored = 0
+        self.groups: list[int] = []
         self.config = Config(
             pool="unset",
             size=POOL_BYTES,
@@ -137,6 +149,8 @@ class Controller:
         return self.stop_at_first and self.report.violations > 0
 
     def _one_epoch(self, until: int) -> None:
+        self.deaths = self.halved = 0
+        self.groups.clear()
         for _ in range(2):  # while the pool still grows
             self._spawn(("watermark", self.rng.randrange(8), signal.SIGKILL))
         if self.epoch % 2 == 0:
@@ -200,7 +214,10 @@ class Controller:
             if failpoint is not None:
                 r.at[failpoint] += 1
         self._sum_up(child)
-        self._integrity(f"after a kill at {failpoint or 'a random instant'} of {child.role}")
+        self.deaths += 1
+        when = f"after a kill at {failpoint or 'a random instant'} of {child.role}"
+        self._integrity(when)
+        self._groups(when)
 
     def _sum_up(self, child: Child) -> None:
         row = self.board.rows[child.row]
@@ -249,6 +266,7 @@ class Controller:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
+            self.deaths += 1
         self.children.clear()
 
     # ---- checking
@@ -268,6 +286,45 @@ class Controller:
         self.board.violation(
             "hung", f"the pool lock was not to be had {when}, holder {int(self.checker.pool.T[lay.H_HOLDER])}"
         )
+
+    def _halves(self) -> set[int]:
+        """Groups stored here, whole, of which a part is there and a part is not. Those that are gone are forgotten."""
+        names = [content.sibling("kept group", n, i) for n in self.groups for i in range(content.GROUP)]
+        there = self.checker.exists(names).reshape(-1, content.GROUP)
+        left = there.any(axis=1).tolist()
+        halves = {n for n, some, one in zip(self.groups, left, there, strict=True) if some and not one.all()}
+        self.groups = [n for n, some in zip(self.groups, left, strict=True) if some]
+        return halves
+
+    def _groups(self, when: str) -> None:
+        """A group leaves whole; a death in a section may part the one that was just leaving."""
+        halves = self._halves() if self.groups else set()
+        if halves and self._has_lock():  # whoever was at it then has ended since
+            halves &= self._halves()
+            self.halved += len(halves)
+            self.groups = [n for n in self.groups if n not in halves]
+            if self.halved > self.deaths:
+                self.board.violation("parted", f"{when}: {self.halved} groups left in part after {self.deaths} deaths")
+        while len(self.groups) < GROUPS_KEPT:
+            self.groups_stored += 1
+            names = [content.sibling("kept group", self.groups_stored, i) for i in range(content.GROUP)]
+            for i, name in enumerate(names):
+                data = content.words(name, content.GROUP_BYTES)
+                at = np.array([[data.ctypes.data]])
+                if self.checker.put_fragments([name], at, [data.nbytes], siblings=(content.GROUP, i))[0] != Code.OK:
+                    return
+            if self.checker.exists(names).all():
+                self.groups.append(self.groups_stored)
+
+    def _has_lock(self) -> bool:
+        """Whether the lock was had once: every section that was under way before is over."""
+        deadline = time.monotonic() + QUIET_S
+        while time.monotonic() < deadline:
+            if self.checker.remove([content.key("nobody's", 0, 0)])[0] != Code.TIMEOUT:
+                return True
+            self._watch_paused()
+            time.sleep(0.01)
+        return False
 
     def _watch_paused(self) -> None:
         for child in self.children.values():
@@ -303,6 +360,7 @@ class Controller:
                 break
             time.sleep(0.02)
         self._integrity("with everybody dead")
+        self._groups("with everybody dead")
         self._all_blocks()
         r = self.report
         r.rebuilds += s.rebuilds
@@ -321,9 +379,11 @@ class Controller:
 
     def _all_blocks(self) -> None:
         """Every block that is there holds what its key says."""
+        groups = [content.sibling("group", n, i) for n in range(content.GROUPS) for i in range(content.GROUP)]
         for size in content.SIZES:
-            buffer = np.zeros((content.NAMES_PER_SIZE, size // 8), np.uint64)
             names = [content.key("block", n, size) for n in range(content.NAMES_PER_SIZE)]
+            names += groups if size == content.GROUP_BYTES else []
+            buffer = np.zeros((len(names), size // 8), np.uint64)
             codes = self.checker.get_into(names, buffer)
             for i in np.flatnonzero(codes == Code.OK).tolist():
                 if wrong := content.difference(names[i], buffer[i]):
@@ -408,6 +468,8 @@ class Controller:
                 r.hung += 1
             elif kind == "broken_tables":
                 r.broken_tables += 1
+            elif kind == "parted":
+                r.parted += 1
             elif kind == "stumble":
                 r.stumbles += 1
             else:
