@@ -25,6 +25,7 @@ from kvplug.shm.batch import SlotBatch
 from kvplug.shm.segment import remove_pool
 from tests.stress import actors, content
 from tests.stress.board import CALLS, CHILD, HITS, MAX_ACTORS, SINCE_NS, SLOWEST_NS, Board
+from tests.stress.groups import KeptGroups
 
 POOL_BYTES: Final = 20 << 20
 SLAB_BYTES: Final = 1 << 20
@@ -35,7 +36,6 @@ HUNG_S: Final = 30.0
 QUIET_S: Final = 10.0
 STOP_MARGIN_S: Final = 3.0
 SHARE_ARMED: Final = 0.5
-GROUPS_KEPT: Final = 24
 
 
 @dataclasses.dataclass
@@ -105,8 +105,7 @@ class Controller:
         self.told = 0
         self.sleepers: list[int] = []
         self.epoch = 0
-        self.deaths = self.halved = self.groups_stored = 0
-        self.groups: list[int] = []
+        self.deaths = 0
         self.config = Config(
             pool="unset",
             size=POOL_BYTES,
@@ -149,8 +148,8 @@ class Controller:
         return self.stop_at_first and self.report.violations > 0
 
     def _one_epoch(self, until: int) -> None:
-        self.deaths = self.halved = 0
-        self.groups.clear()
+        self.deaths = 0
+        self.groups = KeptGroups(self.checker, self.board, self._watch_paused)
         for _ in range(2):  # while the pool still grows
             self._spawn(("watermark", self.rng.randrange(8), signal.SIGKILL))
         if self.epoch % 2 == 0:
@@ -217,7 +216,7 @@ class Controller:
         self.deaths += 1
         when = f"after a kill at {failpoint or 'a random instant'} of {child.role}"
         self._integrity(when)
-        self._groups(when)
+        self.groups.check(when, self.deaths)
 
     def _sum_up(self, child: Child) -> None:
         row = self.board.rows[child.row]
@@ -287,45 +286,6 @@ class Controller:
             "hung", f"the pool lock was not to be had {when}, holder {int(self.checker.pool.T[lay.H_HOLDER])}"
         )
 
-    def _halves(self) -> set[int]:
-        """Groups stored here, whole, of which a part is there and a part is not. Those that are gone are forgotten."""
-        names = [content.sibling("kept group", n, i) for n in self.groups for i in range(content.GROUP)]
-        there = self.checker.exists(names).reshape(-1, content.GROUP)
-        left = there.any(axis=1).tolist()
-        halves = {n for n, some, one in zip(self.groups, left, there, strict=True) if some and not one.all()}
-        self.groups = [n for n, some in zip(self.groups, left, strict=True) if some]
-        return halves
-
-    def _groups(self, when: str) -> None:
-        """A group leaves whole; a death in a section may part the one that was just leaving."""
-        halves = self._halves() if self.groups else set()
-        if halves and self._has_lock():  # whoever was at it then has ended since
-            halves &= self._halves()
-            self.halved += len(halves)
-            self.groups = [n for n in self.groups if n not in halves]
-            if self.halved > self.deaths:
-                self.board.violation("parted", f"{when}: {self.halved} groups left in part after {self.deaths} deaths")
-        while len(self.groups) < GROUPS_KEPT:
-            self.groups_stored += 1
-            names = [content.sibling("kept group", self.groups_stored, i) for i in range(content.GROUP)]
-            for i, name in enumerate(names):
-                data = content.words(name, content.GROUP_BYTES)
-                at = np.array([[data.ctypes.data]])
-                if self.checker.put_fragments([name], at, [data.nbytes], siblings=(content.GROUP, i))[0] != Code.OK:
-                    return
-            if self.checker.exists(names).all():
-                self.groups.append(self.groups_stored)
-
-    def _has_lock(self) -> bool:
-        """Whether the lock was had once: every section that was under way before is over."""
-        deadline = time.monotonic() + QUIET_S
-        while time.monotonic() < deadline:
-            if self.checker.remove([content.key("nobody's", 0, 0)])[0] != Code.TIMEOUT:
-                return True
-            self._watch_paused()
-            time.sleep(0.01)
-        return False
-
     def _watch_paused(self) -> None:
         for child in self.children.values():
             if child.stopped_until:
@@ -360,7 +320,8 @@ class Controller:
                 break
             time.sleep(0.02)
         self._integrity("with everybody dead")
-        self._groups("with everybody dead")
+        self.groups.check("with everybody dead", self.deaths)
+        self.groups.one_leaves()
         self._all_blocks()
         r = self.report
         r.rebuilds += s.rebuilds

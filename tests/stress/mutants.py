@@ -90,8 +90,8 @@ MUTANTS: Final[dict[str, Mutant]] = {
     ),
     "forgets_siblings": Mutant(
         "shm/evict.py",
-        "        if which == 0:\n",
-        "        if True:\n",
+        "        if which == 0:\n            return 0",
+        "        if True:\n            return 0",
         "a victim leaves its siblings behind",
     ),
     "takes_pinned_siblings": Mutant(
