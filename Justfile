@@ -9,7 +9,7 @@ py := ".venv/bin/python"
 default:
     @{{ just_executable() }} --justfile {{ justfile() }} --list --unsorted
 
-# run two real vLLM engines on one pool, kill one, and print what was reused
+# run two real engines on one pool, kill one, and print what was reused: just demo --engine sglang
 demo *ARGS: setup
     {{ py }} bench/demo.py {{ ARGS }}
 
@@ -28,6 +28,10 @@ bench *ARGS: setup
 # kill processes at random instants and count what went wrong: just stress --kills 2000
 stress *ARGS: install
     {{ py }} tests/stress/run.py {{ ARGS }}
+
+# a vLLM engine and two SGLang engines on one pool, under load and kills: just soak --minutes 5
+soak *ARGS: setup
+    {{ py }} tests/soak/run.py {{ ARGS }}
 
 # ruff and mypy, as the tests run them
 lint: install

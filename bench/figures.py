@@ -70,6 +70,8 @@ def _hit_rates() -> list[Figure]:
     ]
 
 
+_FETCHES: Final = ("16 KiB", "256 KiB", "2 MiB")
+
 FIGURES: Final = (
     *_sized("get", "second process: get ÷ memcpy", {"256 KiB": 0.90, "2 MiB": 0.95, "32 KiB": 0.75}),
     *_sized("put", "second process: put into a full pool ÷ memcpy", {"256 KiB": 0.75, "2 MiB": 0.80, "32 KiB": 0.55}),
@@ -90,7 +92,14 @@ FIGURES: Final = (
     Figure("vllm_ttft", "vLLM: time to first token from a warm pool ÷ computing it", "", 0.2),
     Figure("vllm_unseen", "vLLM: prompts never seen, with kvplug ÷ without", "", 1.03),
     Figure("vllm_step", "vLLM: scheduler's own time in a step that admits no request", "µs", 100.0),
+    Figure("sglang_ttft", "SGLang: time to first token from a warm pool ÷ computing it", "", 0.3),
+    Figure("sglang_unseen", "SGLang: prompts never seen, with kvplug ÷ without", "", 1.05),
+    Figure("sglang_ttft_hicache", "the first of them in hicache mode", "", None),
+    Figure("sglang_unseen_hicache", "the second of them in hicache mode", "", None),
+    Figure("sglang_lookup", "SGLang, linker mode: lookup of 512 pages, pinned, on the scheduler thread", "ms", 0.5),
     Figure("keys", "key making for 16 tokens, incremental", "µs", 1.0),
+    *_sized("fetch", "fetch from a peer by TCP on loopback ÷ one bare stream", dict.fromkeys(_FETCHES, 0.9)),
+    Figure("fetch_lookup", "look up and lease 2048 keys at a peer, round trip", "ms", 3.0),
     *_hit_rates(),
 )
 BY_NAME: Final = {f.name: f for f in FIGURES}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvplug import hostmem
@@ -45,6 +45,8 @@ ENV_PREFIX = "KVPLUG_"
 PATH_ENV = "KVPLUG_CONFIG"
 RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT"})
 """Variables that are read elsewhere and are not settings of the schema."""
+SECRETS = frozenset({"auth_key"})
+HIDDEN = "(set, not shown)"
 RESERVED_ENV_PREFIXES = ("KVPLUG_TEST_", "KVPLUG_BENCH_", "KVPLUG_DEMO_")
 _FOREIGN_ENV = re.compile(r"KVPLUG_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_\w+)?)")
 """What Kubernetes puts into every container of a namespace that has a service named "kvplug..."."""
@@ -81,7 +83,16 @@ def _size_or_auto(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() == "auto" else _size(value)
 
 
+def _address(value: str) -> str:
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{value!r} is not host:port, such as 10.0.0.7:9410 or [::1]:9410")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(_size)]
+Address = Annotated[str, AfterValidator(_address)]
+Secret = Annotated[SecretStr, Field(max_length=4096)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -157,6 +168,33 @@ class Config(BaseSettings):
         default=False, description="try an engine version that kvplug was not tested with"
     )
 
+    # Between hosts.
+    agent_listen: Address = Field(
+        default="127.0.0.1:9410",
+        description="where `kvplug agent` listens (port 0: any); wider than loopback only with auth_key or TLS",
+    )
+    agent_advertise: Address | None = Field(
+        default=None, description="the address that other hosts reach this agent by, where it differs from agent_listen"
+    )
+    auth_key: Secret | None = Field(
+        default=None,
+        min_length=16,
+        description="the key that hosts prove to each other that they have, at least 16 characters; never printed",
+    )
+    tls_cert: str | None = Field(default=None, description="certificate of this host, PEM; all three tls_ or none")
+    tls_key: str | None = Field(default=None, description="private key of that certificate, PEM")
+    tls_ca: str | None = Field(default=None, description="certificates that sign those of all hosts, PEM")
+    lease_s: float = Field(
+        default=10.0, ge=0.5, le=600, description="how long an agent keeps blocks in place for a reader that asked"
+    )
+    peer_timeout_s: float = Field(
+        default=1.0, ge=0.05, le=60, description="longest wait for the next byte of a peer; after that: a miss"
+    )
+    peer_connections: int = Field(
+        default=4, ge=1, le=16, description="connections that one read of a peer spreads over"
+    )
+    agent_pin_share: Share = Field(default=0.25, description="share of the pool's bytes that leases may keep in place")
+
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -183,6 +221,13 @@ class Config(BaseSettings):
     def _slab_holds_blocks(self) -> Config:
         if self.slab is not None and self.slab % self.min_block:
             raise ValueError(f"slab ({self.slab} bytes) is not a multiple of min_block ({self.min_block} bytes)")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _tls_is_whole(self) -> Config:
+        given = [name for name in ("tls_cert", "tls_key", "tls_ca") if getattr(self, name)]
+        if len(given) not in (0, 3):
+            raise ValueError(f"TLS needs tls_cert, tls_key and tls_ca; only {' and '.join(given)} set")
         return self
 
     @classmethod
@@ -329,6 +374,8 @@ def _explained(error: pydantic.ValidationError, given: set[str]) -> ConfigError:
     if detail["type"] == "extra_forbidden":
         return ConfigError(f"unknown setting {name!r}, {source}: {_nearest(name)}")
     about = Config.model_fields[name].description or ""
+    if name in SECRETS:
+        value = HIDDEN
     return ConfigError(f"setting {name} = {value!r} ({source}): {message}. ({name}: {about})")
 
 
@@ -344,5 +391,10 @@ def explain() -> list[Setting]:
     """Each setting as (name, value, source), in the schema's order. Raises ConfigError as :func:`load` does."""
     config, sources = load(), _layers()
     return [
-        Setting(name, getattr(config, name), sources.get(name, (None, "default"))[1]) for name in Config.model_fields
+        Setting(name, _shown(name, getattr(config, name)), sources.get(name, (None, "default"))[1])
+        for name in Config.model_fields
     ]
+
+
+def _shown(name: str, value: Any) -> Any:
+    return HIDDEN if name in SECRETS and value is not None else value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 
 __all__ = [
+    "AgentError",
     "BlockTooLargeError",
     "BufferError",
     "ClientLimitError",
@@ -20,11 +21,15 @@ __all__ = [
     "KvplugError",
     "LockTimeoutError",
     "NamespaceError",
+    "PeerAuthError",
+    "PeerError",
+    "PeerTimeoutError",
     "PoolError",
     "PoolFormatError",
     "PoolNotFoundError",
     "PoolOwnerError",
     "PoolSpaceError",
+    "ProtocolError",
     "StoreClosedError",
     "UnsupportedEngineError",
 ]
@@ -123,3 +128,23 @@ class NamespaceError(KvplugError):
 
 class UnsupportedEngineError(KvplugError):
     """The engine's version or shape is not one that kvplug knows; the engine runs on without kvplug."""
+
+
+class AgentError(KvplugError):
+    """The agent cannot serve: its address, another agent on this pool, or a pool that is gone."""
+
+
+class PeerError(KvplugError):
+    """Another host could not be reached or did not do what was asked. A fetch turns it into misses."""
+
+
+class PeerAuthError(PeerError):
+    """Who is at the other end has not shown that it has the key, or this host was not let in."""
+
+
+class PeerTimeoutError(PeerError):
+    """The other end did not answer within the deadline."""
+
+
+class ProtocolError(PeerError):
+    """What came over the connection is not what the protocol allows at this point; the connection is closed."""

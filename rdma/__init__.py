@@ -1,1 +1,1 @@
-"""Between hosts: protocol, agent, directory, data paths. Empty in this version: kvplug works within one host."""
+"""Between hosts: protocol, agent, leases, data paths, remote reads."""

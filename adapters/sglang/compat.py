@@ -8,9 +8,11 @@ later. Device and host page pools are in ``devicepools.py`` and ``storage.py``, 
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +34,8 @@ CREATE_TREE_CACHE = _SRT + "mem_cache.registry.create_tree_cache"
 FLUSH_CACHE = _SRT + "managers.scheduler.Scheduler.flush_cache"
 NAMESPACE_SEED = _SRT + "mem_cache.utils.storage_namespace_seed"
 RELEASE_REQUEST = _WRAPPER + "release_request"
+REQUEST = _SRT + "managers.schedule_batch.Req.__init__"
+TOKENIZE = _SRT + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
 WEIGHT_CHANGES = tuple(
     _UPDATER + name
     for name in (
@@ -40,8 +44,10 @@ WEIGHT_CHANGES = tuple(
         "update_weights_from_tensor",
         "update_weights_from_ipc",
         "resume_memory_occupation",
+        "check_weights",
     )
 )
+"""``check_weights`` can overwrite them too, see :func:`leaves_weights`."""
 SESSION_CHANGES = tuple(_UPDATER + name for name in ("begin_weight_update", "end_weight_update"))
 """Weights that somebody else writes between the two calls; not in every supported version."""
 LORA_LOADS = tuple(
@@ -56,11 +62,21 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     FLUSH_CACHE: ("self", "empty_cache"),
     NAMESPACE_SEED: ("extra_key", "cache_salt"),
     RELEASE_REQUEST: ("self", "rid"),
+    REQUEST: ("self", "rid"),
+    TOKENIZE: ("self", "obj"),
     **dict.fromkeys(LORA_LOADS, ("self", "lora_ref")),
     **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES), ("self", "recv_req")),
 }
+_ALSO_TAKES = {
+    REQUEST: frozenset(
+        {"extra_key", "lora_id", "session", "positional_embed_overrides", "multi_item_delimiter_indices"}
+    )
+}
+"""Parameters that stand further behind, where SGLang adds others in between."""
 FRONT_TARGETS = (ADD_CLI_ARGS, FROM_CLI_ARGS, RESOLVE_ONCE)
 """Hooked in every process in which SGLang loads plugins; they do next to nothing unless kvplug is asked for."""
+TOKENIZER_TARGETS = (TOKENIZE,)
+"""Hooked in the process that takes requests in, once kvplug's settings are made."""
 
 
 def version() -> str:
@@ -82,7 +98,12 @@ def scheduler_targets() -> tuple[str, ...]:
     """What is hooked in the processes of an engine that uses kvplug."""
     optional = [target for target in SESSION_CHANGES if _resolve(target) is not None]
     linker = (RELEASE_REQUEST,) if has_linker() else ()
-    return (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, *LORA_LOADS, *WEIGHT_CHANGES, *optional, *linker)
+    return (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *LORA_LOADS, *WEIGHT_CHANGES, *optional, *linker)
+
+
+def runs_scheduler() -> bool:
+    """Whether this process may run a scheduler: it was started from that module. Others need none of its hooks."""
+    return _SRT + "managers.scheduler" in sys.modules
 
 
 def _resolve(target: str) -> Any:
@@ -106,7 +127,9 @@ def problems(targets: tuple[str, ...]) -> list[str]:
         names = tuple(inspect.signature(function).parameters)
         expected = _SHAPES[target]
         if names[: len(expected)] != expected:
-            found.append(f"{short} takes {names}, not {expected}")
+            found.append(f"{short} takes {names[: len(expected)]}, not {expected}")
+        elif missing := _ALSO_TAKES.get(target, frozenset()).difference(names):
+            found.append(f"{short} takes no {', '.join(sorted(missing))}")
     return found
 
 
@@ -115,6 +138,28 @@ def hook(target: str, function: Callable[..., Any], kind: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(target, function, HookType(kind))
+
+
+def apply_hooks() -> None:
+    """Puts hooks in place that were registered after SGLang had loaded all plugins."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.apply_hooks()
+
+
+def snapshot(server_args: Any) -> Any:
+    """A copy of settings that are not worked out yet, for :func:`restore`."""
+    return copy.copy(server_args)  # working them out writes beside the fields, not into them
+
+
+def restore(server_args: Any, before: Any) -> None:
+    """Makes settings as they were, also after working them out has failed, so that it can be tried again."""
+    import msgspec
+
+    server_args.__dict__.clear()  # what working them out left there, the seal on the fields included
+    for name in type(server_args).__struct_fields__:
+        msgspec.Struct.__setattr__(server_args, name, getattr(before, name))
+    server_args.__dict__.update(before.__dict__)
 
 
 def already_resolved(server_args: Any) -> bool:
@@ -129,10 +174,14 @@ def session_finished_loads(updater: Any) -> bool:
     return bool(getattr(getattr(updater, "_session", None), "loaded_weights", False))
 
 
-def weights_in_tags(recv_req: Any) -> bool:
-    """Whether memory that is being given back to the engine is its weights'."""
-    tags = getattr(recv_req, "tags", None)
-    return not tags or "weights" in tags
+def leaves_weights(name: str, recv_req: Any) -> bool:
+    """Whether a call of this name among :data:`WEIGHT_CHANGES`, with this request, leaves the weights as they are."""
+    if name == "resume_memory_occupation":
+        tags = getattr(recv_req, "tags", None)
+        return bool(tags) and "weights" not in tags
+    if name == "check_weights":
+        return getattr(recv_req, "action", None) in ("snapshot", "compare", "checksum")
+    return False
 
 
 # ---- facts of one rank -----------------------------------------------------------------------------------------------
@@ -169,6 +218,10 @@ class Facts:
     quantization_param_path: str | None
     lora_enabled: bool
     rust_tree: bool
+    replica: str
+    """Which of the server's data-parallel replicas this rank belongs to."""
+    one_tokenizer: bool
+    """Whether all requests come in through the process in which kvplug has seen what they bring along."""
     params: Any = field(repr=False, default=None)
     runner: Any = field(repr=False, default=None)
 
@@ -219,6 +272,8 @@ def facts() -> Facts:
         quantization_param_path=server.get("quantization_param_path"),
         lora_enabled=bool(server.get("enable_lora") or server.get("lora_paths")),
         rust_tree=_rust_tree(params),
+        replica=_replica(ctx),
+        one_tokenizer=_one_tokenizer(server),
         params=params,
         runner=runner,
     )
@@ -243,19 +298,43 @@ def _group_rank(group: Any, ctx: Any) -> tuple[int, int]:
     return int(ctx.tp_rank), int(ctx.tp_size)
 
 
+def _replica(ctx: Any) -> str:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    number = getattr(parallel, "dp_rank", None)
+    if number is None:
+        number = getattr(getattr(ctx.tp_worker.model_runner, "ps", None), "dp_rank", None)  # 0.5.20
+    return f"{number or 0}.{getattr(parallel, 'attn_dp_rank', 0) or 0}"
+
+
+def _one_tokenizer(server: dict[str, Any]) -> bool:
+    from sglang.srt.environ import envs
+
+    rust = getattr(envs, "SGLANG_RUST_SERVER", None)
+    return (
+        int(server.get("tokenizer_worker_num") or 1) == 1
+        and not any(server.get(name) for name in ("grpc_mode", "smg_grpc_mode", "language_only"))
+        and not (rust is not None and rust.get())
+    )
+
+
 def _rust_tree(params: Any) -> bool:
     """Whether the prefix tree, and with it the naming of pages, is SGLang's compiled one."""
     from sglang.srt.environ import envs
 
     setting = getattr(envs, "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", None)
-    return (getattr(params, "tree_core_backend", None) or (setting.get() if setting is not None else "python")) == "rust"
+    return (
+        getattr(params, "tree_core_backend", None) or (setting.get() if setting is not None else "python")
+    ) == "rust"
 
 
-def take_python_tree(params: Any) -> bool:
-    """Asks for the prefix tree in Python, which names pages through the function that is hooked; whether it will."""
-    if hasattr(params, "tree_core_backend"):
-        params.tree_core_backend = "python"
-    return not _rust_tree(params)
+def take_python_tree(ctx: Any) -> None:
+    """Asks for the prefix tree in Python, which names pages through the function that is hooked, where adapters are
+    used. Only before the tree is made; releases without that choice have the Python tree unless told otherwise."""
+    server = ctx.server_args.resolved_dict()
+    if (server.get("enable_lora") or server.get("lora_paths")) and hasattr(ctx.params, "tree_core_backend"):
+        ctx.params.tree_core_backend = "python"
 
 
 def wide_image_names() -> bool:
@@ -278,7 +357,7 @@ def metrics_enabled(server: dict[str, Any]) -> bool:
     return bool(server.get("enable_metrics"))
 
 
-# ---- the host cache ---------------------------------------------------------------------------------------------------
+# ---- the host cache -----------------------------------------------------------------------------------------------
 
 
 def holds_own_heads(host_pool: Any) -> bool:

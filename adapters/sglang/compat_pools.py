@@ -7,6 +7,8 @@ as plain as kvplug needs it. Everything else is refused with one line.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from kvplug.adapters.sglang.devicepools import KV, MAMBA, SOURCES, SWA, DevicePo
 from kvplug.errors import UnsupportedEngineError
 
 _COMPONENT_SOURCES = {"FULL": KV, "SWA": SWA, "MAMBA": MAMBA}
+_WATCHED = "_kvplug_watches"
 Buffers = dict[str, list[LayerBuffer]]
 
 
@@ -66,12 +69,37 @@ def device_pages(params: Any) -> int:
     return max(1, int(params.token_to_kv_pool_allocator.get_kvcache().size) // int(params.page_size))
 
 
-def attach_linker(cache: Any) -> None:
-    """Shows kvplug's linker, if a prefix cache has one, for which requests SGLang holds a hit."""
-    wrapper = getattr(cache, "linker", None)
-    attached = getattr(getattr(wrapper, "cache_linker", None), "attached", None)
-    if attached is not None:
-        attached(wrapper.hit_markers)
+def watch_hits() -> None:
+    """From now on a linker is told where SGLang keeps its hits (``attached``), and of each match (``matched``).
+
+    SGLang tells a linker of what it looks up and of what it loads, not of hits that it drops. To be called before it
+    puts its wrapper around the linker. UnsupportedEngineError if that wrapper is not the one that kvplug knows.
+    """
+    from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper as Wrapper
+
+    if getattr(Wrapper, _WATCHED, False):
+        return
+    made, match = Wrapper.__init__, Wrapper.match
+    for function, names in ((made, ("self", "cache", "cache_linker")), (match, ("self", "key", "req", "result"))):
+        found = tuple(inspect.signature(function).parameters)
+        if found != names:
+            raise UnsupportedEngineError(f"SGLang's {function.__qualname__} takes {found}, not {names}")
+
+    @functools.wraps(made)
+    def watched_init(self: Any, cache: Any, cache_linker: Any) -> None:
+        made(self, cache, cache_linker)
+        if hasattr(cache_linker, "attached"):
+            cache_linker.attached(self.hit_markers)
+
+    @functools.wraps(match)
+    def watched_match(self: Any, key: Any, req: Any, result: Any) -> Any:
+        out = match(self, key, req, result)
+        if hasattr(self.cache_linker, "matched"):
+            self.cache_linker.matched(req.rid)
+        return out
+
+    Wrapper.__init__, Wrapper.match = watched_init, watched_match
+    setattr(Wrapper, _WATCHED, True)
 
 
 def _without_drafts(drafts: list[str]) -> None:

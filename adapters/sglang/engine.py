@@ -19,9 +19,9 @@ from typing import Any
 from blake3 import blake3
 
 from kvplug import config as configuration
-from kvplug.adapters.sglang import compat, namespace
+from kvplug.adapters.sglang import compat, lora, namespace
 from kvplug.adapters.sglang.compat import Facts
-from kvplug.adapters.sglang.flags import EXTRA_KEY
+from kvplug.adapters.sglang.flags import EXTRA_KEY, private_name
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
 from kvplug.canonical import Value
@@ -46,8 +46,11 @@ class Shard:
 class RankEngine:
     """See the module's first lines. Thread-safe; :meth:`keys` is called from SGLang's own threads."""
 
-    def __init__(self, mode: str, extra: Mapping[str, Any]) -> None:
-        """Attaches to the pool. Never raises: what stands in the way is in :attr:`off_reason`, and was said."""
+    def __init__(self, mode: str, extra: Mapping[str, Any], before: RankEngine | None = None) -> None:
+        """Attaches to the pool. Never raises: what stands in the way is in :attr:`off_reason`, and was said.
+
+        ``before``: this rank's engine until it left the pool, whose weights may have changed since the start.
+        """
         self.mode = mode
         self.counts: Counter[str] = Counter()
         self.off_reason: str | None = None
@@ -57,13 +60,17 @@ class RankEngine:
         self.shard = Shard(0, 1)
         self.replicated_shard = Shard(0, 1)
         self.secret = bytes(32)
+        self.private_name = ""
+        self.keeps_sessions = False
         self.hub_cache: str | None = None
         self.layout: dict[str, Value] | None = None
         self._lock = threading.RLock()
         self._namespace: Namespace | None = None
         self._masks: dict[tuple[str, bool], Keys] = {}
-        self._unflushed = False
-        self._changes = 0
+        self._unflushed = before is not None and before._unflushed
+        self._updating = before is not None and before._updating
+        self._changes = before._changes if before is not None else 0
+        self._rotations = before._rotations if before is not None else 0
         self._identified = threading.Event()
         self._closed = threading.Event()
         self._publisher: Publisher | None = None
@@ -84,8 +91,11 @@ class RankEngine:
         own = dict(extra.get(EXTRA_KEY) or {})
         self.config = configuration.load(**dict(own.get("settings") or {}))
         self.facts = compat.facts()
-        _refuse(self.facts)
-        self.secret = blake3(str(own.get("engine") or id(self)).encode() + b"kvplug engine").digest()
+        _refuse(self.facts, self.config)
+        word = f"{own.get('engine') or id(self)} {self.facts.replica}"
+        self.secret = blake3(word.encode() + b"kvplug engine").digest()
+        self.private_name = private_name(own)
+        self.keeps_sessions = self.facts.is_multimodal and not self.config.trust_mm_ids
         self._started_ns = int(own.get("started_ns") or PROCESS_STARTED_NS)
         (tp, tps), (cp, cps), (pp, pps) = self.facts.tp, self.facts.cp, self.facts.pp
         self.shard = Shard((pp * cps + cp) * tps + tp, pps * cps * tps)
@@ -107,6 +117,7 @@ class RankEngine:
             "pages are shared as soon as the weights are identified",
             logging.INFO,
         )
+        lora.begin_reading(self.hub_cache)
         threading.Thread(target=self._identify, name="kvplug-identify", daemon=True).start()
 
     def keys(self, pool: str, hashes: Sequence[str], replicated: bool = False) -> Keys | None:
@@ -159,8 +170,14 @@ class RankEngine:
             self._said.add(where)
             logger.error("kvplug: %s failed; the engine goes on without it", where, exc_info=error)
 
-    def close(self) -> None:
-        """Leaves the pool. Idempotent."""
+    @property
+    def left(self) -> bool:
+        """Whether this engine has left the pool."""
+        return self._closed.is_set()
+
+    def leave(self) -> None:
+        """Leaves the pool, for SGLang was told to do without. Changes of weights are still noted, for :func:`start`:
+        SGLang goes on with the pages that it has, and may be told to use the pool again. Idempotent."""
         with self._lock:
             if self._closed.is_set():
                 return
@@ -172,6 +189,10 @@ class RankEngine:
             self._publisher.close()
         if store is not None:
             store.close()
+
+    def close(self) -> None:
+        """Leaves the pool for good. Idempotent."""
+        self.leave()
         forget(self)
 
     # -- changes -----------------------------------------------------------------------------------------------------
@@ -184,6 +205,20 @@ class RankEngine:
             self._forget()
         self.counts["weight_changes"] += 1
         logger.info("kvplug: weights change (%s); nothing is shared until the cache is flushed", why)
+
+    def update_began(self) -> None:
+        """Weights will be changed by several calls, and are no model's in between."""
+        self.weights_changed("begin_weight_update")
+        with self._lock:
+            self._updating = True
+
+    def update_ended(self, all_flushed: bool) -> None:
+        """The last of them; ``all_flushed``: each of the others was followed by a flush if the user wanted one."""
+        if not all_flushed:  # somebody else has written the weights meanwhile
+            self.weights_changed("end_weight_update")
+        with self._lock:
+            self._updating = False
+            self._forget()
 
     def flushed(self) -> None:
         """SGLang has emptied its own cache."""
@@ -201,10 +236,11 @@ class RankEngine:
     def rotate(self, why: str) -> None:
         """This engine's pages so far are hidden from it; they stay there for others."""
         with self._lock:
+            self._rotations += 1
             self.counts["rotations"] += 1
             self._forget()
             if self._namespace is not None:
-                self._namespace = self._namespace.rotated(self._word("rotation", self.counts["rotations"]))
+                self._namespace = self._namespace.rotated(self._word("rotation", self._rotations))
         logger.info("kvplug: the engine's pages so far are hidden from it (%s)", why)
 
     def _word(self, kind: str, number: int) -> bytes:
@@ -217,7 +253,8 @@ class RankEngine:
 
     def _make_mask(self, pool: str, replicated: bool) -> Keys | None:
         with self._lock:
-            if self._namespace is None or self._unflushed or self.off_reason is not None:
+            closed = self._unflushed or self._updating or self.off_reason is not None
+            if self._namespace is None or closed:
                 return None
             shard = self.replicated_shard if replicated else self.shard
             masked = self._masks[(pool, replicated)] = mask(self._namespace.digest(), pool, shard.index)
@@ -244,6 +281,8 @@ class RankEngine:
             with self._lock:
                 if self._changes:  # what was identified is not what is in memory any more
                     known = known.private(self._word("weights", self._changes))
+                if self._rotations:
+                    known = known.rotated(self._word("rotation", self._rotations))
                 self._namespace = known
                 self._forget()
             self.say(f"kvplug: sharing as {known.describe()}", logging.INFO)
@@ -255,16 +294,32 @@ class RankEngine:
             self.off(f"{type(error).__name__}: {error}")
 
 
-def _refuse(facts: Facts) -> None:
+def _refuse(facts: Facts, config: Config) -> None:
     """UnsupportedEngineError for what kvplug can't work with."""
     if facts.is_multimodal and not compat.wide_image_names():
         raise UnsupportedEngineError(
             f"multimodal models need SGLang 0.5.23: in {compat.version()} an image is 30 bits of a page's name"
         )
-    if facts.lora_enabled and facts.rust_tree and not compat.take_python_tree(facts.params):
+    if facts.is_multimodal and not config.trust_mm_ids:
+        if not facts.one_tokenizer:
+            raise UnsupportedEngineError(
+                "a multimodal model whose requests come in through several tokenizer processes, gRPC, or encoders "
+                "elsewhere: whether images are named by their content can't be seen; trust_mm_ids vouches for it"
+            )
+        if facts.server.get("trust_mm_content_hashes"):
+            raise UnsupportedEngineError(
+                "--trust-mm-content-hashes names images by the user's word; trust_mm_ids lets other engines believe it"
+            )
+    if facts.server.get("dllm_algorithm"):
+        raise UnsupportedEngineError("diffusion language models: their cache is not named by tokens alone")
+    if facts.server.get("elastic_ep_backend"):
+        raise UnsupportedEngineError("--elastic-ep-backend: pages depend on which experts are alive")
+    if facts.server.get("uno_lora_path"):
+        raise UnsupportedEngineError("--uno-lora-path: that adapter's content is not known here")
+    if facts.lora_enabled and facts.rust_tree:
         raise UnsupportedEngineError(
             "LoRA with SGLang's Rust prefix tree: it names adapters by their path; "
-            "set SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python"
+            "unset SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND, or set it to python"
         )
 
 
@@ -274,8 +329,11 @@ _engines: list[RankEngine] = []
 
 
 def start(mode: str, extra: Mapping[str, Any]) -> RankEngine:
-    """A rank's engine, at work or off."""
-    engine = RankEngine(mode, extra)
+    """A rank's engine, at work or off. It goes on where one that has left the pool was."""
+    before = next((each for each in _engines if each.left), None)
+    engine = RankEngine(mode, extra, before)
+    if before is not None:
+        forget(before)
     _engines.append(engine)
     return engine
 
@@ -287,5 +345,5 @@ def forget(engine: RankEngine) -> None:
 
 
 def engines() -> list[RankEngine]:
-    """All of this process: one, but for moments in which a storage backend is exchanged."""
+    """All of this process: one, at work or off, or one that has left the pool and may be told to come back."""
     return list(_engines)

@@ -8,6 +8,7 @@ by which SGLang loads a storage backend or a linker of somebody else's.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import secrets
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kvplug import config as configuration
 from kvplug.errors import ConfigError
 
 Mode = Literal["hicache", "linker"]
@@ -37,12 +37,15 @@ class Options:
     """Settings of :class:`kvplug.config.Config` that go over environment and file."""
 
     def extra(self) -> dict[str, Any]:
-        """What the engine's processes are told: the settings, when loading began, and a secret that they share."""
+        """What the engine's processes are told: the settings, when loading began, and a number that only they share.
+
+        The number is no secret (SGLang logs its settings): what is built on it has to differ from engine to engine.
+        """
         return {"settings": self.settings, "started_ns": time.time_ns(), "engine": secrets.token_hex(16)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds kvplug's flags to SGLang's parser."""
+    """Adds kvplug's flags to SGLang's parser. None by default, so that what was given can be told from what was not."""
     group = parser.add_argument_group("kvplug")
     group.add_argument(
         "--enable-kvplug", action="store_true", help="Share KV caches through kvplug's pool on this host."
@@ -50,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kvplug-mode",
         choices=MODES,
-        default="auto",
+        default=None,
         help="hicache: behind SGLang's host cache. linker: between device and pool, with no second copy on the host. "
-        "auto: linker where this SGLang has it (0.5.23), else hicache.",
+        "auto, the default: linker where this SGLang has it (0.5.23), else hicache.",
     )
     group.add_argument(
         "--kvplug-config",
@@ -64,22 +67,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(args: Any) -> Options | None:
     """The options in a parsed command line; None if kvplug was not asked for. ConfigError for what does not fit."""
-    if not getattr(args, "enable_kvplug", False):
-        given = [name for name in ("kvplug_config",) if getattr(args, name, None)]
-        if given:
-            raise ConfigError("--kvplug-config is given without --enable-kvplug: add it, or leave out both")
+    mode, config = getattr(args, "kvplug_mode", None), getattr(args, "kvplug_config", None)
+    if not getattr(args, "enable_kvplug", False) and not switched_on():
+        for flag, given in (("--kvplug-mode", mode), ("--kvplug-config", config)):
+            if given:
+                raise ConfigError(f"{flag} is given without --enable-kvplug: add it, or leave out both")
         return None
-    return checked(Options(getattr(args, "kvplug_mode", "auto"), parse_settings(getattr(args, "kvplug_config", None))))
+    return checked(Options(mode or mode_of_environment(), parse_settings(config)))
 
 
 def from_environment() -> Options | None:
     """The options in the environment; None if kvplug was not asked for. ConfigError for what does not fit."""
-    if not switched_on():
-        return None
-    mode = os.environ.get(MODE_ENV, "auto").strip().lower() or "auto"
+    return checked(Options(mode_of_environment())) if switched_on() else None
+
+
+def mode_of_environment() -> str:
+    """What ``KVPLUG_SGLANG_MODE`` says, or "auto". ConfigError for what is no mode."""
+    mode = os.environ.get(MODE_ENV, "").strip().lower() or "auto"
     if mode not in MODES:
         raise ConfigError(f"{MODE_ENV}={mode}: it is one of {', '.join(MODES)}")
-    return checked(Options(mode))
+    return mode
 
 
 def switched_on() -> bool:
@@ -118,8 +125,17 @@ def parse_settings(text: str | None) -> dict[str, Any]:
 
 def checked(options: Options) -> Options:
     """The same options, if their settings fit the schema; ConfigError if not."""
+    from kvplug import config as configuration
+
     configuration.load(**options.settings)
     return options
+
+
+MODULES: dict[Mode, str] = {
+    "linker": "kvplug.adapters.sglang.linker",
+    "hicache": "kvplug.adapters.sglang.storage",
+}
+"""What SGLang imports in each mode."""
 
 
 def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
@@ -131,7 +147,7 @@ def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
             "unified_cache_external_linker_backend": "dynamic",
             "unified_cache_external_linker_config": {
                 "linker": "KvplugLinker",
-                "linker_module_path": "kvplug.adapters.sglang.linker",
+                "linker_module_path": MODULES[mode],
                 "linker_extra_config": extra,
             },
         }
@@ -140,7 +156,7 @@ def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
         "hicache_storage_backend": "dynamic",
         "hicache_storage_backend_extra_config": json.dumps({
             "backend_name": "kvplug",
-            "module_path": "kvplug.adapters.sglang.storage",
+            "module_path": MODULES[mode],
             "class_name": "KvplugStorage",
             "interface_v1": 1,
             **extra,
@@ -148,10 +164,42 @@ def settings_for(mode: Mode, options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def extra_of(settings: Any) -> dict[str, Any] | None:
+    """What :meth:`Options.extra` put into settings (ServerArgs); None if they do not name kvplug."""
+    linker = getattr(settings, "unified_cache_external_linker_config", None)
+    text = getattr(settings, "hicache_storage_backend_extra_config", None)
+    extra = linker.get("linker_extra_config") if isinstance(linker, dict) else None
+    if extra is None and isinstance(text, str) and f'"{EXTRA_KEY}"' in text:
+        try:
+            extra = json.loads(text)
+        except ValueError:
+            return None
+    found = extra.get(EXTRA_KEY) if isinstance(extra, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def private_name(extra: dict[str, Any]) -> str:
+    """A word that keeps requests to one engine, in front of their extra key."""
+    return "kvplug-" + hashlib.sha256(f"private {extra.get('engine')}".encode()).hexdigest() + "|"
+
+
+def host_cache_wanted(given: Any) -> bool:
+    """Whether the user has asked for SGLang's host cache, to which kvplug then adds a storage backend."""
+    return bool(getattr(given, "enable_hierarchical_cache", False))
+
+
 def conflict(given: Any, mode: Mode) -> str | None:
-    """What among the user's settings (ServerArgs, or the parsed command line) stands in the way; None if nothing."""
+    """What among the user's settings (ServerArgs) stands in the way; None if nothing.
+
+    Only what would be overridden, or would make kvplug useless without anybody noticing: settings that SGLang refuses
+    together are found when it works them out.
+    """
     if getattr(given, "disable_radix_cache", False):
         return "--disable-radix-cache leaves no prefix cache to share"
+    if getattr(given, "dllm_algorithm", None):
+        return "--dllm-algorithm: a diffusion model's cache is not named by tokens alone"
+    if getattr(given, "disaggregation_mode", None) == "decode":
+        return "--disaggregation-mode decode: such an engine computes no prompts"
     for name in ("enable_lmcache", "enable_flexkv", "radix_cache_backend"):
         if getattr(given, name, None):
             return f"--{name.replace('_', '-')} takes the place that kvplug would need"
@@ -160,6 +208,6 @@ def conflict(given: Any, mode: Mode) -> str | None:
         return f"--hicache-storage-backend {storage} is set already"
     if getattr(given, "enable_unified_cache_external_linker", False):
         return "--enable-unified-cache-external-linker is set already"
-    if mode == "linker" and getattr(given, "enable_hierarchical_cache", False):
+    if mode == "linker" and host_cache_wanted(given):
         return "--enable-hierarchical-cache and the linker exclude each other; take --kvplug-mode hicache"
     return None

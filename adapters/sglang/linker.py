@@ -82,6 +82,7 @@ class KvplugLinker(UnifiedCacheLinker):
             return
         try:
             pools = compat_pools.device_pools(params, components)
+            compat_pools.watch_hits()
             works = _Works(self.engine, pools, self._ledger)
             if MAMBA in pools.sources:  # its states do not go through the page pool that SGLang registers this with
                 params.req_to_token_pool.register_layer_transfer_counter(works.loads.counter)
@@ -105,6 +106,14 @@ class KvplugLinker(UnifiedCacheLinker):
         """``markers``: where SGLang keeps, at any time, the requests for which it holds a hit."""
         if self._works is not None:
             self._works.pins.markers = markers
+
+    def matched(self, rid: str) -> None:
+        """SGLang has matched a request's prefix, with or without a lookup."""
+        if self._works is not None:
+            try:
+                self._works.pins.matched(rid)
+            except Exception as error:  # noqa: BLE001
+                self.engine.caught("releasing pins", error)
 
     # -- lookup ------------------------------------------------------------------------------------------------------
 

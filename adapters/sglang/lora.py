@@ -31,7 +31,7 @@ class _Adapter:
         self._lock = threading.Lock()
 
     def digest(self, hub_cache: str | None) -> bytes | None:
-        """Its content, or None while, or if, that is not known. Begins to read it at the first call."""
+        """Its content, or None while, or if, that is not known. The first call begins to read it."""
         if self._digest is not None or self._path is None:
             return self._digest
         with self._lock:
@@ -51,6 +51,17 @@ _loaded: dict[str, _Adapter] = {}
 def note_load(lora_id: str, path: str | None) -> None:
     """An adapter is about to be loaded, from a path or (None) from tensors; one of the same id is forgotten."""
     _loaded[lora_id] = _Adapter(path)
+
+
+def begin_reading(hub_cache: str | None) -> None:
+    """Reads all adapters in the background that were loaded, so that the first request finds what they have stored."""
+    for adapter in list(_loaded.values()):
+        adapter.digest(hub_cache)
+
+
+def is_known(extra_key: str) -> bool:
+    """Whether an extra key ends like that of a request with one of the adapters that were loaded here."""
+    return extra_key[-ID_CHARS:] in _loaded
 
 
 def seed(

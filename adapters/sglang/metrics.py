@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from typing import Any
@@ -29,6 +30,17 @@ NOT_STORED = "not_stored:"
 SECONDS = {"load_ns": "load", "store_ns": "store"}
 
 
+@functools.cache
+def _counters() -> tuple[dict[str, Any], Any, Any]:
+    """This process's Prometheus counters: made once, also where a storage backend is taken away and comes again."""
+    from prometheus_client import Counter as Prometheus
+
+    plain = {name: Prometheus(f"kvplug_{name}", text, ["model_name"]) for name, text in COUNTERS.items()}
+    reasons = Prometheus("kvplug_not_stored_pages", "Pages that were not stored, by reason.", ["model_name", "reason"])
+    seconds = Prometheus("kvplug_copy_seconds", "Time spent in copies.", ["model_name", "direction"])
+    return plain, reasons, seconds
+
+
 class Publisher:
     """Adds what was counted since the last time to Prometheus counters, once a second, on a thread of its own."""
 
@@ -39,15 +51,9 @@ class Publisher:
         self._thread: threading.Thread | None = None
         if not compat.metrics_enabled(server):
             return
-        from prometheus_client import Counter as Prometheus
-
         # SGLang has named the folder of its processes' files by now; before that this import would go elsewhere.
         self._labels = (str(server.get("served_model_name") or server.get("model_path")),)
-        self._plain = {name: Prometheus(f"kvplug_{name}", text, ["model_name"]) for name, text in COUNTERS.items()}
-        self._not_stored = Prometheus(
-            "kvplug_not_stored_pages", "Pages that were not stored, by reason.", ["model_name", "reason"]
-        )
-        self._seconds = Prometheus("kvplug_copy_seconds", "Time spent in copies.", ["model_name", "direction"])
+        self._plain, self._not_stored, self._seconds = _counters()
         for counter in self._plain.values():
             counter.labels(*self._labels)  # there, with 0, from the start
         self._thread = threading.Thread(target=self._run, name="kvplug-metrics", daemon=True)

@@ -182,8 +182,7 @@ class Offloads:
         if not self._stands(offload):
             return False
         counts, store = self._engine.counts, self._store
-        more = {} if self._siblings[0] == 1 else {"siblings": self._siblings}
-        batch = store.reserve_batch(keys, [pool.block_nbytes], **more)
+        batch = store.reserve_batch(keys, [pool.block_nbytes], siblings=self._siblings)
         codes, numbers = np.unique(batch.codes, return_counts=True)
         for code, number in zip(codes.tolist(), numbers.tolist(), strict=True):
             if code == Code.EXISTS:

@@ -39,12 +39,11 @@ def page_keys(hashes: Sequence[str], masked: Keys) -> Keys:
     Raises:
         KeyFormatError: a hash has another form, so that this is not the SGLang that kvplug knows.
     """
-    text = "".join(hashes)
     try:
-        raw = bytes.fromhex(text)
-    except ValueError as error:
+        raw = bytes.fromhex("".join(hashes))
+    except (TypeError, ValueError) as error:
         raise KeyFormatError(f"SGLang's page hashes are not hexadecimal: {error}") from None
-    if len(text) != _HEX_CHARS * len(hashes) or (hashes and len(hashes[0]) != _HEX_CHARS):
+    if not {_HEX_CHARS}.issuperset(map(len, hashes)) or len(raw) != KEY_BYTES * len(hashes):
         raise KeyFormatError(f"SGLang's page hashes should have {_HEX_CHARS} digits, the first one is {hashes[0]!r}")
     keys: Keys = np.frombuffer(raw, dtype=np.uint8).reshape(-1, KEY_BYTES) ^ masked
     return keys

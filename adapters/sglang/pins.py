@@ -5,9 +5,11 @@ one on are pinned. The same question again is answered from it, and only what wa
 question about a longer, shorter or later stretch of the same tokens moves the promise along. SGLang's page hashes are
 chained, so two stretches are the same tokens if their hashes at one place are equal.
 
-A promise ends when it is taken by a load, when the request is gone, when SGLang holds no hit for the request any more,
-when the engine's namespace changes, or when the request was not asked about for LIFE_STEPS scheduler steps. All of
-these happen at the same calls on all ranks, so that a load finds its promise on every rank or on none.
+A promise ends when it is taken by a load, when the request is gone, when SGLang holds no hit for the request any more
+(the ranks did not agree on one, or the request was aborted) or has matched it again without asking (its own cache has
+everything by then), when the engine's namespace changes, or when the request was not asked about for LIFE_STEPS
+scheduler steps. All of these happen at the same calls on all ranks, so that a load finds its promise on every rank or
+on none.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from kvplug.errors import Code
 from kvplug.store import KvStore
 
 Keys = npt.NDArray[np.uint8]
-LIFE_STEPS = 1000
+LIFE_STEPS = 256
 """SGLang asks again in the step in which it loads; a request that waits longer than this between two questions has
 its pins released, and is looked up again. Counted in scheduler steps, since these are the same on all ranks."""
 
@@ -86,7 +88,7 @@ class Pins:
         self._verify = verify
         self._promises: OrderedDict[str, Promise] = OrderedDict()
         self._step = 0
-        self._last: str | None = None
+        self._looked_up: str | None = None
         self.markers: Container[str] | None = None
         """Requests for which SGLang holds a hit."""
         self.corrupt = 0
@@ -107,8 +109,7 @@ class Pins:
             hashes: SGLang's hashes of the pages, the first uncached one first.
             windows: per source other than full attention's, how many pages before a length's end it needs.
         """
-        self._forget_unmarked(self._last)
-        self._last = rid
+        self._looked_up = rid
         old = self._promises.pop(rid, None)
         promise = self._moved_along(old, hashes) if old is not None else None
         if promise is None:
@@ -268,10 +269,17 @@ class Pins:
         if promise is not None:
             self._release(promise)
 
+    def matched(self, rid: str) -> None:
+        """SGLang has matched a request's prefix, and may have looked it up meanwhile."""
+        looked_up, self._looked_up = self._looked_up == rid, None
+        if not looked_up and rid in self._promises:
+            self.swept += 1
+            self.release(rid)
+        self._forget_unmarked(rid)
+
     def end_of_step(self) -> None:
         """Once per scheduler step, between questions: ends promises that nobody will take."""
         self._step += 1
-        self._last = None
         if not self._promises:
             return
         for rid in list(self._promises):
@@ -282,9 +290,9 @@ class Pins:
                 break
             self.release(rid)
 
-    def _forget_unmarked(self, rid: str | None) -> None:
+    def _forget_unmarked(self, rid: str) -> None:
         """Ends a promise that SGLang did not take up: it holds no hit for the request."""
-        if rid is not None and self.markers is not None and rid in self._promises and rid not in self.markers:
+        if self.markers is not None and rid in self._promises and rid not in self.markers:
             self.swept += 1
             self.release(rid)
 
@@ -292,7 +300,6 @@ class Pins:
         """Ends all promises."""
         for rid in list(self._promises):
             self.release(rid)
-        self._last = None
 
     def _release(self, promise: Promise) -> None:
         slots = np.concatenate([held.slots for held in promise.held.values()])

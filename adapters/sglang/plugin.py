@@ -1,23 +1,31 @@
 """SGLang's general plugin: flags, and in the processes of an engine that uses kvplug, the hooks that it needs.
 
 SGLang calls :func:`register` in every process and only logs what goes wrong there; so kvplug says itself, loudly,
-whether it is on. Nothing here ever raises into the engine but a command line that can't be meant.
+whether it is on. Nothing here ever raises into the engine but a command line that can't be meant. Where kvplug is
+installed and not asked for, three functions are hooked that return at once, and nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvplug.adapters.sglang import compat, compat_pools, engine, flags, lora
+from kvplug.adapters.sglang import compat, flags
 from kvplug.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvplug.adapters.sglang.engine import RankEngine
 
 logger = logging.getLogger("sglang.kvplug")
 _said: set[str] = set()
+_asked: flags.Options | None = None
+"""What the command line of this process asked for, until SGLang works its settings out."""
+_Hook = Callable[..., Any]
 
 
 def register() -> None:
@@ -36,20 +44,17 @@ def _register() -> None:
         return
     compat.hook(compat.ADD_CLI_ARGS, add_cli_args, "after")
     compat.hook(compat.FROM_CLI_ARGS, from_cli_args, "before")
-    compat.hook(compat.RESOLVE_ONCE, resolve_once, "before")
+    compat.hook(compat.RESOLVE_ONCE, around_resolve_once, "around")
     try:
-        if not flags.switched_on():
-            return
+        wanted = flags.switched_on() and compat.runs_scheduler()
     except ConfigError as error:
         _say(f"kvplug: OFF: {error}")
         return
-    reason = unsupported()
-    if reason is not None:
-        return  # said where the settings are worked out, once per engine
-    register_scheduler_hooks()
+    if wanted and unsupported() is None:  # why not is said where the settings are worked out, once per engine
+        register_scheduler_hooks()
 
 
-def unsupported() -> str | None:
+def unsupported(targets: tuple[str, ...] = ()) -> str | None:
     """Why this SGLang can't be used with kvplug; None if it can."""
     from kvplug import config
 
@@ -59,7 +64,7 @@ def unsupported() -> str | None:
             f"SGLang {version} is not one that kvplug was written for ({compat.SUPPORTED['sglang']}); "
             "KVPLUG_UNSUPPORTED_ENGINE_OK=1 tries it all the same"
         )
-    found = compat.problems(compat.scheduler_targets())
+    found = compat.problems(targets or compat.scheduler_targets())
     return f"SGLang {version} is not as kvplug knows it: {'; '.join(found)}" if found else None
 
 
@@ -69,6 +74,7 @@ def register_scheduler_hooks() -> None:
     compat.hook(compat.CREATE_TREE_CACHE, after_tree_cache, "after")
     compat.hook(compat.FLUSH_CACHE, after_flush, "after")
     compat.hook(compat.NAMESPACE_SEED, around_seed, "around")
+    compat.hook(compat.REQUEST, after_request, "after")
     for target in compat.LORA_LOADS:
         compat.hook(target, before_lora_load, "before")
     for target in compat.scheduler_targets():
@@ -89,69 +95,114 @@ def add_cli_args(_result: Any, parser: Any, *_args: Any, **_kwargs: Any) -> None
 
 
 def from_cli_args(_cls: Any, args: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before ``ServerArgs.from_cli_args``: turns kvplug's flags into SGLang's settings."""
+    """Before ``ServerArgs.from_cli_args``: takes down kvplug's flags."""
+    global _asked
     try:
-        options = flags.from_arguments(args)
+        _asked = flags.from_arguments(args)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    if options is not None:
-        os.environ[flags.ENABLE_ENV] = "1"  # what the engine's other processes look at
-        _apply(args, options)
 
 
-def resolve_once(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before ``ServerArgs.resolve_once``: ``KVPLUG_ENABLE=1``, for ``sglang.Engine(...)`` and for servers."""
+def around_resolve_once(plain: _Hook, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``ServerArgs.resolve_once``: kvplug's settings go in first. Should SGLang refuse them together with the
+    model or with other settings, it starts without kvplug."""
+    before = None
     try:
-        if compat.already_resolved(server_args) or _configured(server_args) or _refused(server_args):
-            return
-        options = flags.from_environment()
-        if options is not None:
-            _apply(server_args, options)
+        before = _apply(server_args)
     except ConfigError as error:
-        _say(f"kvplug: OFF: {error}")
-    except Exception:
-        logger.exception("kvplug: OFF, an error at start; the engine runs on without kvplug")
+        _refuse(str(error))
+    except Exception as error:
+        logger.exception("kvplug: an error at start")
+        _refuse(f"{type(error).__name__}: {error}")
+    if before is None:
+        return plain(server_args, *args, **kwargs)
+    try:
+        return plain(server_args, *args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - it is raised once more where kvplug has no part in it
+        compat.restore(server_args, before)
+        answer = plain(server_args, *args, **kwargs)  # raises what has nothing to do with kvplug
+        _refuse(f"SGLang does not take it together with this model or these settings: {error}")
+        return answer
 
 
-def _apply(target: Any, options: flags.Options) -> None:
-    reason = unsupported()
+def _apply(server_args: Any) -> Any:
+    """Puts kvplug's settings in, if it was asked for: the settings as they were; None if nothing was changed."""
+    if compat.already_resolved(server_args) or flags.extra_of(server_args) is not None:
+        return None
+    options = _asked or flags.from_environment()
+    if options is None:
+        return None
+    reason = unsupported() or unsupported(compat.TOKENIZER_TARGETS)
     mode: flags.Mode = "linker" if options.mode == "linker" else "hicache"
     if reason is None:
-        if options.mode == "auto" and compat.has_linker() and not getattr(target, "enable_hierarchical_cache", False):
+        if options.mode == "auto" and compat.has_linker() and not flags.host_cache_wanted(server_args):
             mode = "linker"
         if mode == "linker" and not compat.has_linker():
             reason = f"--kvplug-mode linker needs SGLang 0.5.23, this is {compat.version()}; hicache works"
     if reason is None:
-        reason = flags.conflict(target, mode)
+        reason = flags.conflict(server_args, mode)
     if reason is not None:
-        _off.append(reason)
-        _say(f"kvplug: OFF: {reason}")
-        return
+        _refuse(reason)
+        return None
+    importlib.import_module(flags.MODULES[mode])  # in a scheduler, an error there would end the engine
+    before = compat.snapshot(server_args)
     for name, value in flags.settings_for(mode, options).items():
-        setattr(target, name, value)
+        setattr(server_args, name, value)
+    os.environ[flags.ENABLE_ENV] = "1"  # what the engine's other processes look at
+    compat.hook(compat.TOKENIZE, before_tokenize, "before")
+    compat.apply_hooks()
     logger.info("kvplug: %s mode", mode)
+    return before
 
 
-_off: list[str] = []
+def _refuse(reason: str) -> None:
+    _say(f"kvplug: OFF: {reason}")
 
 
-def _refused(_server_args: Any) -> bool:
-    """Whether the command line was already refused: then the environment, which it set, does not count either."""
-    return bool(_off)
+# ---- requests as they come in ----------------------------------------------------------------------------------------
 
 
-def _configured(server_args: Any) -> bool:
-    """Whether the settings name kvplug already."""
-    linker = getattr(server_args, "unified_cache_external_linker_config", None)
-    storage = getattr(server_args, "hicache_storage_backend_extra_config", None)
-    return "kvplug.adapters.sglang" in f"{linker} {storage}"
+def before_tokenize(manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Before a request is tokenized: images that are named by the user's word stay within this engine."""
+    extra = flags.extra_of(manager.server_args)
+    if extra is not None and _names_given(obj) and not _trusts_names(extra):
+        obj.extra_key = flags.private_name(extra) + (obj.extra_key or "")
+
+
+def _trusts_names(extra: dict[str, Any]) -> bool:
+    from kvplug import config
+
+    try:
+        return config.load(**dict(extra.get("settings") or {})).trust_mm_ids
+    except Exception as error:  # noqa: BLE001 - a request must not fail by it
+        _say(f"kvplug: names that users give to images are not trusted, the settings can't be read: {error}")
+        return False
+
+
+def _names_given(obj: Any) -> bool:
+    """Whether a request names its images, videos or sounds by itself, and SGLang would believe it."""
+    if getattr(obj, "mm_hashes", None):
+        return True
+    media = [getattr(obj, name, None) for name in ("image_data", "video_data", "audio_data")]
+    while media:
+        item = media.pop()
+        if isinstance(item, (list, tuple)):
+            media.extend(item)
+        elif isinstance(item, dict) and (item.get("hash") is not None or item.get("pad_value") is not None):
+            return True
+    return False
 
 
 # ---- in a scheduler's process ----------------------------------------------------------------------------------------
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _engines() -> list[RankEngine]:
+    module = sys.modules.get("kvplug.adapters.sglang.engine")
+    return module.engines() if module is not None else []
+
+
+def _guarded(function: _Hook) -> _Hook:
     """A hook whose own errors never reach the engine."""
 
     @functools.wraps(function)
@@ -159,7 +210,7 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            for each in engine.engines():
+            for each in _engines():
                 each.off(f"an error in {function.__name__}: {type(error).__name__}: {error}")
             logger.exception("kvplug: an error in %s", function.__name__)
             return None
@@ -171,49 +222,76 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 def before_tree_cache(ctx: Any, *_args: Any, **_kwargs: Any) -> None:
     """Before the prefix cache is made: where all facts of a rank are at hand."""
     compat.remember_context(ctx)
+    compat.take_python_tree(ctx)
 
 
 @_guarded
-def after_tree_cache(cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None:
+def after_tree_cache(_cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None:
     """After the prefix cache was made: SGLang may have swallowed why kvplug's part of it is missing."""
-    compat_pools.attach_linker(cache)
-    if _configured(ctx.server_args) and not engine.engines():
+    if flags.extra_of(ctx.server_args) is None:
+        return
+    engines = _engines()
+    if not engines:
         _say(
             "kvplug: OFF: SGLang was told to load kvplug and did not; its log says why, "
             "look for 'storage backend' or 'linker'"
         )
+    for each in engines if ctx.disable_radix_cache else ():
+        each.off("SGLang keeps no prefix cache with this model or these settings")
 
 
 @_guarded
 def after_flush(result: Any, *_args: Any, **_kwargs: Any) -> None:
     """After SGLang emptied its own cache, if it did."""
     if result:
-        for each in engine.engines():
+        for each in _engines():
             each.flushed()
 
 
 @_guarded
 def before_weight_change(name: str, updater: Any, recv_req: Any = None, *_args: Any, **_kwargs: Any) -> None:
     """Before weights change, or may be changed by somebody else."""
-    if name == "end_weight_update" and compat.session_finished_loads(updater):
+    if compat.leaves_weights(name, recv_req):
         return
-    if name == "resume_memory_occupation" and not compat.weights_in_tags(recv_req):
-        return
-    for each in engine.engines():
-        each.weights_changed(name)
+    for each in _engines():
+        if name == "begin_weight_update":
+            each.update_began()
+        elif name == "end_weight_update":
+            each.update_ended(all_flushed=compat.session_finished_loads(updater))
+        else:
+            each.weights_changed(name)
 
 
 @_guarded
-def before_lora_load(_manager: Any, lora_ref: Any, *args: Any, **_kwargs: Any) -> None:
+def before_lora_load(_manager: Any, lora_ref: Any, *args: Any, **kwargs: Any) -> None:
     """Before an adapter is loaded: from tensors if there are more arguments, else from its path."""
-    lora.note_load(str(lora_ref.lora_id), None if args or _kwargs else getattr(lora_ref, "lora_path", None))
+    from kvplug.adapters.sglang import lora
+
+    lora.note_load(str(lora_ref.lora_id), None if args or kwargs else getattr(lora_ref, "lora_path", None))
+    for each in _engines():
+        lora.begin_reading(each.hub_cache)
 
 
-def around_seed(plain: Callable[..., Any], extra_key: Any = None, cache_salt: Any = None) -> Any:
+@_guarded
+def after_request(_result: Any, request: Any, *_args: Any, **_kwargs: Any) -> None:
+    """After a request was made: where its pages depend on more than tokens, extra key and salt, the extra key says so.
+
+    Only from what all ranks know alike, since SGLang's own tree is kept by it.
+    """
+    from kvplug.adapters.sglang import requests
+
+    engines = _engines()
+    if engines:
+        requests.complete_extra_key(request, engines[0])
+
+
+def around_seed(plain: _Hook, extra_key: Any = None, cache_salt: Any = None) -> Any:
     """Around the function that seeds the names of a request's pages."""
-    engines = engine.engines()
+    engines = _engines()
     if extra_key is None or not engines:
         return plain(extra_key, cache_salt)
+    from kvplug.adapters.sglang import lora
+
     try:
         return lora.seed(extra_key, cache_salt, plain, engines[0].secret, engines[0].hub_cache)
     except Exception as error:  # noqa: BLE001

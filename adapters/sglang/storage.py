@@ -244,7 +244,7 @@ class KvplugStorage(HiCacheStorage):
         if store is None:
             return np.zeros(len(keys), np.bool_)
         began = time.perf_counter()
-        codes = store.put_fragments(keys, addrs, nbytes, siblings)
+        codes = store.put_fragments(keys, addrs, nbytes, siblings=siblings)
         taken = time.perf_counter() - began
         new = codes == Code.OK
         # What another engine is writing just now will be there, or will be a miss as anything that was evicted is.
@@ -332,7 +332,7 @@ class KvplugStorage(HiCacheStorage):
 
     def close(self) -> None:
         """SGLang detached its storage, or ends: this rank leaves the pool."""
-        self._shielded("close", self._engine.close, None)
+        self._shielded("close", self._engine.leave, None)
 
     def _keys(self, pages: HostPages, hashes: Sequence[str], kind: str = "") -> Keys | None:
         return self._engine.keys(pages.identity + kind, hashes, pages.replicated)

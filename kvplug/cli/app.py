@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import kvplug
-from kvplug.cli import output, pools, surroundings
+from kvplug.cli import agent, output, pools, surroundings
 from kvplug.errors import KvplugError
 
 __all__ = ["app", "run"]
@@ -43,6 +43,7 @@ app.command("config", short_help="Every setting and where it came from.")(surrou
 app.command("pools", short_help="The pools on this host.")(pools.pools)
 app.command("stat", short_help="A pool's figures.")(pools.stat)
 app.command("rm", short_help="Remove a pool.")(pools.rm)
+app.command("agent", short_help="Let other hosts read the pool.")(agent.agent)
 
 
 def run() -> None:

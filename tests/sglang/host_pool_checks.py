@@ -7,8 +7,10 @@ its name, and what went wrong or null.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,8 @@ from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
 from sglang.srt.observability.metrics_collector import StorageMetrics
 
 from kvplug.adapters.sglang.engine import Shard
+from kvplug.shm.local import L_FD
+from kvplug.store import KvStore
 from tests.sglang import host_pools
 from tests.sglang.host_pools import (
     PAGE,
@@ -35,6 +39,7 @@ from tests.sglang.host_pools import (
     paged,
     storage,
 )
+from tests.vllm.common import eventually
 
 
 def carried(kind: str) -> None:
@@ -232,8 +237,8 @@ def what_changes_meanwhile_is_dropped() -> None:
     plain = {name: getattr(store, name) for name in ("get_fragments", "put_fragments")}
 
     def during(name: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            codes = plain[name](*args)
+        def call(*args: Any, **named: Any) -> Any:
+            codes = plain[name](*args, **named)
             rank.weights_changed("a check")
             return codes
 
@@ -287,6 +292,30 @@ def a_full_pool_stores_what_it_can() -> None:
     assert done == sorted(done, reverse=True), "the head of a prefix goes first"
     assert made._engine.counts["not_stored:full"] > 0, dict(made._engine.counts)
     assert made._engine.counts["errors"] == 0
+    made.close()
+
+
+def a_lock_that_somebody_holds_is_waited_for_within_a_bound() -> None:
+    """As by a process that was stopped inside a section."""
+    pool = mha("page_first")
+    made = storage(pool, lock_timeout_s=0.2)
+    names = hashes("locked", 40)
+    assert made.batch_set_v1(names[:2], indices(pool, [0, 1])) == [True] * 2
+    with KvStore(host_pools.POOL, create=False) as other:
+        began = time.monotonic()
+        fcntl.flock(int(other.pool.L[L_FD]), fcntl.LOCK_EX)
+        try:
+            assert made.batch_exists(names) == 2, "looking needs no lock"
+            for start in range(2, 40, 2):
+                assert made.batch_set_v1(names[start : start + 2], indices(pool, [0, 1])) == [False] * 2
+            made.batch_get_v1(names[:2], indices(pool, [2, 3]))
+            made.clear()
+        finally:
+            fcntl.flock(int(other.pool.L[L_FD]), fcntl.LOCK_UN)
+        assert time.monotonic() - began < 5, "each call waited for its own"
+    assert made._engine.counts["not_stored:timeout"] == 38, dict(made._engine.counts)
+    assert made._engine.counts["errors"] == 0
+    eventually("the lock is used again", lambda: made.batch_set_v1(names[2:4], indices(pool, [0, 1])) == [True] * 2)
     made.close()
 
 
@@ -363,6 +392,7 @@ CHECKS: dict[str, Callable[[], None]] = {
             what_changes_meanwhile_is_dropped,
             clearing_hides_and_does_not_delete,
             a_full_pool_stores_what_it_can,
+            a_lock_that_somebody_holds_is_waited_for_within_a_bound,
             nonsense_is_a_miss_and_counted,
             what_is_not_supported_is_off_in_one_line,
             figures_for_sglangs_metrics,

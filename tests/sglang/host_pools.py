@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.device_pool_info import (
 )
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool
+from sglang.srt.mem_cache.pool_host import base
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
 from sglang.srt.mem_cache.pool_host.mha import AsymmetricMHATokenToKVPoolHost, MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
@@ -30,6 +31,8 @@ from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.storage import KvplugStorage
 from kvplug.keys import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
 from kvplug.store import KvStore
+
+base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # 10 GB, which a machine for tests need not have
 
 PAGE = 16
 LAYERS = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 
@@ -16,3 +17,13 @@ def version(scheduler: Any) -> str:
     import sglang
 
     return str(sglang.__version__)
+
+
+def modules(scheduler: Any, prefix: str) -> list[str]:
+    """Names of the imported modules that begin so."""
+    return sorted(name for name in sys.modules if name.startswith(prefix))
+
+
+def fail(scheduler: Any, message: str) -> None:
+    """Raises, for the test of what becomes of that."""
+    raise RuntimeError(message)

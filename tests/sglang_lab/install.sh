@@ -6,7 +6,7 @@
 # Idempotent: each step looks first and does nothing when it is done already. Each release lies in a folder of its own,
 # VENV/sglang/<version>, without its dependencies: it runs on those of vLLM's lab (torch, transformers, ...) through
 # PYTHONPATH, on the little that is missing there (VENV/sglang/deps), and on the stand-ins of tests/sglang_lab/site for
-# what only an accelerator can use. About 450 MB of disk, and a minute. Needs a package index, g++ and OpenSSL's
+# what only an accelerator can use. About 500 MB of disk, and two or three minutes. Needs a package index, g++ and OpenSSL's
 # headers: SGLang compiles its page hash at first use, which is done here.
 set -euo pipefail
 

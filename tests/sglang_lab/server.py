@@ -23,7 +23,9 @@ from typing import Any, Literal
 import psutil
 
 from tests.sglang_lab.env import MAIN, EngineError, base_env
+from tests.sglang_lab.models import serving_arguments
 from tests.sglang_lab.zygote import fork_server, may_fork
+from tests.vllm_lab.models import ModelSpec
 from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
 
 __all__ = ["HICACHE_ARGUMENTS", "PAGE", "SERVE_ARGUMENTS", "Answer", "Mode", "SglangServer"]
@@ -42,6 +44,9 @@ HICACHE_ARGUMENTS = (
     *("--hicache-ratio", "2", "--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct"),
 )
 """How SGLang's host cache works where the device is the CPU."""
+
+LINE = 400
+"""Characters of a line of the log that are shown with an error."""
 
 ENTRY = "import sys; sys.argv[0] = 'sglang'; from sglang.cli.main import main; main()"
 
@@ -75,7 +80,7 @@ class SglangServer(LabProcess):
 
     def __init__(
         self,
-        model: Path | str,
+        model: ModelSpec | Path | str,
         log: Path,
         *,
         pool: str | None,
@@ -92,6 +97,7 @@ class SglangServer(LabProcess):
     ) -> None:
         self._again = {k: v for k, v in locals().items() if k not in ("self", "__class__", "log")}
         self.port = _free_port()
+        self.headers: dict[str, str] = {}  # of get and post
         self.tp = tp
         self._ear = Path(tempfile.mkdtemp(prefix="sglang-lab-"))
         hicache = mode != "linker" and pool is not None if hicache is None else hicache
@@ -99,7 +105,7 @@ class SglangServer(LabProcess):
         self._version = version
         self._cold = not may_fork(env) if cold is None else cold
         command = [
-            *["serve", "--model-path", str(model), "--served-model-name", "m"],
+            *["serve", *serving_arguments(model), "--served-model-name", "m"],
             *["--host", "127.0.0.1", "--port", str(self.port), "--page-size", str(page_size), "--tp-size", str(tp)],
             *SERVE_ARGUMENTS,
             *(HICACHE_ARGUMENTS if hicache else ()),
@@ -148,6 +154,10 @@ class SglangServer(LabProcess):
                 if title.startswith("sglang::"):
                     out[title.removeprefix("sglang::").split()[0]] = p.pid
         return out
+
+    def log_tail(self, lines: int = 40) -> str:
+        """Without the rest of long lines: SGLang says all of its settings in one."""
+        return "\n".join(line[:LINE] for line in super().log_tail(lines).splitlines())
 
     def generate(
         self,
@@ -217,7 +227,8 @@ class SglangServer(LabProcess):
 
     def get(self, path: str, timeout_s: float = 60.0) -> Any:
         """GET; answers the JSON, or the text where it is none. urllib.error.HTTPError for a status of 400 and above."""
-        with urllib.request.urlopen(self.url(path), timeout=timeout_s) as answer:
+        request = urllib.request.Request(self.url(path), headers=self.headers)
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return _decoded(answer.read())
 
     def post(self, path: str, body: Any = None, timeout_s: float = 60.0, method: str = "POST") -> Any:
@@ -226,7 +237,7 @@ class SglangServer(LabProcess):
             self.url(path),
             data=json.dumps(body).encode() if body is not None else b"",
             method=method,
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **self.headers},
         )
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return _decoded(answer.read())

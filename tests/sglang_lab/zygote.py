@@ -35,6 +35,7 @@ import setproctitle
 
 from tests.sglang_lab.env import MAIN, EngineError, base_env
 from tests.vllm_lab.env import ROOT
+from tests.vllm_lab.process import EXIT_S
 
 __all__ = ["Forked", "fork_server", "may_fork"]
 
@@ -72,7 +73,8 @@ class Forked:
         if self.returncode is None:
             if not select.select([self._news], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            told = self._news.recv(64)
+            with self._news:
+                told = self._news.recv(64)
             self.returncode = int(told) if told else -signal.SIGKILL  # the zygote itself is gone, and took it along
         return self.returncode
 
@@ -101,6 +103,7 @@ class _Zygote:
         threading.Thread(target=self._read_log, daemon=True).start()
         theirs.close()
         self._control = ours
+        self._forked: list[Forked] = []
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None
@@ -110,13 +113,25 @@ class _Zygote:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def idle(self) -> bool:
+        self._forked = [process for process in self._forked if process.poll() is None]
+        return not self._forked
+
+    def close(self) -> None:
+        """Ends it, with what it has forked."""
+        self._control.close()
+        self._process.wait(EXIT_S)
+
     def fork(self, command: Sequence[str], env: Mapping[str, str], log: Path, spares: int) -> Forked:
         asked = {"argv": list(command), "env": dict(env), "log": str(log), "spares": spares}
         news, theirs = socket.socketpair()
         with self._lock, theirs, contextlib.suppress(OSError):
             socket.send_fds(self._control, [json.dumps(asked).encode() + b"\n"], [theirs.fileno()])
         if select.select([news], [], [], START_S)[0] and (told := news.recv(64)):
-            return Forked(int(told), news, command)
+            forked = Forked(int(told), news, command)
+            self._forked.append(forked)
+            return forked
         said = b"".join(self._log[-20:]).decode(errors="replace")
         raise EngineError(f"SGLang could not be imported within {START_S} s:\n{said}")
 
@@ -138,6 +153,8 @@ def fork_server(
     The first one waits until SGLang is imported. Raises EngineError where that fails.
     """
     with _lock:
+        for other in [v for v, zygote in _zygotes.items() if v not in (MAIN, version) and zygote.idle]:
+            _zygotes.pop(other).close()  # half a gigabyte each
         if version not in _zygotes or not _zygotes[version].alive:
             _zygotes[version] = _Zygote(version)
     return _zygotes[version].fork(command, env, log, spares)

@@ -138,6 +138,16 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "weights_id": "llama@1",
         "trust_mm_ids": "1",
         "unsupported_engine_ok": "yes",
+        "agent_listen": "10.0.0.7:9411",
+        "agent_advertise": "[2001:db8::7]:9411",
+        "auth_key": "only-for-tests-of-kvplug",
+        "tls_cert": "cert.pem",
+        "tls_key": "key.pem",
+        "tls_ca": "ca.pem",
+        "lease_s": "5",
+        "peer_timeout_s": "0.5",
+        "peer_connections": "2",
+        "agent_pin_share": "0.1",
     }
     assert values.keys() == Config.model_fields.keys(), "a new setting has its line here"
     defaults = load()
@@ -147,6 +157,29 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
     same = [name for name in values if getattr(config, name) == getattr(defaults, name)]
     assert not same, f"the environment did not change {same}"
     assert (config.slab, config.prefault) == (4 * 1024**2, False)
+
+
+def test_a_secret_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by what lists the settings, nor by an error about it, nor by the settings' own text."""
+    monkeypatch.setenv("KVPLUG_AUTH_KEY", "only-for-tests-of-kvplug")
+    said = [repr(load()), str(load())]
+    said += [text for one in explain() for text in (one.text, str(one.value), repr(one))]
+    monkeypatch.setenv("KVPLUG_AUTH_KEY", "only-for-tests")
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert "at least 16" in str(caught.value)
+    assert not [text for text in (*said, str(caught.value)) if "only-for-tests" in text]
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7", ":9410", "host:", "host:port", "host:99999", "host:٣"])
+def test_an_address_is_host_and_port(address: str) -> None:
+    with pytest.raises(ConfigError, match="is not host:port"):
+        Config(agent_listen=address)
+
+
+def test_tls_is_whole_or_not_there() -> None:
+    with pytest.raises(ConfigError, match="only tls_cert set"):
+        Config(tls_cert="cert.pem")
 
 
 def test_a_variable_set_to_nothing_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "./justw stress": "the stress test runs it with few kills",
     "pip install": "needs a package index; the wheel is built and looked into below",
     "VLLM_PLUGINS=kvplug vllm serve": "the tests with real engines do it",
+    "kvplug agent": "serves until it is stopped; its own tests run it",
     "docker run": "there is no docker here",
 }
 """Commands that are not run here, by how they begin, and why. `./justw` recipes are checked to exist all the same."""
@@ -163,11 +164,11 @@ def settings_table() -> str:
         "size": "¼ of the memory that the container may use, at most ½ of what /dev/shm has left",
         "min_block": "`16kib`",
         "slab": "`auto`",
-        "weights_id": "",
     }
     lines = []
     for name, field in Config.model_fields.items():
-        value = shown.get(name, f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`")
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        value = shown.get(name, "" if default is None else f"`{default}`")
         lines.append(f"| `{name}` | `KVPLUG_{name.upper()}` | {value} | {field.description} |")
     return "\n".join(lines)
 

@@ -305,15 +305,33 @@ def test_twenty_requests_aborted_between_lookup_and_load_leave_no_pin(store: KvS
     assert pinned(store) == 0
 
 
-def test_a_hit_that_the_ranks_did_not_share_is_released_at_the_next_lookup(store: KvStore) -> None:
-    names, one, other = Names(), chain(12), chain(13)
+def test_a_hit_that_the_ranks_did_not_share_is_released_at_once(store: KvStore) -> None:
+    names, hashes = Names(), chain(12)
     pins = make(names, store)
     pins.markers = {}
-    put(store, names, KV, [*one[:3], *other])
-    pins.lookup("r", one, {})
+    put(store, names, KV, hashes[:3])
+    assert pins.lookup("r", hashes, {})
     assert pinned(store) == 3
-    pins.lookup("s", other, {})
-    assert pinned(store) == PAGES
+    pins.matched("r")
+    assert pinned(store) == 0
+
+
+def test_a_request_matched_again_without_a_question_has_everything(store: KvStore) -> None:
+    """SGLang leaves its marker behind then; the other requests' promises stay."""
+    names, hashes = Names(), chain(13)
+    pins = make(names, store)
+    pins.markers = {"r": 1, "s": 1}
+    put(store, names, KV, hashes[:3])
+    for rid in "rs":
+        for _ in range(2):
+            assert pins.lookup(rid, hashes, {})
+            pins.matched(rid)
+    assert len(pins) == 2
+    pins.matched("r")
+    assert pins.take("r", {KV: hashes[:3]}) is None
+    taken = pins.take("s", {KV: hashes[:3]})
+    assert taken is not None
+    store.unpin(taken[KV].slots)
 
 
 def test_nobody_waits_for_a_request_that_is_not_asked_about(store: KvStore) -> None:

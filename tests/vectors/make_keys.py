@@ -10,6 +10,7 @@ Values in the file are JSON, with these spellings for what JSON lacks: {"bytes":
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -199,6 +200,35 @@ def chains() -> list[dict[str, Any]]:
     return out
 
 
+PAGES = [
+    ("one page pool, one rank", "kv", 0, 2),
+    ("another page pool", "swa", 0, 1),
+    ("the third of four ranks", "kv", 2, 1),
+    ("no pages", "kv", 0, 0),
+]
+
+
+def pages() -> list[dict[str, Any]]:
+    """Keys of SGLang's pages. The hashes stand for its own, which are SHA-256 over tokens."""
+    root = blake3(b"kvplug namespace 1\0" + encode(NAMESPACES[0])).digest()
+    out = []
+    for note, pool, shard, n in PAGES:
+        mask = fold(blake3(b"kvplug page mask 1\0" + root + pool.encode()).digest(), 0, shard)
+        hashes = [hashlib.sha256(bytes([i])).digest() for i in range(n)]
+        out.append(
+            {
+                "note": note,
+                "root": root.hex(),
+                "pool": pool,
+                "shard": shard,
+                "mask": mask.hex(),
+                "hashes": [h.hex() for h in hashes],
+                "keys": [bytes(a ^ b for a, b in zip(h, mask, strict=True)).hex() for h in hashes],
+            }
+        )
+    return out
+
+
 def vectors() -> dict[str, Any]:
     key = blake3(b"any key").digest()
     return {
@@ -219,6 +249,7 @@ def vectors() -> dict[str, Any]:
             {"key": key.hex(), "group": g, "shard": s, "folded": fold(key, g, s).hex()}
             for g, s in ((0, 0), (1, 0), (0, 1), (258, 772), (65535, 65535))
         ],
+        "pages": pages(),
     }
 
 

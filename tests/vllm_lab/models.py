@@ -24,9 +24,20 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["GEMMA3", "LLAMA", "LLAMA_BIG", "LLAMA_OTHER", "MLA", "LoraSpec", "ModelSpec", "lora_dir", "model_dir"]
+__all__ = [
+    "GEMMA3",
+    "LLAMA",
+    "LLAMA_BIG",
+    "LLAMA_OTHER",
+    "MELLUM",
+    "MLA",
+    "LoraSpec",
+    "ModelSpec",
+    "lora_dir",
+    "model_dir",
+]
 
-Family = Literal["llama", "gemma3", "mla"]
+Family = Literal["llama", "gemma3", "mla", "mellum"]
 
 VOCAB = 2048
 
@@ -63,6 +74,9 @@ LLAMA_BIG = ModelSpec(layers=8, hidden=512, heads=8, kv_heads=2, inter=2048)
 """Heavy enough that computing a long prompt takes visible time: for the demo and the bench."""
 GEMMA3 = ModelSpec(family="gemma3", layers=6)
 MLA = ModelSpec(family="mla", layers=3)
+MELLUM = ModelSpec(family="mellum", layers=6)
+"""Two layers of three with a sliding window, like :data:`GEMMA3`: the one of the kind that SGLang keeps apart, in a
+pool of their own."""
 
 
 def cache_dir() -> Path:
@@ -116,6 +130,8 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
         Gemma3TextConfig,
         LlamaConfig,
         LlamaForCausalLM,
+        MellumConfig,
+        MellumForCausalLM,
     )
 
     common: dict[str, Any] = {
@@ -130,19 +146,30 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
         "pad_token_id": 2,
         "tie_word_embeddings": False,
     }
+    kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(spec.layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model: Any
         if spec.family == "llama":
             model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=spec.kv_heads, head_dim=spec.head_dim, **common))
         elif spec.family == "gemma3":
-            kinds = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(spec.layers)]
             model = Gemma3ForCausalLM(
                 Gemma3TextConfig(
                     num_key_value_heads=spec.kv_heads,
                     head_dim=spec.head_dim,
                     sliding_window=spec.window,
                     layer_types=kinds,
+                    **common,
+                )
+            )
+        elif spec.family == "mellum":
+            model = MellumForCausalLM(
+                MellumConfig(
+                    num_key_value_heads=spec.kv_heads,
+                    head_dim=spec.head_dim,
+                    sliding_window=spec.window,
+                    layer_types=kinds,
+                    mlp_layer_types=["dense"] * spec.layers,
                     **common,
                 )
             )
@@ -171,12 +198,15 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
 
 
 def _shape_weights(model: Any) -> None:
-    """Scales each kind of matrix (module docstring says why). Norms stay at one, and biases do not exist."""
+    """Scales each kind of matrix (module docstring says why). Norms stay at one, except those of queries and keys,
+    which would undo it; biases do not exist."""
     import torch
 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() < 2:
+                if name.endswith(("q_norm.weight", "k_norm.weight")) and bool((weight == 1).all()):
+                    weight.fill_(2.0)
                 continue
             fan_in = weight.shape[1]
             if "embed_tokens" in name:

@@ -17,9 +17,10 @@ HOST_POOLS = ("mha", "mla", "mamba", "dsa", "unified")
 
 def install() -> None:
     """Called by SGLang in each of its processes, before a pool is made."""
-    from sglang.srt.mem_cache.pool_host import common
+    from sglang.srt.mem_cache.pool_host import base, common
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # 10 GB, which a machine for tests need not have
     for name in HOST_POOLS:
         try:
             module = importlib.import_module(f"sglang.srt.mem_cache.pool_host.{name}")
@@ -31,19 +32,7 @@ def install() -> None:
             transfer_kv_per_layer_direct_pf_lf,
         ):
             setattr(module, copy.__name__, copy)
-    # What a CPU torch refuses, though there is nothing to do.
     torch.cpu.Stream.synchronize = lambda self: None  # type: ignore[method-assign, attr-defined]
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    for maker in ("zeros", "empty", "tensor"):
-        setattr(torch, maker, _unpinned(getattr(torch, maker)))
-
-
-def _unpinned(make: Any) -> Any:
-    def made(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("pin_memory", None)
-        return make(*args, **kwargs)
-
-    return made
 
 
 def _allocate(dims: Any, dtype: Any, device: Any, pin_memory: bool, allocator: Any, *_: Any, **__: Any) -> Any:

@@ -14,19 +14,49 @@ import os
 import socket
 import threading
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
 EAR = "SGLANG_LAB_EAR"
+ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
 def install() -> None:
     """Called by SGLang in each of its processes, before anything of the engine is made."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    _unpinned_memory()
     _paged_allocation()
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _latent_attention, HookType.BEFORE)
+    for method in ("forward_extend", "forward_decode"):
+        HookRegistry.register(f"{ATTENTION}.{method}", _windowed_attention, HookType.AROUND)
     if os.environ.get(EAR):
         HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _listen, HookType.AFTER)
+
+
+def _latent_attention(*args: Any, **kwargs: Any) -> None:
+    """Multi-head latent attention by plain torch works on the latent itself; SGLang would unfold it for a prefill."""
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handler
+
+    handler.AttentionBackendRegistry.register("torch_native", lambda *_: handler.AttnForwardMethod.MLA)
+
+
+def _windowed_attention(
+    original: Any, backend: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Attention by plain torch writes a layer with a sliding window to that layer's own pool, and reads from it by the
+    places of the other pool. Here it reads by the right ones."""
+    rest = (q, k, v, layer, forward_batch, *args)
+    pool, places = backend.token_to_kv_pool, backend.req_to_token_pool
+    if not (backend.use_sliding_window_kv_pool and pool.layers_mapping[layer.layer_id][1]):
+        return original(backend, *rest, **kwargs)
+    translated = pool.translate_loc_from_full_to_swa(places.req_to_token)
+    backend.req_to_token_pool = types.SimpleNamespace(req_to_token=translated)
+    try:
+        return original(backend, *rest, **kwargs)
+    finally:
+        backend.req_to_token_pool = places
 
 
 def _listen(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,6 +86,23 @@ def _hear(ear: socket.socket, scheduler: Any) -> None:
                 stream.write(json.dumps(answer).encode() + b"\n")
             except OSError:  # the caller has gone
                 continue
+
+
+def _unpinned_memory() -> None:
+    """Memory can't be pinned without an accelerator: torch refuses, where there would be nothing to do."""
+    import torch
+
+    def unpinned(make: Any) -> Any:
+        @functools.wraps(make)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            kwargs.pop("pin_memory", None)
+            return make(*args, **kwargs)
+
+        return made
+
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    for maker in ("zeros", "empty", "tensor"):
+        setattr(torch, maker, unpinned(getattr(torch, maker)))
 
 
 class _Launched:

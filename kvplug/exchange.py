@@ -1,0 +1,122 @@
+"""A store as the exchange between hosts sees it: :class:`kvplug.rdma.blocks.Blocks` over a KvStore.
+
+The parts of a pinned block are read from the pool's tables: under its pin nobody changes them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from kvplug.errors import BlockTooLargeError, Code, PoolError
+from kvplug.rdma.blocks import PinnedParts, Reserved
+from kvplug.shm import copy as copies
+from kvplug.shm import layout as lay
+from kvplug.store import KvStore
+
+__all__ = ["PoolExchange"]
+
+I64 = npt.NDArray[np.int64]
+I8 = npt.NDArray[np.int8]
+U8 = npt.NDArray[np.uint8]
+
+_PARTS_MASK = 63
+_SIBLING_SHIFT = 46
+
+
+class PoolExchange:
+    """One store's pool, for an agent or a reader. Thread-safe as the store is, which the caller closes."""
+
+    def __init__(self, store: KvStore) -> None:
+        self.store = store
+
+    @property
+    def host(self) -> bytes:
+        """The pool's identity, 16 bytes."""
+        return self.store.pool.segment.uuid
+
+    @property
+    def memory(self) -> U8:
+        """The whole segment, uint8."""
+        return self.store.mapping
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes that the pool has for blocks."""
+        return self.store.pool.geometry.data_bytes
+
+    def open_segment(self) -> int:
+        """A descriptor of the segment, on a description of its own: the caller closes it. Raises PoolError."""
+        segment = self.store.pool.segment
+        try:
+            fd = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as e:
+            raise PoolError(f"cannot open {segment.path}: {e.strerror}") from None
+        if os.fstat(fd).st_ino != segment.inode:
+            os.close(fd)
+            raise PoolError(f"{segment.path} was replaced by another pool")
+        return fd
+
+    def is_current(self) -> bool:
+        """Whether the pool's name still leads to this segment."""
+        return not int(self.store.pool.T[lay.H_RETIRED]) and self.store.pool.segment.still_named()
+
+    def exists(self, keys: U8) -> npt.NDArray[np.bool_]:
+        """Whether each key has a sealed block here, bool[N]."""
+        return self.store.exists(keys)
+
+    def pin(self, keys: U8, *, prefix: bool) -> PinnedParts:
+        """Pin these blocks ((N, 32) uint8; ``prefix``: the leading ones) and tell their parts."""
+        b = self.store.pin_batch(keys, prefix=prefix)
+        ok = np.flatnonzero(b.codes == Code.OK)
+        T, o_part = self.store.pool.T, self.store.pool.geometry.o_part
+        slots = b.slots[ok]
+        size_words = T[self.store.pool.geometry.o_row + slots * lay.ROW_WORDS + lay.R_SIZE]
+        counts = (size_words >> lay.SIZE_BITS) & _PARTS_MASK
+        starts = np.cumsum(counts) - counts
+        which = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
+        words = o_part + (np.repeat(slots, counts) + which) * lay.PART_WORDS
+        return PinnedParts(
+            b.codes,
+            slots,
+            b.gens[ok],
+            b.offsets[ok],
+            b.nbytes[ok],
+            size_words >> _SIBLING_SHIFT,
+            counts,
+            T[words],
+            T[words + 1],
+        )
+
+    def unpin(self, slots: I64) -> None:
+        """Release one pin of each slot, int64[M]."""
+        self.store.unpin(slots)
+
+    def reserve(self, keys: U8, part_nbytes: I64, siblings: tuple[int, int]) -> Reserved:
+        """A slot for each key that is not there. A block that no slab here can hold is FULL, not an error."""
+        try:
+            b = self.store.reserve_batch(keys, part_nbytes)
+        except BlockTooLargeError:
+            n = len(keys)
+            return Reserved(np.full(n, Code.FULL, np.int8), *np.zeros((3, n), np.int64))
+        return Reserved(b.codes, b.slots, b.gens, b.offsets)
+
+    def complete(self, slots: I64, gens: I64, part: int, sums: I64) -> I8:
+        """Part ``part`` is written, with these checksums (int64[M], XXH3's bits); the last part seals."""
+        return self.store.complete(slots, gens, part, sums)
+
+    def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> None:
+        """Give these slots up; without ``writers_done`` they stay quarantined until :meth:`acknowledge`."""
+        self.store.abort_batch(slots, gens, writers_done)
+
+    def acknowledge(self, slots: I64, gens: I64) -> None:
+        """Nobody can write to these any more."""
+        self.store.acknowledge(slots, gens)
+
+    def checksums(self, offsets: I64, nbytes: I64) -> I64:
+        """XXH3 (its bits) of ranges of the segment: offsets from its start and bytes, int64[N]."""
+        out = np.empty(len(offsets), np.int64)
+        copies.hash_batch(self.store.base_address + offsets, np.require(nbytes, np.int64, ["C", "A", "W"]), out)
+        return out

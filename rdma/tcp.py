@@ -1,0 +1,268 @@
+"""The TCP data path: the owner sends from the segment by reference, the reader receives into its own slots.
+
+Owner: `sendfile` hands the kernel the segment's pages; nothing is copied in Python, and on the way out not in the
+kernel either. What is on its way refers to the slot's memory: the lease keeps it in place until the reader has
+released, and a slot that was reused all the same arrives as bytes that do not fit their checksum.
+
+Reader: `recvmsg` scatters a stretch of the stream over the slots. One read is spread over several connections, each
+with a thread; a thread checks and seals a piece while it is in the cache and the next one is under way.
+
+Over TLS both ends go through the cipher, a range at a time, from and to the same memory.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final
+
+import numpy as np
+
+from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
+from kvplug.rdma.blocks import U8
+from kvplug.rdma.datapath import Arrived, DataPath, Landing, Wanted, runs
+from kvplug.rdma.leases import Lease, LeaseTable
+from kvplug.rdma.link import Link
+from kvplug.rdma.protocol import I64, Failed, Read, ReadStart, array, expect, raw
+from kvplug.rdma.wire import ClosedError, Connection
+
+SEND_BYTES: Final = 4 << 20
+"""Most that one call sends: the lease is looked at in between."""
+SEND_STALL_S: Final = 1.0
+IDLE_S: Final = 600.0
+PIECE_BYTES: Final = 1 << 20
+"""What is received before it is checked: fits the cache, and is worth the lock that sealing takes."""
+PIECE_BLOCKS: Final = 256
+SHARE_BYTES: Final = 2 << 20
+"""A connection is not worth its thread for less."""
+LET_GO_S: Final = 0.5
+STALL_LOOKS: Final = 4
+"""How often within a peer's time-out its connection is looked at: a stall is noticed a quarter late at most."""
+RECEIVE_BUFFER_BYTES: Final = 4 << 20
+
+
+# ---- the owner's end -------------------------------------------------------------------------------------------------
+
+
+class Sender:
+    """Serves the data connections of one agent."""
+
+    def __init__(self, leases: LeaseTable, fd: int, memory: U8, count: Callable[[str, int], None]) -> None:
+        self._leases, self._fd, self._count = leases, fd, count
+        self._view = memory.data
+
+    def serve(self, connection: Connection, reader: int) -> None:
+        """Answer this reader's Reads until it goes. Raises PeerError."""
+        while True:
+            message, request, _ = connection.receive(0, idle_deadline=time.monotonic() + IDLE_S)
+            read = expect(message, Read)
+            picked = array(read.blocks, np.uint32).astype(np.int64)
+            lease = self._leases.of(read.lease, reader)
+            soon = time.monotonic() + SEND_STALL_S
+            if lease is None:
+                connection.send(Failed("lease"), request, soon)
+                continue
+            if not len(picked) or int(picked.max()) >= len(lease.slots):
+                raise ProtocolError(f"{connection.peer} wants block {picked.max(initial=-1)} of {len(lease.slots)}")
+            offsets, nbytes = lease.offsets[picked], lease.nbytes[picked]
+            connection.send(ReadStart(int(nbytes.sum())), request, soon)
+            connection.block_with_timeout(SEND_STALL_S)
+            firsts, lengths = runs(offsets, nbytes)
+            for at, length in zip(offsets[firsts].tolist(), lengths.tolist(), strict=True):
+                self._send(connection, lease, at, length)
+            self._count("reads", 1)
+            self._count("bytes_sent", int(nbytes.sum()))
+
+    def _send(self, connection: Connection, lease: Lease, at: int, length: int) -> None:
+        end = at + length
+        while at < end:
+            if not self._leases.holds(lease):
+                raise PeerError(f"the lease of {connection.peer} ended while it was reading")
+            n = min(end - at, SEND_BYTES)
+            try:
+                if connection.is_tls:
+                    at += connection.sock.send(self._view[at : at + n])
+                else:
+                    sent = os.sendfile(connection.sock.fileno(), self._fd, at, n)
+                    if sent == 0:
+                        raise PeerError("the segment ended before its blocks did")
+                    at += sent
+            except (BlockingIOError, TimeoutError):
+                self._count("send_stalls", 1)  # a reader that is stopped: its lease ends by itself
+            except (OSError, ValueError) as e:
+                raise PeerError(f"the connection with {connection.peer} broke: {e}") from None
+
+
+# ---- the reader's end ------------------------------------------------------------------------------------------------
+
+
+class TcpPath(DataPath):
+    """Reads over up to ``connections`` connections, opened when they are first needed."""
+
+    name = "tcp"
+
+    def __init__(self, link: Link, memory: U8, *, connections: int, stall_s: float) -> None:
+        self._link, self._most, self._stall_s = link, connections, stall_s
+        self._view = memory.data
+        self._mutex = threading.Lock()
+        self._idle: list[tuple[int, Connection]] = []
+        self._closed = False
+        self._threads = ThreadPoolExecutor(connections, "kvplug-tcp")
+
+    def read(self, wanted: Wanted, deadline: float, arrived: Arrived) -> Landing:
+        """As the interface says. A share of the blocks goes to each connection, in order."""
+        landing = Landing()
+        if not len(wanted):
+            landing.settle()
+            return landing
+        ends = np.cumsum(wanted.nbytes)
+        shares = int(min(self._most, max(1, ends[-1] // SHARE_BYTES), len(wanted)))
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shares) // shares)
+        at_work: list[Connection] = []
+        try:
+            jobs = [
+                self._threads.submit(self._share, wanted, part, deadline, arrived, at_work)
+                for part in np.split(np.arange(len(wanted)), cuts)
+                if len(part)
+            ]
+        except RuntimeError:
+            landing.error = PeerError("the path was closed")
+            landing.settle()
+            return landing
+        pending: set[Future[PeerError | None]] = wait(jobs, max(0.0, deadline - time.monotonic())).not_done
+        if pending:
+            with self._mutex:
+                for connection in at_work:
+                    connection.interrupt()
+            for job in pending:
+                job.cancel()
+            pending = wait(pending, LET_GO_S).not_done
+        # A job that is done can't write; one that is not has an interrupted connection and a deadline.
+        remaining = [len(pending)]
+        if not pending:
+            landing.settle()
+        for job in pending:
+            job.add_done_callback(lambda _: self._count_down(remaining, landing))
+        landing.error = _first_error(jobs)
+        return landing
+
+    def _count_down(self, remaining: list[int], landing: Landing) -> None:
+        with self._mutex:
+            remaining[0] -= 1
+            last = remaining[0] == 0
+        if last:
+            landing.settle()
+
+    def _share(
+        self, wanted: Wanted, part: I64, deadline: float, arrived: Arrived, at_work: list[Connection]
+    ) -> PeerError | None:
+        connection: Connection | None = None
+        try:
+            generation, connection = self._take(deadline)
+            with self._mutex:
+                at_work.append(connection)
+            self._receive(connection, wanted, part, deadline, arrived)
+        except PeerError as e:
+            if connection is not None:
+                connection.close()
+            return e
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            raise
+        with self._mutex:
+            at_work.remove(connection)
+            if not self._closed:
+                self._idle.append((generation, connection))
+                return None
+        connection.close()
+        return None
+
+    def _take(self, deadline: float) -> tuple[int, Connection]:
+        """A connection that belongs to the link as it is now."""
+        while True:
+            with self._mutex:
+                if self._closed:
+                    raise PeerError("the path was closed")
+                if not self._idle:
+                    break
+                generation, connection = self._idle.pop()
+            if generation == self._link.generation:
+                return generation, connection
+            connection.close()
+        generation, connection = self._link.dial_data(min(deadline, time.monotonic() + self._stall_s))
+        if not connection.is_tls:
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        return generation, connection
+
+    def _receive(self, connection: Connection, wanted: Wanted, part: I64, deadline: float, arrived: Arrived) -> None:
+        soon = min(deadline, time.monotonic() + self._stall_s)
+        connection.send(Read(wanted.lease.id, raw(wanted.index[part], np.uint32)), 0, soon)
+        answer = connection.receive(soon)[0]
+        if isinstance(answer, Failed):
+            raise PeerError(f"{connection.peer} sends nothing: the lease has ended there")
+        nbytes = wanted.nbytes[part]
+        total = int(nbytes.sum())
+        if expect(answer, ReadStart).nbytes != total:
+            raise ProtocolError(f"{connection.peer} sends {answer} where {total} bytes were asked for")
+        connection.block_with_timeout(self._stall_s / STALL_LOOKS)
+        targets = wanted.targets[part]
+        pieces = (np.cumsum(nbytes) - 1) // PIECE_BYTES + np.arange(len(part)) // PIECE_BLOCKS
+        cuts = np.flatnonzero(np.diff(pieces)) + 1
+        for piece in np.split(np.arange(len(part)), cuts):
+            firsts, lengths = runs(targets[piece], nbytes[piece])
+            starts = targets[piece][firsts]
+            views = [self._view[at : at + n] for at, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+            self._fill(connection, views, deadline)
+            arrived(part[piece])
+
+    def _fill(self, connection: Connection, views: list[memoryview], deadline: float) -> None:
+        sock = connection.sock
+        progress = time.monotonic()
+        while views:
+            now = time.monotonic()
+            if now >= deadline:
+                raise PeerTimeoutError(f"{connection.peer} had not sent everything at the deadline")
+            if now >= progress + self._stall_s:
+                raise PeerTimeoutError(f"{connection.peer} sent nothing for {self._stall_s:g} s")
+            if deadline - now < self._stall_s / STALL_LOOKS:
+                connection.block_with_timeout(deadline - now)
+            try:
+                if connection.is_tls:
+                    n = sock.recv_into(views[0])
+                else:
+                    n = sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+            except (BlockingIOError, TimeoutError):
+                continue
+            except (OSError, ValueError) as e:
+                raise PeerError(f"the connection with {connection.peer} broke: {e}") from None
+            progress = time.monotonic()
+            if n == 0:
+                raise ClosedError(f"{connection.peer} closed the connection in mid-read")
+            while views and n >= len(views[0]):
+                n -= len(views.pop(0))
+            if n:
+                views[0] = views[0][n:]
+
+    def close(self) -> None:
+        """Close all connections; threads that receive end at once."""
+        with self._mutex:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for _, connection in idle:
+            connection.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _first_error(jobs: list[Future[PeerError | None]]) -> PeerError | None:
+    for job in jobs:
+        if job.cancelled() or not job.done():
+            return PeerTimeoutError("the blocks had not arrived at the deadline")
+        error = job.result()
+        if error is not None:
+            return error
+    return None

@@ -1,0 +1,169 @@
+"""One connection: frames in and out, each under a deadline, with a MAC once there are keys.
+
+A connection belongs to one thread at a time. After any error it is closed: nobody knows where the next frame would
+begin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import ipaddress
+import socket
+import ssl
+import struct
+import time
+from typing import Final
+
+from blake3 import blake3
+
+from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
+from kvplug.rdma.protocol import HEADER, MAC_BYTES, Message, decode, encode, parse_header
+
+FRAME_S: Final = 2.0
+"""Longest time between the first and the last byte of a frame."""
+_TIMEVAL: Final = struct.Struct("ll")
+KEEPALIVE_S: Final = (10, 5, 3)  # idle, between probes, number of probes
+
+
+class FrameMac:
+    """MACs of one direction: over the frame's number too, so that none is replayed, reordered or left out."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._number = 0
+
+    def next(self, header: bytes, body: bytes | bytearray) -> bytes:
+        """MAC of the next frame."""
+        number = self._number.to_bytes(8, "little")
+        self._number += 1
+        return blake3(number + header, key=self._key).update(body).digest(MAC_BYTES)
+
+
+class Connection:
+    """A connected socket that speaks frames. Every call raises PeerError or one of its kinds, and nothing else."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._out: FrameMac | None = None
+        self._in: FrameMac | None = None
+        self.peer = address_text(sock.getpeername())
+        self.local = address_text(sock.getsockname())
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in zip(
+            (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), KEEPALIVE_S, strict=True
+        ):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def secure(self, out_key: bytes, in_key: bytes) -> None:
+        """From the next frame on, each has a MAC."""
+        self._out, self._in = FrameMac(out_key), FrameMac(in_key)
+
+    def send(self, message: Message, request: int, deadline: float) -> bytes:
+        """Send one frame; its header and body. ``deadline`` is of time.monotonic()."""
+        header, body = encode(message, request)
+        mac = self._out.next(header, body) if self._out else b""
+        try:
+            self.sock.settimeout(_left(deadline))
+            self.sock.sendall(header + body + mac)
+        except TimeoutError:
+            raise PeerTimeoutError(f"{self.peer} took no {type(message).__name__} within the deadline") from None
+        except (OSError, ValueError) as e:
+            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+        return header + body
+
+    def receive(self, deadline: float, *, idle_deadline: float | None = None) -> tuple[Message, int, bytes]:
+        """(message, request id, header and body). ``idle_deadline``: until when its first byte may come."""
+        header = bytearray(HEADER.size)
+        got = 0
+        if idle_deadline is not None:
+            got = self._fill(memoryview(header)[:1], idle_deadline)
+            deadline = time.monotonic() + FRAME_S
+        self._fill(memoryview(header)[got:], deadline)
+        kind, length, request = parse_header(bytes(header))
+        body = bytearray(length + (MAC_BYTES if self._in else 0))
+        self._fill(memoryview(body), deadline)
+        if self._in:
+            mac = bytes(body[length:])
+            del body[length:]
+            if not hmac.compare_digest(mac, self._in.next(bytes(header), body)):
+                raise ProtocolError(f"a frame from {self.peer} has the wrong MAC")
+        return decode(kind, body), request, bytes(header + body)
+
+    def _fill(self, view: memoryview, deadline: float) -> int:
+        at = 0
+        try:
+            while at < len(view):
+                self.sock.settimeout(_left(deadline))
+                n = self.sock.recv_into(view[at:])
+                if n == 0:
+                    raise ClosedError(f"{self.peer} closed the connection")
+                at += n
+        except TimeoutError:
+            raise PeerTimeoutError(f"{self.peer} sent nothing within the deadline") from None
+        except (OSError, ValueError) as e:
+            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+        return at
+
+    def block_with_timeout(self, seconds: float) -> None:
+        """For bytes without frames: calls block in the kernel, each for at most so long without any progress."""
+        whole = int(seconds)
+        wait = _TIMEVAL.pack(whole, int((seconds - whole) * 1e6))
+        try:
+            self.sock.settimeout(seconds if self.is_tls else None)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        except OSError as e:
+            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+
+    def interrupt(self) -> None:
+        """From another thread: whoever waits on this connection stops waiting."""
+        with contextlib.suppress(OSError):
+            # Past TLS, which would want to say goodbye.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        self.interrupt()
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+class ClosedError(PeerError):
+    """The other end closed the connection between two frames or within one."""
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of "host:port"; an IPv6 address stands in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def address_text(address: tuple[object, ...]) -> str:
+    """ip:port of a socket's address."""
+    host, port = str(address[0]), address[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def resolve(address: str) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
+    """(family, (ip, port)) of every address that a host:port stands for. Raises PeerError."""
+    host, port = split_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as e:
+        raise PeerError(f"nobody knows the address of {host!r}: {e}") from None
+    return [(family, (str(sockaddr[0]), int(sockaddr[1]))) for family, _, _, _, sockaddr in found]
+
+
+def is_loopback(ip: str) -> bool:
+    """Whether this address is only reached from this host."""
+    return ipaddress.ip_address(ip.partition("%")[0]).is_loopback

@@ -1,0 +1,231 @@
+"""The agent as a process: one per pool, bounded in everything, gone without a trace however it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kvplug.errors import AgentError, Code
+from kvplug.rdma import protocol as p
+from kvplug.rdma.auth import knock
+from kvplug.rdma.leases import MAX_LEASES_A_READER
+from kvplug.shm import segment
+from tests.pool.children import check_nothing_left, settle
+from tests.rdma.hosts import BLOCK, KEY, Host, keys, put, until
+from tests.rdma.knocking import ask, dial, let_in
+
+MakeHost = Callable[..., Host]
+COMMAND = [sys.executable, "-c", "from kvplug.cli import main; main()", "agent"]
+
+
+def command(host: Host, **settings: str) -> subprocess.Popen[str]:
+    """`kvplug agent` for this host's pool."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("KVPLUG_")}
+    given = {"pool": host.config.pool, "size": "32mib", "auth_key": KEY, "agent_listen": "127.0.0.1:0"} | settings
+    environment = clean | {f"KVPLUG_{name.upper()}": value for name, value in given.items() if value}
+    return subprocess.Popen(COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def test_the_command_serves_and_ends_on_sigterm(make_host: MakeHost) -> None:
+    owner, reader = make_host(), make_host()
+    put(owner.store, keys(8, 1), BLOCK)
+    process = command(owner)
+    line = first_line(process)
+    assert line.startswith(f"serving pool {owner.config.pool} at 127.0.0.1:")
+    peer = reader.peer(line.split()[-1])
+    assert (peer.fetch(keys(8, 1)) == Code.OK).all()
+    asked = peer.link.ask(p.Lookup(keys(8, 1).tobytes(), 10.0), p.Leased, time.monotonic() + 2)
+    assert asked.lease  # and is not released
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, "", "")
+    assert time.monotonic() - began < 4
+    check_nothing_left(owner.store)
+
+
+def test_the_command_says_what_is_wrong_in_one_line(make_host: MakeHost) -> None:
+    host = make_host()
+    host.agent()
+    for settings, says in (
+        ({}, "another agent serves this pool already"),
+        ({"auth_key": "", "agent_listen": "0.0.0.0:0"}, "which others can reach: set KVPLUG_AUTH_KEY"),
+        ({"auth_key": "short"}, "at least 16"),
+        ({"agent_listen": "192.0.2.1:9410"}, "cannot listen on 192.0.2.1:9410"),
+    ):
+        if "listen" in says:
+            host = make_host()
+        out, err = command(host, **settings).communicate(timeout=20)
+        assert says in err, (settings, out, err)
+        assert len(err.splitlines()) == 1
+        assert "short" not in err.replace("shorter", "")
+
+
+def test_without_a_key_it_says_who_can_read(make_host: MakeHost) -> None:
+    process = command(make_host(), auth_key="")
+    assert "serving pool" in first_line(process)
+    process.terminate()
+    assert "every user of this host can read the pool" in process.communicate(timeout=10)[1]
+
+
+def test_a_second_agent_waits_for_nothing_and_is_told(make_host: MakeHost) -> None:
+    owner = make_host()
+    child, _ = owner.agent_process()
+    began = time.monotonic()
+    with pytest.raises(AgentError, match="another agent serves this pool"):
+        owner.agent()
+    assert time.monotonic() - began < 1
+    child.kill()
+    owner.agent()  # the kernel has let go of the lock
+
+
+def test_killed_it_leaves_no_pin(make_host: MakeHost) -> None:
+    owner, reader = make_host(), make_host()
+    put(owner.store, keys(16, 1), BLOCK)
+    child, address = owner.agent_process()
+    peer = reader.peer(address)
+    assert peer.link.ask(p.Lookup(keys(16, 1).tobytes(), 10.0), p.Leased, time.monotonic() + 2).lease
+    assert owner.store.stats().pinned_slots == 16
+    child.kill()
+    settle(owner.store)
+    check_nothing_left(owner.store)
+
+
+def test_a_removed_pool_ends_its_agent(make_host: MakeHost) -> None:
+    owner = make_host()
+    process = command(owner)
+    address = first_line(process).split()[-1]
+    segment.remove_pool(owner.config.pool, force=True)
+    reader = make_host()
+    assert (reader.peer(address).fetch(keys(1, 1)) < 0).all()
+    assert "the pool was removed" in process.communicate(timeout=10)[1]
+    assert process.returncode == 1
+
+
+# ---- bounds
+
+
+def test_a_reader_that_goes_takes_its_leases_along(make_host: MakeHost) -> None:
+    owner = make_host()
+    put(owner.store, keys(16, 1), BLOCK)
+    agent = owner.agent()
+    control, _ = let_in(owner, agent.address)
+    assert p.expect(ask(control, p.Lookup(keys(16, 1).tobytes(), 10.0)), p.Leased).lease
+    assert agent.leases.held() == (1, 16 * BLOCK)
+    assert owner.store.remove(keys(16, 1)).tolist() == [Code.PINNED] * 16
+    control.close()
+    until(lambda: agent.leases.held() == (0, 0))
+    until(lambda: owner.store.stats().pinned_slots == 0)
+
+
+def test_a_reader_that_stops_loses_its_leases(make_host: MakeHost) -> None:
+    owner = make_host(lease_s=0.5)
+    put(owner.store, keys(16, 1), BLOCK)
+    agent = owner.agent()
+    control, _ = let_in(owner, agent.address)
+    answer = p.expect(ask(control, p.Lookup(keys(16, 1).tobytes(), 10.0)), p.Leased)
+    assert answer.seconds == 0.5  # never more than the agent's own
+    until(lambda: agent.leases.held() == (0, 0), 2)
+    until(lambda: owner.store.stats().pinned_slots == 0)
+    assert agent.counters()["leases_expired"] == 1
+    assert p.expect(ask(control, p.Extend(answer.lease, 10.0)), p.Extended).seconds == 0
+    control.close()
+
+
+def test_leases_are_bounded_in_bytes_and_number(make_host: MakeHost) -> None:
+    owner = make_host(agent_pin_share=0.25)
+    of = keys(256, 1)
+    put(owner.store, of, BLOCK)
+    agent = owner.agent()
+    most = int(owner.exchange.data_bytes * 0.25)
+    readers = [let_in(owner, agent.address)[0] for _ in range(4)]
+    got = []
+    for i, reader in enumerate(readers):
+        answer = p.expect(ask(reader, p.Lookup(np.roll(of, 64 * i, axis=0).tobytes(), 10.0)), p.Leased)
+        codes = p.array(answer.codes, np.int8)
+        got.append(int((codes == 0).sum()))
+        assert set(codes.tolist()) <= {0, Code.BUDGET}
+    assert got[0] * BLOCK <= most // 2
+    assert got[0] == got[1] > 0
+    assert sum(got) * BLOCK <= most
+    assert agent.leases.held()[1] <= most
+    for reader in readers:
+        reader.close()
+    until(lambda: agent.leases.held() == (0, 0))
+    put(owner.store, keys(1, 3), 100)
+    reader = let_in(owner, agent.address)[0]
+    of = keys(1, 3)
+    for _ in range(MAX_LEASES_A_READER):
+        assert p.expect(ask(reader, p.Lookup(of[:1].tobytes(), 10.0)), p.Leased).lease
+    answer = p.expect(ask(reader, p.Lookup(of[:1].tobytes(), 10.0)), p.Leased)
+    assert (answer.lease, p.array(answer.codes, np.int8).tolist()) == (0, [Code.BUDGET])
+    reader.close()
+
+
+def test_a_pool_in_use_by_leases_still_stores(make_host: MakeHost) -> None:
+    """Three quarters of the pool are not the readers'."""
+    owner = make_host()
+    of = keys(256, 1)
+    put(owner.store, of, BLOCK)
+    agent = owner.agent()
+    held = [let_in(owner, agent.address)[0] for _ in range(4)]
+    for one in held:
+        ask(one, p.Lookup(of.tobytes(), 10.0))
+    assert (put(owner.store, keys(512, 2), BLOCK) == 0).all()
+    for one in held:
+        one.close()
+
+
+def test_a_reader_that_stops_in_mid_read_holds_up_nobody(make_host: MakeHost) -> None:
+    owner, reader = make_host(lease_s=1.0), make_host()
+    of = keys(64, 1)
+    put(owner.store, of, BLOCK)
+    agent = owner.agent()
+    control, session = let_in(owner, agent.address)
+    lease = p.expect(ask(control, p.Lookup(of.tobytes(), 1.0)), p.Leased).lease
+    ticket = p.expect(ask(control, p.GetTicket()), p.Ticket).ticket
+    data = dial(agent.address)
+    knock(data, session.ticket_key(ticket), time.monotonic() + 2, ticket=ticket)
+    many = np.tile(np.arange(32), 32)  # 64 MiB: no socket holds that
+    data.send(p.Read(lease, p.raw(many, np.uint32)), 1, time.monotonic() + 2)
+    began = time.monotonic()
+    assert (reader.peer(agent.address).fetch(of) == Code.OK).all()
+    assert time.monotonic() - began < 1
+    until(lambda: agent.counters().get("broken", 0) >= 1, 5)  # its lease ended, and with it the read
+    until(lambda: agent.leases.held() == (0, 0))
+    data.sock.settimeout(5)
+    with contextlib.suppress(ConnectionError):
+        while data.sock.recv(1 << 20):
+            pass
+    for connection in (control, data):
+        connection.close()
+
+
+def test_a_closed_agent_has_let_everybody_go(make_host: MakeHost) -> None:
+    owner, reader = make_host(), make_host()
+    put(owner.store, keys(8, 1), BLOCK)
+    agent = owner.agent()
+    peer = reader.peer(agent.address)
+    peer.fetch(keys(8, 1))
+    began = time.monotonic()
+    agent.close()
+    agent.close()
+    assert time.monotonic() - began < 3
+    assert not agent._connections
+    again = owner.agent(agent_listen=agent.address)
+    reader.store.remove(keys(8, 1))
+    assert (peer.fetch(keys(8, 1)) == Code.OK).all()  # a restart in between is not even a miss
+    assert again.counters()["lookups"] >= 1

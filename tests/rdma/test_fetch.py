@@ -1,0 +1,171 @@
+"""Fetching from a peer: the block is here with its bytes, or it is a miss, and the owner holds nothing afterwards."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from kvplug.errors import Code
+from kvplug.rdma.remote import Peer
+from tests.rdma.hosts import BLOCK, Host, blocks, keys, put, until
+
+MakeHost = Callable[..., Host]
+
+
+@pytest.fixture
+def pair(make_host: MakeHost) -> tuple[Host, Host, Peer]:
+    owner, reader = make_host(), make_host()
+    return owner, reader, reader.peer(owner.agent().address)
+
+
+def released(owner: Host) -> None:
+    """Nothing is pinned, in writing or in quarantine."""
+    until(lambda: owner.store.stats().pinned_slots == 0)
+    owner.store.check_integrity(deep=True)
+
+
+def test_what_the_peer_has_is_here_afterwards(pair: tuple[Host, Host, Peer]) -> None:
+    owner, reader, peer = pair
+    of = keys(60, 1)
+    put(owner.store, of[:40], BLOCK)
+    put(reader.store, of[:5], BLOCK)
+    codes = peer.fetch(of)
+    assert codes.tolist() == [Code.EXISTS] * 5 + [Code.OK] * 35 + [Code.MISSING] * 20
+    assert reader.holds(of) == 40
+    assert (peer.fetch(of)[:40] == Code.EXISTS).all()
+    released(owner)
+    released(reader)
+    assert reader.store.stats().writing_slots == 0
+
+
+def test_a_prefix_ends_at_the_first_key_that_the_peer_has_not(pair: tuple[Host, Host, Peer]) -> None:
+    owner, reader, peer = pair
+    of = keys(20, 2)
+    put(owner.store, np.delete(of, 7, axis=0), BLOCK)
+    codes = peer.fetch(of, prefix=True)
+    assert codes.tolist() == [Code.OK] * 7 + [Code.MISSING] * 13
+    assert reader.holds(of) == 7
+
+
+def test_blocks_of_many_sizes_and_parts_in_one_fetch(pair: tuple[Host, Host, Peer]) -> None:
+    owner, reader, peer = pair
+    of, layouts = keys(30, 3), [(100,), (BLOCK,), (3000, 5000, 77), (9000, 64), (1, 1)]
+    for i, layout in enumerate(layouts * 6):
+        b = owner.store.reserve_batch(of[i : i + 1], layout)
+        starts = owner.store.part_offsets(layout)
+        for part, nbytes in enumerate(layout):
+            at = int(b.offsets[0] + starts[part])
+            owner.store.mapping[at : at + nbytes] = blocks(of[i : i + 1], -(-nbytes // 8) * 8)[0, :nbytes]
+            sums = owner.exchange.checksums(np.array([at]), np.array([nbytes]))
+            owner.store.complete(b.slots, b.gens, part, sums)
+    assert (peer.fetch(of) == Code.OK).all()
+    reader.store.check_integrity(deep=True)  # sizes, parts and checksums of every block
+    ours, theirs = (host.exchange.pin(of, prefix=False) for host in (reader, owner))
+    for name in ("nbytes", "part_counts", "part_nbytes", "part_sums", "siblings"):
+        assert (getattr(ours, name) == getattr(theirs, name)).all(), name
+    for host, pinned in ((reader, ours), (owner, theirs)):
+        host.exchange.unpin(pinned.slots)
+
+
+def test_more_than_leases_may_hold_comes_in_turns(pair: tuple[Host, Host, Peer]) -> None:
+    """A quarter of the pool may be in leases, half of that one reader's; this is twice as much."""
+    owner, reader, peer = pair
+    of = keys(8 * (1 << 20) // BLOCK, 4)
+    put(owner.store, of, BLOCK)
+    assert (peer.fetch(of) == Code.OK).all()
+    assert reader.holds(of) == len(of)
+    released(owner)
+
+
+def test_more_keys_than_one_lookup_takes(make_host: MakeHost) -> None:
+    owner, reader = make_host(size="128mib", min_block=4096), make_host(size="128mib", min_block=4096)
+    peer = reader.peer(owner.agent().address)
+    of = keys(5000, 5)
+    put(owner.store, of, 4096, batch=500)
+    assert (peer.fetch(of) == Code.OK).all()
+    assert reader.holds(of, 4096) == 5000
+
+
+def test_a_key_asked_for_twice_is_fetched_once(pair: tuple[Host, Host, Peer]) -> None:
+    owner, _, peer = pair
+    of = keys(4, 6)
+    put(owner.store, of, BLOCK)
+    codes = peer.fetch(np.concatenate((of, of)))
+    assert (codes == Code.OK).all()
+    assert peer.stats().counters["bytes_sent"] == 4 * BLOCK
+
+
+def test_a_reader_without_room_has_misses_and_keeps_nothing(make_host: MakeHost) -> None:
+    owner, reader = make_host(), make_host(size="8mib")
+    peer = reader.peer(owner.agent().address)
+    of = keys(200, 7)
+    put(owner.store, of, BLOCK)
+    began = time.monotonic()
+    codes = peer.fetch(of)
+    assert set(codes.tolist()) <= {Code.OK, Code.FULL, Code.BUDGET}
+    assert time.monotonic() - began < 5
+    assert reader.holds(of) > 0  # what came later may have evicted what came first
+    assert reader.store.stats().writing_slots == 0
+    released(owner)
+
+
+def test_a_block_too_large_for_the_readers_pool_is_a_miss(make_host: MakeHost) -> None:
+    owner, reader = make_host(slab="4mib"), make_host(slab="1mib")
+    peer = reader.peer(owner.agent().address)
+    of = keys(1, 8)
+    put(owner.store, of, 2 << 20)
+    assert (peer.fetch(of) == Code.FULL).all()
+
+
+def test_many_threads_and_one_peer(pair: tuple[Host, Host, Peer]) -> None:
+    owner, reader, peer = pair
+    of = keys(64, 9)
+    put(owner.store, of, BLOCK)
+    answers: list[int] = []
+    threads = [
+        threading.Thread(target=lambda i=i: answers.extend(peer.fetch(np.roll(of, 8 * i, axis=0)).tolist()))
+        for i in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert set(answers) <= {Code.OK, Code.EXISTS, Code.IN_PROGRESS, Code.BUDGET}
+    assert reader.holds(of) == 64
+    released(owner)
+
+
+def test_two_fetches_of_one_prefix_move_it_once(pair: tuple[Host, Host, Peer]) -> None:
+    owner, reader, peer = pair
+    of = keys(64, 10)
+    put(owner.store, of, BLOCK)
+    second = reader.peer(peer.address)
+    thread = threading.Thread(target=second.fetch, args=(of,))
+    thread.start()
+    peer.fetch(of)
+    thread.join(20)
+    until(lambda: reader.holds(of) == 64)
+    assert peer.stats().counters["bytes_sent"] <= 64 * BLOCK
+
+
+def test_a_peer_that_is_not_there_costs_a_miss_and_little_time(make_host: MakeHost) -> None:
+    reader = make_host()
+    peer = reader.peer("127.0.0.1:9")
+    began = time.monotonic()
+    assert (peer.fetch(keys(4, 11)) == Code.TIMEOUT).all()
+    assert time.monotonic() - began < 1.5
+    for _ in range(5):
+        peer.fetch(keys(4, 11))
+    assert peer.is_down
+    assert time.monotonic() - began < 3
+
+
+def test_a_name_that_nobody_knows_costs_a_miss(make_host: MakeHost) -> None:
+    peer = make_host().peer("no-such-host.invalid:9410")
+    began = time.monotonic()
+    assert (peer.fetch(keys(4, 11)) == Code.TIMEOUT).all()
+    assert time.monotonic() - began < 2

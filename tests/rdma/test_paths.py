@@ -1,0 +1,42 @@
+"""The conformance suite over every data path there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.rdma.conformance import Conformance, Wire
+from tests.rdma.hosts import Host
+
+
+def tcp(make_host: Callable[..., Host], ours: dict[str, Any], theirs: dict[str, Any]) -> Wire:
+    share = {"agent_pin_share": 1.0, "pin_budget_share": 1.0}
+    owner, reader = make_host(**ours, **share), make_host(**theirs, **share)
+    peer = reader.peer(owner.agent().address)
+    return Wire(owner, reader, peer, peer._path)
+
+
+class TestTcp(Conformance):
+    """With a shared key."""
+
+    @pytest.fixture
+    def wire(self, make_host: Callable[..., Host]) -> Wire:
+        return tcp(make_host, {}, {})
+
+
+class TestTcpWithoutKey(Conformance):
+    """On loopback, open to every user of the host."""
+
+    @pytest.fixture
+    def wire(self, make_host: Callable[..., Host]) -> Wire:
+        return tcp(make_host, {"auth_key": None}, {"auth_key": None})
+
+
+class TestTcpOverTls(Conformance):
+    """Both certificates checked."""
+
+    @pytest.fixture
+    def wire(self, make_host: Callable[..., Host], certs: dict[str, dict[str, str]]) -> Wire:
+        return tcp(make_host, certs["a"], certs["b"])

@@ -1,0 +1,286 @@
+"""Real SGLang servers in hicache mode: the pool behind SGLang's host cache."""
+
+from __future__ import annotations
+
+import urllib.error
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, pick, serve
+from tests.sglang_lab.env import VERSIONS, installed
+from tests.sglang_lab.server import PAGE, Answer, SglangServer
+from tests.vllm.common import MIN_MARGIN, attached, eventually, make_prompts
+from tests.vllm_lab.env import temporary_pool
+from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
+
+BACKEND = "/hicache/storage-backend"
+KEY = "key"
+FAILURE = "SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE"
+
+Boot = Callable[..., SglangServer]
+
+
+def ask(server: SglangServer, what: str, rank: int = 0, **arguments: Any) -> Any:
+    return server.ask(f"tests.sglang.inside_hicache:{what}", rank=rank, **arguments)
+
+
+def store(server: SglangServer, cases: Sequence[Case], ranks: int = 1) -> None:
+    """Serves the cases and waits until all their pages are in the pool."""
+    eventually("the weights are known", lambda: ask(server, "there", tokens=list(cases[0].prompt)))
+    serve(server, cases)
+    for case in cases:
+        for rank in range(ranks):
+            eventually("pages are stored", lambda: all(ask(server, "there", rank, tokens=list(case.prompt))))  # noqa: B023
+
+
+def from_storage(answers: Sequence[Answer]) -> list[int]:
+    """Tokens of each answer's prompt that came from the pool."""
+    return [int(answer.details.get("storage", 0)) for answer in answers]
+
+
+def idle(server: SglangServer, call: Callable[[], Any]) -> None:
+    """SGLang attaches and detaches only when it has nothing left to do: asks until it is."""
+
+    def tried() -> bool:
+        try:
+            call()
+        except urllib.error.HTTPError as error:
+            if error.code != 400:
+                raise
+            return False
+        return True
+
+    eventually("SGLang is idle", tried)
+
+
+@pytest.fixture(scope="module")
+def pair(boot: Boot) -> dict[str, SglangServer]:
+    """Two servers on one pool. The second one takes orders to attach and detach, which SGLang does for a key only."""
+    servers = {
+        "first": boot("first", mode="hicache"),
+        "second": boot("second", mode="hicache", arguments=("--admin-api-key", KEY)),
+    }
+    servers["second"].headers["Authorization"] = f"Bearer {KEY}"
+    return {name: server.ready() for name, server in servers.items()}
+
+
+@pytest.fixture(scope="module")
+def cases(control: Control) -> list[Case]:
+    """Eight cases, each used by one test, but for the first three."""
+    return control.pick(8, seed=71)
+
+
+def test_cold_second_engine_and_restart_after_sigkill(
+    pair: dict[str, SglangServer], cases: list[Case], boot: Boot, pool: str
+) -> None:
+    some, first = cases[:3], pair["first"]
+    store(first, some)
+    assert ask(first, "counts").get("loaded_pages", 0) == 0
+    assert from_storage(serve(pair["second"], some)) == [case.whole for case in some]
+    first.kill_all()
+    pair["first"] = boot("first-again", mode="hicache")
+    assert from_storage(serve(pair["first"].ready(), some)) == [case.whole for case in some]
+    with attached(pool) as outside:
+        outside.check_integrity()
+
+
+def test_metrics_of_hits_and_stores(pair: dict[str, SglangServer], cases: list[Case]) -> None:
+    first = pair["first"]
+    store(first, cases[3:4])
+    first.flush()
+    assert from_storage(serve(first, cases[3:4])) == [cases[3].whole]
+    told = ("kvplug_loaded_pages_total", "kvplug_loaded_bytes_total", "kvplug_stored_pages_total")
+    numbers = eventually("kvplug's metrics", lambda: (m := first.metrics()) and all(m.get(n) for n in told) and m)
+    assert numbers["kvplug_stored_pages_total"] >= cases[3].whole // PAGE
+    assert numbers["kvplug_errors_total"] == 0
+    assert numbers["sglang:prefetched_tokens_total"] >= cases[3].whole
+
+
+def test_a_zeroed_page_is_a_miss(pair: dict[str, SglangServer], cases: list[Case]) -> None:
+    case, server = cases[4], pair["first"]
+    store(server, [case])
+    assert ask(server, "zero", tokens=list(case.prompt), pages=[2]) == 1
+    server.flush()
+    assert from_storage(serve(server, [case]))[0] <= 2 * PAGE
+    assert ask(server, "counts")["corrupt_pages"] == 1
+    server.flush()
+    eventually("the page is stored anew", lambda: all(ask(server, "there", tokens=list(case.prompt))))
+
+
+def test_clearing_hides_pages_from_this_engine_only(pair: dict[str, SglangServer], cases: list[Case]) -> None:
+    case, server, other = cases[5], pair["first"], pair["second"]
+    store(server, [case])
+    server.flush()
+    server.post(f"{BACKEND}/clear")
+    assert serve(server, [case])[0].cached == 0
+    assert from_storage(serve(other, [case])) == [case.whole]
+    eventually("pages are stored anew", lambda: all(ask(server, "there", tokens=list(case.prompt))))
+    server.flush()
+    assert from_storage(serve(server, [case])) == [case.whole]
+
+
+def test_detached_and_attached_at_run_time(pair: dict[str, SglangServer], cases: list[Case]) -> None:
+    """Attached again, it finds what it stored before; while detached, nothing; no engine is left over."""
+    case, server = cases[6], pair["second"]
+    store(server, [case])
+    status = server.get(BACKEND)
+    settings = {
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_backend_extra_config_json": status["hicache_storage_backend_extra_config"],
+    }
+    for _ in range(2):
+        idle(server, lambda: server.post(BACKEND, method="DELETE"))
+        assert ask(server, "living_engines") == 0
+        server.flush()
+        assert serve(server, [case])[0].cached == 0
+        idle(server, lambda: server.post(BACKEND, settings, method="PUT"))
+        assert ask(server, "living_engines") == 1
+        eventually("the weights are known", lambda: ask(server, "there", tokens=list(case.prompt)))
+        server.flush()
+        assert from_storage(serve(server, [case])) == [case.whole]
+    assert "off" not in ask(server, "counts")
+
+
+@pytest.fixture(scope="module")
+def ranks(boot: Boot, cases: list[Case]) -> Iterator[SglangServer]:
+    """A server with two ranks on a pool of its own, in which the first three cases are."""
+    with temporary_pool("hicache-tp") as own:
+        server = boot("tp2", mode="hicache", tp=2, pool=own).ready()
+        store(server, cases[:3], ranks=2)
+        yield server
+        assert [ask(server, "counts", rank).get("errors", 0) for rank in (0, 1)] == [0, 0]
+        with attached(own) as outside:
+            outside.check_integrity()
+        server.close()
+
+
+@pytest.mark.parametrize("how", ["missing", "unreadable", "evicted"])
+def test_ranks_agree_when_one_ranks_page_is_gone(ranks: SglangServer, cases: list[Case], how: str) -> None:
+    """Page 5 of one rank is *missing*: they differ in what they find; *unreadable*: in what they can read; *evicted*:
+    the other rank's part went along."""
+    case = cases[("missing", "unreadable", "evicted").index(how)]
+    tokens = list(case.prompt)
+    corrupt = ask(ranks, "counts", rank=1).get("corrupt_pages", 0)
+    ranks.flush()
+    assert from_storage(serve(ranks, [case])) == [case.whole]
+    if how == "unreadable":
+        assert ask(ranks, "zero", rank=1, tokens=tokens, pages=[5]) == 1
+    else:
+        held = ask(ranks, "pin", rank=0, tokens=tokens, pages=[5]) if how == "missing" else 0
+        assert ask(ranks, "remove", rank=1, tokens=tokens, pages=[5]) == [0]
+        assert ask(ranks, "there", rank=0, tokens=tokens)[5] is (how == "missing")
+        assert ask(ranks, "unpin", rank=0) == held
+    ranks.flush()
+    assert from_storage(serve(ranks, [case])) == [5 * PAGE]
+    assert ask(ranks, "counts", rank=1).get("corrupt_pages", 0) == corrupt + (how == "unreadable")
+    eventually("both ranks have it again", lambda: all(
+        all(ask(ranks, "there", rank, tokens=tokens)) for rank in (0, 1)
+    ))  # fmt: skip
+    ranks.flush()
+    assert from_storage(serve(ranks, [case])) == [case.whole]
+
+
+def test_half_of_the_calls_fail_and_the_pool_is_too_small(boot: Boot, control: Control) -> None:
+    """50 requests for 15 prompts that neither SGLang's caches nor the pool can hold, four at a time."""
+    prompts = make_prompts(15, 72, tokens=PROMPT_TOKENS)
+    with temporary_pool("hicache-small") as small:
+        server = boot(
+            "failing",
+            mode="hicache",
+            pool=small,
+            size="16mib",
+            env={FAILURE: "0.5"},
+            arguments=("--max-total-tokens", "3072", "--hicache-ratio", "1.2"),
+        ).ready()
+        try:
+            witness = control.server
+            expected = [tuple(witness.generate(prompt, TOKENS, margin=True).tokens) for prompt in prompts]
+            order = [i % len(prompts) for i in range(50)]
+            for start in range(0, len(order), 4):
+                batch = order[start : start + 4]
+                for i, answer in zip(batch, server.generate_many([prompts[i] for i in batch], TOKENS), strict=True):
+                    assert tuple(answer.tokens) == expected[i], f"request for prompt {i}"
+            counts = ask(server, "counts")
+            assert counts["stored_pages"] > 0
+            assert counts["loaded_pages"] > 0, "nothing came from the pool: not a test"
+            assert counts.get("errors", 0) == 0
+            with attached(small) as outside:
+                outside.check_integrity()
+        finally:
+            server.close()
+
+
+def test_after_a_change_of_weights_nothing_old_is_found(
+    pair: dict[str, SglangServer], cases: list[Case], control: Control
+) -> None:
+    """Neither in an engine that was attached all the time, nor in one that was detached while its weights changed."""
+    case, attached_one, detached = cases[7], pair["first"], pair["second"]
+    for server in pair.values():
+        store(server, [case])
+        server.flush()
+        assert from_storage(serve(server, [case])) == [case.whole]
+    status = detached.get(BACKEND)
+    idle(detached, lambda: detached.post(BACKEND, method="DELETE"))
+    other, plain = ({"model_path": str(model_dir(model))} for model in (LLAMA_OTHER, LLAMA))
+    assert control.server.post("/update_weights_from_disk", other)["success"]
+    try:
+        new = control.server.generate(case.prompt, TOKENS, margin=True)
+    finally:
+        assert control.server.post("/update_weights_from_disk", plain)["success"]
+    for server in pair.values():
+        assert server.post("/update_weights_from_disk", other)["success"]
+    settings = {
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_backend_extra_config_json": status["hicache_storage_backend_extra_config"],
+    }
+    idle(detached, lambda: detached.post(BACKEND, settings, method="PUT"))
+    assert new.margin is not None
+    assert new.margin >= MIN_MARGIN
+    assert tuple(new.tokens) != case.tokens, "the other weights answer the same, so that nothing could be seen"
+    changed = Case(case.prompt, tuple(new.tokens))
+    for server in (attached_one, detached):
+        assert serve(server, [changed])[0].cached == 0
+    store(attached_one, [changed])
+    attached_one.flush()
+    assert from_storage(serve(attached_one, [changed])) == [changed.whole], "its own pages of the new weights are found"
+    detached.flush()
+    serve(detached, [changed])
+
+
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+def test_older_releases_store_and_hit(boot: Boot, cases: list[Case], own_pool: str, version: str) -> None:
+    if not installed(version):
+        pytest.skip(f"no SGLang {version} here: tests/sglang_lab/install.sh .venv")
+    server = boot(version, mode="hicache", version=version, pool=own_pool).ready()
+    try:
+        store(server, cases[:2])
+        server.flush()
+        assert from_storage(serve(server, cases[:2])) == [case.whole for case in cases[:2]]
+        assert ask(server, "counts").get("errors", 0) == 0
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(("model", "tp"), [(MELLUM, 1), (MLA, 2)], ids=["sliding window", "one writer for two ranks"])
+def test_other_kinds_of_cache(boot: Boot, own_pool: str, model: ModelSpec, tp: int) -> None:
+    """Window pages come from a pool of their own; latent pages, alike on all ranks, are stored by one of them."""
+    server = boot(model.family, model=model, mode="hicache", tp=tp, pool=own_pool).ready()
+    try:
+        some = pick(server, 2, seed=73)  # nothing is in the pool: these are computed
+        store(server, some, ranks=tp)
+        server.flush()
+        assert from_storage(serve(server, some)) == [case.whole for case in some]
+        counts = [ask(server, "counts", rank) for rank in range(tp)]
+        assert [c.get("errors", 0) for c in counts] == [0] * tp
+        if model is MELLUM:
+            window = ask(server, "there", tokens=list(some[0].prompt), pool="swa")
+            assert any(window)
+            assert not all(window), "pages before the window are not stored"
+        else:
+            assert counts[0]["stored_pages"] > 0
+            assert counts[1].get("stored_pages", 0) == 0
+            assert counts[1]["loaded_pages"] == counts[0]["loaded_pages"] > 0
+    finally:
+        server.close()

@@ -1,0 +1,47 @@
+"""kvplug_* counters of an SGLang scheduler's process."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from prometheus_client import REGISTRY
+
+from kvplug.adapters.sglang.metrics import COUNTERS, INTERVAL_S, Publisher
+
+SERVER = {"enable_metrics": True, "served_model_name": "unit"}
+
+
+def value(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(f"kvplug_{name}_total", {"model_name": "unit", **labels})
+
+
+def test_counts_are_added_and_a_second_publisher_goes_on() -> None:
+    """A storage backend that is taken away and attached again must not end by its metrics."""
+    counts: Counter[str] = Counter()
+    publisher = Publisher(counts, SERVER)
+    try:
+        assert all(value(name) == 0 for name in COUNTERS)
+        counts.update(stored_pages=3, load_ns=2_000_000_000)
+        counts["not_stored:no_space"] = 5
+        counts["unnamed"] = 1
+        deadline = time.monotonic() + 20 * INTERVAL_S
+        while value("stored_pages") != 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        counts["stored_pages"] += 1
+    finally:
+        publisher.close()
+    assert value("stored_pages") == 4  # the last ones at the end
+    assert value("copy_seconds", direction="load") == 2.0
+    assert value("not_stored_pages", reason="no_space") == 5
+    again = Publisher(Counter(stored_pages=10), SERVER)
+    again.close()
+    again.close()
+    assert value("stored_pages") == 14
+
+
+def test_without_metrics_there_is_no_thread() -> None:
+    publisher = Publisher(Counter(), {"enable_metrics": False})
+    assert publisher._thread is None
+    publisher.close()
