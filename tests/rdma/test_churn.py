@@ -1,0 +1,120 @@
+"""All at once: the owner's slots are reused all the time, its agents are killed in mid-read, and no byte is wrong.
+
+An agent that is killed loses its pins while bytes that refer to its slots are still on their way: those slots are
+other blocks' by the time they arrive.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing import Pipe
+from typing import Any
+
+from kvplug import KvStore
+from kvplug.errors import Code
+from kvplug.exchange import PoolExchange
+from kvplug.rdma.agent import Agent
+from tests.rdma.hosts import BLOCK, Child, Host, Proxy, blocks, keys, put, until
+
+SECONDS = 6.0
+AGENTS = 8
+KNOWN = 300
+SEED = int(os.environ.get("KVPLUG_TEST_SEED", "20251124"))
+
+
+class Successors:
+    """Agents in processes of their own, made before there are threads; each serves once its turn has come."""
+
+    def __init__(self, host: Host) -> None:
+        self._waiting: list[tuple[Child, Any]] = []
+        for _ in range(AGENTS):
+            near, far = Pipe()
+
+            def body(far: Any = far) -> None:
+                far.recv()
+                agent = Agent(PoolExchange(KvStore(config=host.config, create=False)), host.config)
+                far.send(agent.start())
+                agent.serve(threading.Event())
+
+            self._waiting.append((Child(body), near))
+        self.serving: Child | None = None
+
+    def next(self) -> str:
+        """Kill the one that serves; the address of the next one."""
+        if self.serving is not None:
+            self.serving.kill()
+        self.serving, near = self._waiting.pop()
+        near.send("go")
+        assert near.poll(20), "the next agent does not start"
+        return str(near.recv())
+
+    def close(self) -> None:
+        """End them all."""
+        for child, _ in self._waiting:
+            child.kill()
+        if self.serving is not None:
+            self.serving.kill()
+
+
+def test_no_wrong_byte_while_slots_are_reused_and_agents_die(make_host: Callable[..., Host], proxy: Proxy) -> None:
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    owner = make_host(size="12mib", agent_advertise=proxy.address, quarantine_grace_s=0.0)
+    reader = make_host(size="32mib", quarantine_grace_s=0.0, peer_timeout_s=0.5)
+    of = keys(KNOWN, 1)
+    data = blocks(of, BLOCK)
+    agents = Successors(owner)
+    stop = threading.Event()
+    wrong: list[str] = []
+
+    def churn() -> None:
+        other = random.Random(SEED + 1)
+        while not stop.wait(0.002):
+            some = other.sample(range(KNOWN), 12)
+            owner.store.put(of[some], list(data[some]))
+
+    churning = threading.Thread(target=churn)
+    seen: Counter[int] = Counter()
+
+    def fetch() -> None:
+        mine = random.Random(SEED + 2)
+        peer = reader.peer(proxy.address)
+        while not stop.is_set():
+            some = mine.sample(range(KNOWN), 100)
+            codes = peer.fetch(of[some], 2.0)
+            seen.update(codes.tolist())
+            try:
+                reader.holds(of[some])
+            except AssertionError as e:
+                wrong.append(str(e))
+            reader.store.remove(of[some])
+
+    fetching = threading.Thread(target=fetch)
+    try:
+        proxy.upstream = agents.next()
+        churning.start()
+        fetching.start()
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end and agents._waiting:
+            time.sleep(rng.uniform(0.1, 2 * SECONDS / AGENTS))
+            proxy.upstream = agents.next()
+    finally:
+        stop.set()
+        churning.join(10)
+        fetching.join(10)
+        agents.close()
+    assert not wrong, f"seed {SEED}: {wrong[:3]}"
+    assert not churning.is_alive()
+    assert not fetching.is_alive()
+    assert seen[Code.OK] > 200, seen
+    owner.store.pool.reap()
+    until(lambda: owner.store.stats().pinned_slots == 0)
+    for host in (owner, reader):
+        until(lambda host=host: host.store.stats().writing_slots + host.store.stats().quarantined_slots == 0)
+        host.store.check_integrity(deep=True)
+    assert (put(owner.store, of[:10], BLOCK) >= 0).all()
