@@ -143,6 +143,9 @@ class Proxy:
         self.passed: list[list[int]] = []
         """Bytes so far of each connection: [to the agent, to the reader]."""
         self.recorded: list[tuple[bytearray, bytearray]] = []
+        self.taking = threading.Event()
+        """Cleared: nothing is taken from either end, so that what was sent waits in the senders' sockets."""
+        self.taking.set()
         self._ended = threading.Event()
         self._sockets: list[socket.socket] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
@@ -173,6 +176,8 @@ class Proxy:
             while not self._ended.is_set():
                 for source in select.select([near, far], [], [], 0.1)[0]:
                     way = 0 if source is near else 1
+                    if not self.taking.wait(SOON_S):
+                        return
                     data = source.recv(1 << 16)
                     if not data or not self._pass(number, way, bytearray(data), far if way == 0 else near):
                         return
@@ -210,6 +215,7 @@ class Proxy:
     def close(self) -> None:
         """End it."""
         self._ended.set()
+        self.taking.set()
         self._listener.close()
         self.cut()
         self._thread.join(SOON_S)

@@ -44,10 +44,13 @@ class Successors:
             self._waiting.append((Child(body), near))
         self.serving: Child | None = None
 
-    def next(self) -> str:
-        """Kill the one that serves; the address of the next one."""
+    def kill(self) -> None:
+        """End the one that serves."""
         if self.serving is not None:
             self.serving.kill()
+
+    def next(self) -> str:
+        """The address of the next one."""
         self.serving, near = self._waiting.pop()
         near.send("go")
         assert near.poll(20), "the next agent does not start"
@@ -57,8 +60,7 @@ class Successors:
         """End them all."""
         for child, _ in self._waiting:
             child.kill()
-        if self.serving is not None:
-            self.serving.kill()
+        self.kill()
 
 
 def test_no_wrong_byte_while_slots_are_reused_and_agents_die(make_host: Callable[..., Host], proxy: Proxy) -> None:
@@ -74,7 +76,7 @@ def test_no_wrong_byte_while_slots_are_reused_and_agents_die(make_host: Callable
 
     def churn() -> None:
         other = random.Random(SEED + 1)
-        while not stop.wait(0.002):
+        while not stop.wait(0.001):
             some = other.sample(range(KNOWN), 12)
             owner.store.put(of[some], list(data[some]))
 
@@ -101,7 +103,13 @@ def test_no_wrong_byte_while_slots_are_reused_and_agents_die(make_host: Callable
         fetching.start()
         end = time.monotonic() + SECONDS
         while time.monotonic() < end and agents._waiting:
-            time.sleep(rng.uniform(0.1, 2 * SECONDS / AGENTS))
+            time.sleep(rng.uniform(0.05, 0.5))
+            proxy.taking.clear()  # what the agent sends now stays in its sockets, by reference
+            time.sleep(0.1)
+            agents.kill()
+            owner.store.pool.reap()
+            time.sleep(0.15)  # its slots are other blocks'
+            proxy.taking.set()
             proxy.upstream = agents.next()
     finally:
         stop.set()
