@@ -245,9 +245,10 @@ class Directory:
         for row in have:
             for _, lo, hi in pieces:
                 flags = c.read_flags(hi - lo, deadline)
-                if isinstance(flags, ServerError):
+                if not isinstance(flags, ServerError):
+                    row[order[lo:hi]] = flags
+                elif flags.kind != "WRONGTYPE":  # that concerns one key of one host, and will be removed by it
                     raise flags
-                row[order[lo:hi]] = flags
         current = [from_record(r, p.id, self._names) for r, p in zip(records, peers, strict=True)]
         holds = [i for i, (now, then) in enumerate(zip(current, peers, strict=True)) if now == then]
         if len(holds) < len(peers):
