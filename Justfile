@@ -9,7 +9,7 @@ py := ".venv/bin/python"
 default:
     @{{ just_executable() }} --justfile {{ justfile() }} --list --unsorted
 
-# run two real vLLM engines on one pool, kill one, and print what was reused
+# run two real engines on one pool, kill one, and print what was reused: just demo --engine sglang
 demo *ARGS: setup
     {{ py }} bench/demo.py {{ ARGS }}
 

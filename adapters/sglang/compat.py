@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvplug.adapters.common.modelconfig import plain_hf_config, rope_depends_on_length
-from kvplug.engines import SUPPORTED, release
+from kvplug.engines import SGLANG_LINKER_SINCE, SUPPORTED, release
 
-LINKER_SINCE = (0, 5, 23)
 MULTIMODAL_SINCE = (0, 5, 23)
 """Before, an image is 30 bits of a hash in the tokens that pages are named by."""
 
@@ -92,7 +91,7 @@ def version_supported(text: str) -> bool:
 
 def has_linker() -> bool:
     """Whether this SGLang lets others bring a linker."""
-    return release(version()) >= LINKER_SINCE
+    return release(version()) >= SGLANG_LINKER_SINCE
 
 
 def scheduler_targets() -> tuple[str, ...]:

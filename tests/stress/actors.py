@@ -22,6 +22,7 @@ SLOW_WRITE_S = 0.002
 LATE_WRITE_S = 0.004
 ORPHAN_LIFE_S = 60.0
 PHASE_S = 0.15
+SHARE_OF_GROUPS = 0.3
 
 
 class Actor:
@@ -41,7 +42,12 @@ class Actor:
     def names(self, size: int, n: int) -> list[bytes]:
         """Some keys of a size; a batch may hold one twice."""
         among = content.NAMES_PER_SIZE if self.rng.random() < 0.6 else content.HOT_NAMES  # some that all are after
-        return [content.key("block", self.rng.randrange(among), size) for _ in range(n)]
+        return [
+            content.sibling("group", self.rng.randrange(content.GROUPS), self.rng.randrange(content.GROUP))
+            if size == content.GROUP_BYTES and self.rng.random() < SHARE_OF_GROUPS
+            else content.key("block", self.rng.randrange(among), size)
+            for _ in range(n)
+        ]
 
     def check(self, name: bytes, got: np.ndarray, how: str) -> None:
         """Report a block that is not what its key says."""
@@ -70,6 +76,31 @@ class Actor:
                 self.check(name, got, "get_into")
             elif code != Code.MISSING:
                 self.board.violation("wrong_bytes", f"get_into answered {Code(code).name} for {name.hex()[:12]}")
+
+    def put_group(self) -> None:
+        """Blocks that leave together, each from two fragments, in any order, as ranks would store them."""
+        number, half = self.rng.randrange(content.GROUPS), content.GROUP_BYTES // 2
+        for index in self.rng.sample(range(content.GROUP), content.GROUP):
+            name = content.sibling("group", number, index)
+            data = content.words(name, content.GROUP_BYTES)
+            at = np.array([[data.ctypes.data, data.ctypes.data + half]])
+            (code,) = self.store.put_fragments([name], at, [half, half], siblings=(content.GROUP, index)).tolist()
+            if code not in (Code.OK, Code.EXISTS, Code.IN_PROGRESS, Code.FULL, Code.TIMEOUT, Code.BUDGET, Code.STALE):
+                self.board.violation("bad_code", f"put_fragments answered {code}")
+
+    def get_group(self) -> None:
+        number, half = self.rng.randrange(content.GROUPS), content.GROUP_BYTES // 2
+        names = [content.sibling("group", number, index) for index in range(content.GROUP)]
+        buffers = self.buffers[content.GROUP_BYTES][: content.GROUP]
+        at = buffers.ctypes.data + np.arange(content.GROUP)[:, None] * content.GROUP_BYTES + np.array([0, half])
+        for name, code, got in zip(
+            names, self.store.get_fragments(names, at, [half, half]).tolist(), buffers, strict=True
+        ):
+            if code == Code.OK:
+                self.board.rows[self.row, HITS] += 1
+                self.check(name, got, "get_fragments")
+            elif code != Code.MISSING:
+                self.board.violation("wrong_bytes", f"get_fragments answered {Code(code).name} for {name.hex()[:12]}")
 
     def get_parts(self) -> None:
         name = content.key("pair", self.rng.randrange(content.NAMES_PER_SIZE), sum(content.PARTS))
@@ -215,6 +246,8 @@ class Actor:
                     self.put,
                     self.get,
                     self.get,
+                    self.put_group,
+                    self.get_group,
                     self.get_parts,
                     self.pin,
                     self.slow_write,
@@ -315,14 +348,17 @@ def run(
         actor = Actor(pool, config, board, row, seed)
         if armed is not None and armed[0] != "attach_locked":
             failpoints.arm(actor.store.pool.L, armed[0], skip=armed[1], sig=armed[2])
-            mix = [getattr(actor, name) for name in _FITTING.get(armed[0], ("put", "get", "pin", "slow_write"))]
+            mix = [
+                getattr(actor, name)
+                for name in _FITTING.get(armed[0], ("put", "put_group", "get", "pin", "slow_write"))
+            ]
             while True:
                 actor.one(actor.rng.choice(mix))
         if role == "pair":
             _pair(actor, pool, config, board, seed)
         loops = {
-            "writer": (actor.put, actor.put, actor.slow_write),
-            "reader": (actor.get, actor.get, actor.get_parts),
+            "writer": (actor.put, actor.put, actor.put_group, actor.slow_write),
+            "reader": (actor.get, actor.get_group, actor.get_parts),
             "pinner": (actor.pin, actor.get, actor.put),
             "orphan": (actor.orphan,),
             "mixed": (actor.mixed,),

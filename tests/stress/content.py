@@ -16,6 +16,10 @@ PARTS = (24 * 1024, 24 * 1024 - 64)
 """Bytes of the parts of a block that two processes write."""
 NAMES_PER_SIZE = 160
 HOT_NAMES = 6
+GROUP = 3
+"""Blocks that leave the pool together."""
+GROUP_BYTES = SIZES[0]
+GROUPS = 60
 GARBAGE = 0xDEAD_BEEF_DEAD_BEEF
 _ODD = np.uint64(0x9E37_79B9_7F4A_7C15)
 
@@ -25,13 +29,19 @@ def key(kind: str, number: int, size: int) -> bytes:
     return blake3(f"{kind}:{number}:{size}".encode()).digest()
 
 
+def sibling(kind: str, number: int, index: int) -> bytes:
+    """The key of one of the blocks of a group: those of a group differ in byte 30 only."""
+    name = key(kind, number, GROUP_BYTES)
+    return name[:30] + bytes([name[30] ^ index]) + name[31:]
+
+
 def words(name: bytes, nbytes: int) -> U64:
     """What the block with this key holds."""
     seed = np.frombuffer(name, np.uint64)
     out: U64 = np.arange(nbytes // 8, dtype=np.uint64)
     out *= _ODD
     out += seed[0]
-    out ^= seed[1]
+    out ^= seed[1] ^ seed[3]
     return out
 
 

@@ -25,6 +25,7 @@ from kvplug.shm.batch import SlotBatch
 from kvplug.shm.segment import remove_pool
 from tests.stress import actors, content
 from tests.stress.board import CALLS, CHILD, HITS, MAX_ACTORS, SINCE_NS, SLOWEST_NS, Board
+from tests.stress.groups import KeptGroups
 
 POOL_BYTES: Final = 20 << 20
 SLAB_BYTES: Final = 1 << 20
@@ -59,6 +60,7 @@ class Report:
     leaked_slots: int = 0
     leaked_pins: int = 0
     hung: int = 0
+    parted: int = 0
     broken_tables: int = 0
     other: int = 0
     stumbles: int = 0
@@ -80,7 +82,15 @@ class Report:
     @property
     def violations(self) -> int:
         """0 in a run that found nothing. A traceback of an actor is a fault too, but it may be the actor's own."""
-        return self.wrong_bytes + self.leaked_slots + self.leaked_pins + self.hung + self.broken_tables + self.other
+        return (
+            self.wrong_bytes
+            + self.leaked_slots
+            + self.leaked_pins
+            + self.hung
+            + self.broken_tables
+            + self.parted
+            + self.other
+        )
 
 
 class Controller:
@@ -95,6 +105,7 @@ class Controller:
         self.told = 0
         self.sleepers: list[int] = []
         self.epoch = 0
+        self.deaths = 0
         self.config = Config(
             pool="unset",
             size=POOL_BYTES,
@@ -137,6 +148,8 @@ class Controller:
         return self.stop_at_first and self.report.violations > 0
 
     def _one_epoch(self, until: int) -> None:
+        self.deaths = 0
+        self.groups = KeptGroups(self.checker, self.board, self._watch_paused)
         for _ in range(2):  # while the pool still grows
             self._spawn(("watermark", self.rng.randrange(8), signal.SIGKILL))
         if self.epoch % 2 == 0:
@@ -200,7 +213,10 @@ class Controller:
             if failpoint is not None:
                 r.at[failpoint] += 1
         self._sum_up(child)
-        self._integrity(f"after a kill at {failpoint or 'a random instant'} of {child.role}")
+        self.deaths += 1
+        when = f"after a kill at {failpoint or 'a random instant'} of {child.role}"
+        self._integrity(when)
+        self.groups.check(when, self.deaths)
 
     def _sum_up(self, child: Child) -> None:
         row = self.board.rows[child.row]
@@ -249,6 +265,7 @@ class Controller:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
+            self.deaths += 1
         self.children.clear()
 
     # ---- checking
@@ -303,6 +320,8 @@ class Controller:
                 break
             time.sleep(0.02)
         self._integrity("with everybody dead")
+        self.groups.check("with everybody dead", self.deaths)
+        self.groups.one_leaves()
         self._all_blocks()
         r = self.report
         r.rebuilds += s.rebuilds
@@ -321,9 +340,11 @@ class Controller:
 
     def _all_blocks(self) -> None:
         """Every block that is there holds what its key says."""
+        groups = [content.sibling("group", n, i) for n in range(content.GROUPS) for i in range(content.GROUP)]
         for size in content.SIZES:
-            buffer = np.zeros((content.NAMES_PER_SIZE, size // 8), np.uint64)
             names = [content.key("block", n, size) for n in range(content.NAMES_PER_SIZE)]
+            names += groups if size == content.GROUP_BYTES else []
+            buffer = np.zeros((len(names), size // 8), np.uint64)
             codes = self.checker.get_into(names, buffer)
             for i in np.flatnonzero(codes == Code.OK).tolist():
                 if wrong := content.difference(names[i], buffer[i]):
@@ -408,6 +429,8 @@ class Controller:
                 r.hung += 1
             elif kind == "broken_tables":
                 r.broken_tables += 1
+            elif kind == "parted":
+                r.parted += 1
             elif kind == "stumble":
                 r.stumbles += 1
             else:

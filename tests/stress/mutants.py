@@ -88,6 +88,18 @@ MUTANTS: Final[dict[str, Mutant]] = {
         "        if False:\n            return True",
         "a pinned block is evicted, removed and drained away",
     ),
+    "forgets_siblings": Mutant(
+        "shm/evict.py",
+        "        if which == 0:\n            return 0",
+        "        if True:\n            return 0",
+        "a victim leaves its siblings behind",
+    ),
+    "takes_pinned_siblings": Mutant(
+        "shm/evict.py",
+        " and not is_pinned(T, sibling):",
+        ":",
+        "a pinned block goes with its sibling",
+    ),
     "victim_not_checked": Mutant(
         "shm/write.py",
         "same = T[r + R_WORD] == word and T[r + R_TICK] == tick and is_slot_of(T, row, cls) and not is_pinned(T, row)",

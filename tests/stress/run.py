@@ -56,7 +56,7 @@ def main() -> int:
     )
     print(
         f"calls={r.calls} blocks read and compared={r.hits} slowest call={r.slowest_ms:.0f} ms "
-        f"tables found broken={r.broken_tables} other={r.other} stumbles={r.stumbles}"
+        f"tables found broken={r.broken_tables} groups parted={r.parted} other={r.other} stumbles={r.stumbles}"
     )
     print(
         f"kills={r.kills} wrong_bytes={r.wrong_bytes} leaked_slots={r.leaked_slots} leaked_pins={r.leaked_pins} "

@@ -58,9 +58,10 @@ def test_it_leaves_nothing_behind_in_shm() -> None:
 def test_every_fault_and_every_warning_names_a_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVPLUG_SIZE", "900tb")
     monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
     findings = examine(root=machine(tmp_path, proc__meminfo="MemTotal: 1048576 kB\n"))
     bad = [finding for finding in findings if finding.status in (Status.FAULT, Status.WARNING)]
-    assert {"/dev/shm", "memory", "vLLM plugin"} <= {finding.name for finding in bad}
+    assert {"/dev/shm", "memory", "vLLM plugin", "SGLang plugin"} <= {finding.name for finding in bad}
     assert all(finding.mend for finding in bad)
     assert report(findings)["ok"] is False
 
@@ -186,6 +187,30 @@ def test_whether_the_plugin_would_load_is_said(
         assert found.mend == ("VLLM_PLUGINS=other,kvplug" if value else "VLLM_PLUGINS=kvplug")
 
 
+@pytest.mark.parametrize(
+    ("environment", "status", "says"),
+    [
+        ({}, Status.NOTE, "--enable-kvplug"),
+        ({"KVPLUG_ENABLE": "0"}, Status.NOTE, "--enable-kvplug"),
+        ({"KVPLUG_ENABLE": "1"}, Status.OK, "KVPLUG_ENABLE=1"),
+        ({"KVPLUG_ENABLE": "1", "SGLANG_PLUGINS": "a, kvplug"}, Status.OK, "KVPLUG_ENABLE=1"),
+        ({"KVPLUG_ENABLE": "1", "SGLANG_PLUGINS": "a"}, Status.WARNING, "does not name it"),
+    ],
+)
+def test_sglangs_plugin_is_reported(
+    environment: dict[str, str], status: Status, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KVPLUG_ENABLE", "SGLANG_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = named(examine(), "SGLang plugin")
+    assert found.status is status
+    assert says in found.found
+    if status is Status.WARNING:
+        assert found.mend == "SGLANG_PLUGINS=a,kvplug"
+
+
 @pytest.fixture
 def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in front of sys.path into which distributions' metadata can be put, as an installation would."""
@@ -222,6 +247,25 @@ def test_engine_versions_outside_the_tested_ones_are_faults(version: str, status
     assert version in found.found
 
 
+@pytest.mark.parametrize(
+    ("version", "status", "says"),
+    [
+        ("0.5.19", Status.FAULT, "0.5.20 to 0.5.23"),
+        ("0.5.20", Status.OK, "auto takes hicache"),
+        ("0.5.22.post1", Status.OK, "auto takes hicache"),
+        ("0.5.23", Status.OK, "auto takes linker"),
+        ("0.5.23+cpu", Status.OK, "auto takes linker"),
+        ("0.5.24", Status.FAULT, "0.5.20 to 0.5.23"),
+        ("0.6", Status.FAULT, "0.5.20 to 0.5.23"),
+    ],
+)
+def test_sglang_versions_and_their_mode(version: str, status: Status, says: str, fake_engine: Path) -> None:
+    install(fake_engine, "sglang", version)
+    found = [one for one in examine() if one.name == "engines" and one.found.startswith("sglang")]
+    assert [one.status for one in found] == [status]
+    assert says in found[0].found
+
+
 def test_an_unsupported_engine_can_be_tried(fake_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(fake_engine, "vllm", "0.99.0")
     monkeypatch.setenv("KVPLUG_UNSUPPORTED_ENGINE_OK", "1")
@@ -235,15 +279,20 @@ def test_no_engine_is_imported() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_the_supported_range_is_the_same_everywhere() -> None:
+@pytest.mark.parametrize(("engine", "words"), [("vllm", "0.30 to 0.32"), ("sglang", "0.5.20 to 0.5.23")])
+def test_the_supported_range_is_the_same_everywhere(engine: str, words: str) -> None:
     """The engine table, the extra in the package's metadata and the range in words agree."""
-    wanted = engines.SUPPORTED["vllm"]
+    wanted = engines.SUPPORTED[engine]
     (requirement,) = [
-        line for line in importlib.metadata.requires("kvplug") or [] if line.startswith("vllm") and "extra" in line
+        line for line in importlib.metadata.requires("kvplug") or [] if line.startswith(engine) and "extra" in line
     ]
-    assert f">={wanted.first[0]}.{wanted.first[1]}" in requirement
-    assert f"<{wanted.end[0]}.{wanted.end[1]}" in requirement
-    assert str(wanted) == "0.30 to 0.32"
+    assert f">={'.'.join(map(str, wanted.first))}" in requirement
+    assert f"<{'.'.join(map(str, wanted.end))}" in requirement
+    assert str(wanted) == words
+
+
+def test_vllms_adapter_has_the_same_range() -> None:
+    wanted = engines.SUPPORTED["vllm"]
     adapter = (Path(__file__).resolve().parents[2] / "adapters" / "vllm" / "compat.py").read_text()
     assert f"MIN_VERSION = {wanted.first}\n" in adapter
     assert f"BELOW_VERSION = {wanted.end}\n" in adapter
