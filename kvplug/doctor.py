@@ -408,8 +408,8 @@ def _vllm_plugin(_: _Surroundings) -> Iterator[Finding]:
     elif variable in os.environ:
         yield Finding(name, Status.OK, f"on: {variable}={os.environ[variable]}")
     else:
-        found = f"installed, off: {variable} is not set"
-        yield Finding(name, Status.NOTE, found, f"{variable}=kvplug vllm serve MODEL")
+        found, mend = "installed, off: VLLM_PLUGINS is not set", "VLLM_PLUGINS=kvplug vllm serve MODEL"
+        yield Finding(name, Status.NOTE, found, mend)
 
 
 def _sglang_plugin(_: _Surroundings) -> Iterator[Finding]:

@@ -210,7 +210,7 @@ def test_a_cache_file_that_is_not_whole_and_ours_is_ignored_and_replaced(
     assert stat.S_ISREG(status.st_mode)
     assert stat.S_IMODE(status.st_mode) == 0o600
     assert status.st_uid == os.geteuid()
-    assert [entry.name for entry in path.parent.iterdir() if entry.name not in (path.name, "weights.lock", "elsewhere")] == []
+    assert {entry.name for entry in path.parent.iterdir()} <= {path.name, "weights.lock", "elsewhere"}
 
 
 def test_the_attacks_would_succeed_on_a_cache_file_that_is_ours(cache: HashCache, file: Path) -> None:
