@@ -100,6 +100,8 @@ FIGURES: Final = (
     Figure("keys", "key making for 16 tokens, incremental", "µs", 1.0),
     *_sized("fetch", "fetch from a peer by TCP on loopback ÷ one bare stream", dict.fromkeys(_FETCHES, 0.9)),
     Figure("fetch_lookup", "look up and lease 2048 keys at a peer, round trip", "ms", 3.0),
+    Figure("directory_publish", "directory: a million names written, a second", "thousand", 50.0, True),
+    Figure("directory_lookup", "directory: 2048 keys of a million read in one round trip", "ms", 5.0),
     *_hit_rates(),
 )
 BY_NAME: Final = {f.name: f for f in FIGURES}

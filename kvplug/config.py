@@ -45,7 +45,7 @@ ENV_PREFIX = "KVPLUG_"
 PATH_ENV = "KVPLUG_CONFIG"
 RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT"})
 """Variables that are read elsewhere and are not settings of the schema."""
-SECRETS = frozenset({"auth_key"})
+SECRETS = frozenset({"auth_key", "directory_url"})
 HIDDEN = "(set, not shown)"
 RESERVED_ENV_PREFIXES = ("KVPLUG_TEST_", "KVPLUG_BENCH_", "KVPLUG_DEMO_")
 _FOREIGN_ENV = re.compile(r"KVPLUG_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_\w+)?)")
@@ -81,6 +81,10 @@ def _size(value: object) -> object:
 
 def _size_or_auto(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() == "auto" else _size(value)
+
+
+def _addresses(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 def _address(value: str) -> str:
@@ -195,6 +199,20 @@ class Config(BaseSettings):
     )
     agent_pin_share: Share = Field(default=0.25, description="share of the pool's bytes that leases may keep in place")
 
+    peers: Annotated[tuple[Address, ...], BeforeValidator(_addresses)] = Field(
+        default=(), max_length=1024, description="agents of other hosts, host:port, separated by commas"
+    )
+    directory_url: Secret | None = Field(
+        default=None,
+        description="Redis or Valkey that says which host has what, such as redis://10.0.0.9:6379/0; never printed",
+    )
+    directory_ttl_s: float = Field(
+        default=6.0, ge=1, le=3600, description="how long a host that is silent still counts; the same on all hosts"
+    )
+    directory_timeout_s: float = Field(
+        default=0.05, ge=0.001, le=10, description="longest wait for the directory's answer; after that: a miss"
+    )
+
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -284,6 +302,8 @@ class Setting(NamedTuple):
         """The value as it would be written in the file, sizes with their meaning."""
         if self.value is None:
             return "auto" if self.name == "slab" else "not set"
+        if isinstance(self.value, tuple):
+            return ", ".join(self.value) or "none"
         if self.name in ("size", "min_block", "slab"):
             return f"{self.value} ({format_size(self.value)})"
         return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)

@@ -16,6 +16,7 @@ __all__ = [
     "ClientLimitError",
     "Code",
     "ConfigError",
+    "DirectoryError",
     "IntegrityError",
     "KeyFormatError",
     "KvplugError",
@@ -148,3 +149,7 @@ class PeerTimeoutError(PeerError):
 
 class ProtocolError(PeerError):
     """What came over the connection is not what the protocol allows at this point; the connection is closed."""
+
+
+class DirectoryError(KvplugError):
+    """The directory's server answered with an error, or with what no Redis or Valkey answers; callers take a miss."""

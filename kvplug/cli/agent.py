@@ -20,6 +20,7 @@ def agent(
     """Serve the pool to other hosts until SIGTERM or Ctrl-C. Wider than loopback only with a key or TLS."""
     from kvplug.config import load
     from kvplug.exchange import PoolExchange
+    from kvplug.peering import directory_publisher
     from kvplug.rdma.agent import Agent
     from kvplug.store import KvStore
 
@@ -29,11 +30,16 @@ def agent(
         signal.signal(number, lambda *_: stop.set())
     with KvStore(config=config) as store:
         serving = Agent(PoolExchange(store), config)
+        announced = None
         try:
             address = serving.start()
+            if announced := directory_publisher(config, store, address):
+                announced.start()
             output.say(f"serving pool {config.pool} at {address}")
             if serving.is_open:
                 output.complain("without KVPLUG_AUTH_KEY every user of this host can read the pool through the agent")
             serving.serve(stop)
         finally:
+            if announced:
+                announced.stop()
             serving.close()

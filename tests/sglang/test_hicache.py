@@ -86,6 +86,12 @@ def test_cold_second_engine_and_restart_after_sigkill(
         outside.check_integrity()
 
 
+def test_short_prefix_is_worth_reading(pair: dict[str, SglangServer], control: Control) -> None:
+    cases = control.pick(1, seed=74, tokens=(2 * PAGE, 3 * PAGE))
+    store(pair["second"], cases)
+    assert from_storage(serve(pair["first"], cases)) == [cases[0].whole]
+
+
 def test_metrics_of_hits_and_stores(pair: dict[str, SglangServer], cases: list[Case]) -> None:
     first = pair["first"]
     store(first, cases[3:4])

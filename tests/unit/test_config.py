@@ -148,6 +148,10 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "peer_timeout_s": "0.5",
         "peer_connections": "2",
         "agent_pin_share": "0.1",
+        "peers": "10.0.0.8:9410, [::1]:9410",
+        "directory_url": "redis://:only-for-tests@10.0.0.9",
+        "directory_ttl_s": "3",
+        "directory_timeout_s": "0.01",
     }
     assert values.keys() == Config.model_fields.keys(), "a new setting has its line here"
     defaults = load()
@@ -162,6 +166,7 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
 def test_a_secret_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by what lists the settings, nor by an error about it, nor by the settings' own text."""
     monkeypatch.setenv("KVPLUG_AUTH_KEY", "only-for-tests-of-kvplug")
+    monkeypatch.setenv("KVPLUG_DIRECTORY_URL", "redis://:only-for-tests@10.0.0.9")
     said = [repr(load()), str(load())]
     said += [text for one in explain() for text in (one.text, str(one.value), repr(one))]
     monkeypatch.setenv("KVPLUG_AUTH_KEY", "only-for-tests")
@@ -175,6 +180,15 @@ def test_a_secret_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_is_host_and_port(address: str) -> None:
     with pytest.raises(ConfigError, match="is not host:port"):
         Config(agent_listen=address)
+
+
+def test_peers_are_addresses_between_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPLUG_PEERS", " a:1,b:2 ,")
+    assert load().peers == ("a:1", "b:2")
+    assert {one.text for one in explain() if one.name == "peers"} == {"a:1, b:2"}
+    assert Config(peers=("a:1",)).peers == ("a:1",)
+    with pytest.raises(ConfigError, match="'b' is not host:port"):
+        Config(peers=("a:1", "b"))
 
 
 def test_tls_is_whole_or_not_there() -> None:

@@ -33,6 +33,7 @@ RUN_ELSEWHERE = {
     "pip install": "needs a package index; the wheel is built and looked into below",
     "VLLM_PLUGINS=kvplug vllm serve": "the tests with real engines do it",
     "kvplug agent": "serves until it is stopped; its own tests run it",
+    "sglang serve": "the tests with real servers do it",
     "docker run": "there is no docker here",
 }
 """Commands that are not run here, by how they begin, and why. `./justw` recipes are checked to exist all the same."""
@@ -164,6 +165,7 @@ def settings_table() -> str:
         "size": "¼ of the memory that the container may use, at most ½ of what /dev/shm has left",
         "min_block": "`16kib`",
         "slab": "`auto`",
+        "peers": "",
     }
     lines = []
     for name, field in Config.model_fields.items():

@@ -1,0 +1,80 @@
+"""This host among others, as the settings say: its entry in the directory, and its view of it.
+
+Both answer None where no directory is configured: then the peers of the settings are all there are.
+"""
+
+from __future__ import annotations
+
+from kvplug.blockfeed import BlockFeed
+from kvplug.config import Config
+from kvplug.errors import ConfigError
+from kvplug.rdma.auth import shared_key
+from kvplug.rdma.directory import Directory
+from kvplug.rdma.names import Names
+from kvplug.rdma.peers import AllPeers, PeerSource, StaticPeers
+from kvplug.rdma.publisher import Publisher
+from kvplug.rdma.resp import Endpoint
+from kvplug.store import KvStore
+
+__all__ = ["directory_publisher", "directory_reader", "host_id", "known_peers"]
+
+_WILDCARDS = ("0.0.0.0", "[::]", "::", "")  # noqa: S104 - compared with, not bound to
+
+
+def host_id(store: KvStore) -> str:
+    """What the directory calls this store's pool: the segment's own id, the same for all its processes."""
+    return store.pool.segment.uuid.hex()
+
+
+def directory_publisher(config: Config, store: KvStore, address: str) -> Publisher | None:
+    """What tells the directory what ``store`` has; not started. ``address``: where this host's agent listens.
+
+    Raises ConfigError: a wrong directory_url, no auth_key, or an address that nobody else can dial.
+    """
+    if config.directory_url is None:
+        return None
+    address = config.agent_advertise or address
+    if address.rpartition(":")[0] in _WILDCARDS:
+        raise ConfigError(
+            f"the agent listens on {address}, which no other host can dial: set agent_advertise to this host's address"
+        )
+    endpoint, names = _door(config)
+    return Publisher(
+        BlockFeed(store), endpoint, names, host_id=host_id(store), address=address, ttl_s=config.directory_ttl_s
+    )
+
+
+def directory_reader(config: Config, store: KvStore | None = None) -> Directory | None:
+    """A view of the directory, at work; ``store``'s own host is left out of it. Raises ConfigError."""
+    if config.directory_url is None:
+        return None
+    endpoint, names = _door(config)
+    return Directory(
+        endpoint,
+        names,
+        ttl_s=config.directory_ttl_s,
+        timeout_s=config.directory_timeout_s,
+        own_id=None if store is None else host_id(store),
+    )
+
+
+def known_peers(config: Config, directory: Directory | None = None) -> PeerSource:
+    """The other hosts: those in the directory, and those of the settings, without this host's own agent.
+
+    Closing it closes ``directory``.
+    """
+    own = config.agent_advertise or config.agent_listen
+    listed = StaticPeers(config.peers, own_address=own)
+    return listed if directory is None else AllPeers(directory, listed)
+
+
+def _door(config: Config) -> tuple[Endpoint, Names]:
+    assert config.directory_url is not None
+    endpoint = Endpoint.parse(config.directory_url.get_secret_value())
+    secret = shared_key(config)
+    if secret is None and not endpoint.is_local:
+        raise ConfigError(
+            f"a directory on another host ({endpoint}) needs auth_key: without it anybody there could read which "
+            f"prefixes were asked for, and add hosts. Set the same KVPLUG_AUTH_KEY on all hosts"
+        )
+    return endpoint, Names(secret)

@@ -1,0 +1,308 @@
+"""A connection to Redis or Valkey: RESP2, pipelined, whole batches as numpy arrays, one deadline for a whole exchange.
+
+A client library's time-out is per socket call, so a server that trickles its answer can hold a caller for ever; and it
+makes an object of each of 2048 answers. Here every wait counts towards the caller's deadline, and the answers that
+come in bulk (flags, fixed-size names) are taken as arrays. What this does not speak: RESP3, Cluster, Sentinel.
+
+Any exception but a ServerError that was *returned* leaves the connection out of step: close it and open another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Iterable
+from typing import Any, Final, TypeAlias, Union
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+import numpy.typing as npt
+
+from kvplug.errors import ConfigError, DirectoryError
+
+__all__ = ["NAME_BYTES", "Connection", "Endpoint", "Reply", "ServerError", "command", "members", "variadic"]
+
+U8 = npt.NDArray[np.uint8]
+U64 = npt.NDArray[np.uint64]
+
+NAME_BYTES: Final = 8
+DEFAULT_PORT: Final = 6379
+RECV_BYTES: Final = 256 * 1024
+MAX_LINE_BYTES: Final = 4096
+MAX_BULK_BYTES: Final = 1 << 20
+MAX_ARRAY: Final = 1 << 22
+MAX_DEPTH: Final = 4
+_MEMBER_HEAD: Final = np.frombuffer(b"$%d\r\n" % NAME_BYTES, np.uint8)
+_MEMBER_BYTES: Final = len(_MEMBER_HEAD) + NAME_BYTES + 2
+_CRLF: Final = np.frombuffer(b"\r\n", np.uint8)
+_SCHEMES: Final = {"redis": False, "valkey": False, "rediss": True, "valkeys": True, "unix": False}
+
+
+class ServerError(DirectoryError):
+    """What the server answered with ``-``, such as ``OOM …`` or ``LOADING …``. The connection is still in step."""
+
+    @property
+    def kind(self) -> str:
+        """The first word."""
+        return str(self.args[0]).split(" ", 1)[0]
+
+
+Reply: TypeAlias = Union[int, bytes, ServerError, "list[Reply]", None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the server is, and as whom to speak to it. Its text never shows the password."""
+
+    host: str
+    port: int
+    path: str = ""
+    database: int = 0
+    tls: bool = False
+    username: str = ""
+    password: str = dataclasses.field(default="", repr=False)
+    tls_ca: str | None = None
+
+    @classmethod
+    def parse(cls, url: str) -> Endpoint:
+        """``redis://[[user]:password@]host[:port][/db]``, ``rediss://…[?ca=file.pem]``, ``unix:///path[?db=n]``.
+
+        ``rediss://`` is with TLS; ``valkey://`` and ``valkeys://`` mean the same. ``ca``: what the server's certificate
+        is checked against; default: what the system trusts. Raises ConfigError, which never quotes the url.
+        """
+        try:
+            parts = urlsplit(url)
+            tls = _SCHEMES[parts.scheme]
+            asked = {
+                name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()
+            }
+            database = asked.pop("db", "") if parts.scheme == "unix" else parts.path.strip("/")
+            endpoint = cls(
+                host=parts.hostname or "",
+                port=parts.port or DEFAULT_PORT,
+                path=unquote(parts.path) if parts.scheme == "unix" else "",
+                database=int(database or 0),
+                tls=tls,
+                username=unquote(parts.username or ""),
+                password=unquote(parts.password or ""),
+                tls_ca=asked.pop("ca", None) if tls else None,
+            )
+            if asked or endpoint.database < 0 or not (endpoint.path or endpoint.host):
+                raise ValueError
+        except (KeyError, ValueError):
+            raise ConfigError(
+                "directory_url must be redis://[[user]:password@]host[:port][/db], rediss://…[?ca=file.pem] for TLS, "
+                "or unix:///path/of/socket[?db=n]; what is set is none of these"
+            ) from None
+        return endpoint
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}/{self.database}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what is said there stays on this host: a unix socket, or a loopback address."""
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+
+def _bulk(part: bytes | str | int) -> bytes:
+    raw = part if isinstance(part, bytes) else str(part).encode()
+    return b"$%d\r\n%b\r\n" % (len(raw), raw)
+
+
+def command(*parts: bytes | str | int) -> bytes:
+    """One command, packed."""
+    return b"*%d\r\n" % len(parts) + b"".join(map(_bulk, parts))
+
+
+def variadic(n_members: int, *head: bytes | str | int) -> bytes:
+    """The beginning of a command with ``n_members`` names behind ``head``: :func:`members` gives the rest."""
+    return b"*%d\r\n" % (len(head) + n_members) + b"".join(map(_bulk, head))
+
+
+def members(names: U64) -> U8:
+    """Names as arguments, (N, 14) uint8: row i is one packed argument; consecutive rows are as many."""
+    block = np.empty((len(names), _MEMBER_BYTES), np.uint8)
+    block[:, : len(_MEMBER_HEAD)] = _MEMBER_HEAD
+    block[:, len(_MEMBER_HEAD) : -2] = names.astype("<u8").view(np.uint8).reshape(-1, NAME_BYTES)
+    block[:, -2:] = _CRLF
+    return block
+
+
+# ---- the connection --------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """One connection, for one thread at a time. Deadlines are absolute, by ``time.monotonic()``."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._data = bytearray()
+        self._at = 0
+
+    @classmethod
+    def open(cls, endpoint: Endpoint, deadline: float) -> Connection:
+        """Connect, authenticate, select, and have one PING answered. Raises OSError, DirectoryError.
+
+        Resolving a host's name takes as long as the system's resolver takes: not for threads that an engine waits for.
+        """
+        timeout = _left(deadline)
+        if endpoint.path:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout)
+            try:
+                sock.connect(endpoint.path)
+            except OSError:
+                sock.close()
+                raise
+        else:
+            sock = socket.create_connection((endpoint.host, endpoint.port), timeout)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            if endpoint.tls:
+                context = ssl.create_default_context(cafile=endpoint.tls_ca)
+                sock.settimeout(_left(deadline))
+                sock = context.wrap_socket(sock, server_hostname=endpoint.host)
+            connection = cls(sock)
+            asked = [command("PING")]
+            if endpoint.database:
+                asked.insert(0, command("SELECT", endpoint.database))
+            if endpoint.password:
+                user = (endpoint.username,) if endpoint.username else ()
+                asked.insert(0, command("AUTH", *user, endpoint.password))
+            connection.send(asked, deadline)
+            for _ in asked:
+                answer = connection.read(deadline)
+                if isinstance(answer, ServerError):
+                    raise answer
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+    def send(self, frames: Iterable[bytes], deadline: float) -> None:
+        """Send packed commands. Raises OSError (TimeoutError at the deadline)."""
+        self._sock.settimeout(_left(deadline))
+        self._sock.sendall(b"".join(frames))
+
+    def call(self, deadline: float, *commands: bytes) -> list[Reply]:
+        """One round trip for a few commands: their answers."""
+        self.send(commands, deadline)
+        return [self.read(deadline) for _ in commands]
+
+    def read(self, deadline: float, *, depth: int = 0) -> Reply:
+        """The next answer, whatever it is. Raises OSError, DirectoryError."""
+        line = self._line(deadline)
+        kind, rest = line[:1], line[1:]
+        if kind == b"+":
+            return rest
+        if kind == b"-":
+            return ServerError(rest.decode("utf-8", "replace"))
+        if kind == b":":
+            return _int(rest)
+        size = _int(rest)
+        if kind == b"$":
+            if size == -1:
+                return None
+            if not 0 <= size <= MAX_BULK_BYTES:
+                raise DirectoryError(f"the server announced {size} bytes; at most {MAX_BULK_BYTES} are taken")
+            raw = self._take(size + 2, deadline)
+            return bytes(raw[:size])
+        if kind == b"*" and depth < MAX_DEPTH and -1 <= size <= MAX_ARRAY:
+            return None if size == -1 else [self.read(deadline, depth=depth + 1) for _ in range(size)]
+        raise _not_resp(line)
+
+    def read_flags(self, n: int, deadline: float) -> npt.NDArray[np.bool_] | ServerError:
+        """An array of ``n`` integers that are 0 or 1: bool[n]. An error that the server answered is returned."""
+        line = self._line(deadline)
+        if line[:1] == b"-":
+            return ServerError(line[1:].decode("utf-8", "replace"))
+        if line != b"*%d" % n:
+            raise _not_resp(line)
+        cells = np.frombuffer(self._take(4 * n, deadline), np.uint8).reshape(n, 4)
+        if (cells[:, 0] != ord(":")).any() or ((cells[:, 1] | 1) != ord("1")).any() or (cells[:, 2:] != _CRLF).any():
+            raise DirectoryError("the server answered other integers than 0 and 1 where flags were asked for")
+        flags: npt.NDArray[np.bool_] = cells[:, 1] == ord("1")
+        return flags
+
+    def read_names(self, deadline: float) -> U64 | ServerError:
+        """An array of names, uint64[N]; members of another length are what nobody here wrote, and raise."""
+        line = self._line(deadline)
+        if line[:1] == b"-":
+            return ServerError(line[1:].decode("utf-8", "replace"))
+        n = _int(line[1:])
+        if line[:1] != b"*" or not 0 <= n <= MAX_ARRAY:
+            raise _not_resp(line)
+        cells = np.frombuffer(self._take(n * _MEMBER_BYTES, deadline), np.uint8).reshape(n, _MEMBER_BYTES)
+        head = len(_MEMBER_HEAD)
+        if (cells[:, :head] != _MEMBER_HEAD).any() or (cells[:, -2:] != _CRLF).any():
+            raise DirectoryError(f"a set of the directory has members that are not {NAME_BYTES} bytes long")
+        return np.ascontiguousarray(cells[:, head:-2]).view("<u8").ravel()
+
+    def _line(self, deadline: float) -> bytes:
+        while (end := self._data.find(b"\r\n", self._at)) < 0:
+            if len(self._data) - self._at > MAX_LINE_BYTES:
+                raise DirectoryError(f"the server sent a line of more than {MAX_LINE_BYTES} bytes: no Redis or Valkey")
+            self._fill(deadline)
+        line = bytes(self._data[self._at : end])
+        self._at = end + 2
+        return line
+
+    def _take(self, n: int, deadline: float) -> bytes:
+        while len(self._data) - self._at < n:
+            self._fill(deadline)
+        raw = bytes(memoryview(self._data)[self._at : self._at + n])
+        self._at += n
+        return raw
+
+    def _fill(self, deadline: float) -> None:
+        if self._at:
+            del self._data[: self._at]
+            self._at = 0
+        self._sock.settimeout(_left(deadline))
+        got = self._sock.recv(RECV_BYTES)
+        if not got:
+            raise ConnectionResetError("the server closed the connection")
+        self._data += got
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline has passed")
+    return left
+
+
+def _int(raw: bytes) -> int:
+    try:
+        return int(raw)
+    except ValueError:
+        raise _not_resp(raw) from None
+
+
+def _not_resp(line: bytes) -> DirectoryError:
+    return DirectoryError(f"the server answered {line[:40]!r}: not what a Redis or Valkey answers here")
+
+
+def checked(reply: Reply) -> Any:
+    """The answer; raises it if it is an error."""
+    if isinstance(reply, ServerError):
+        raise reply
+    return reply
