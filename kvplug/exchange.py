@@ -22,9 +22,6 @@ I64 = npt.NDArray[np.int64]
 I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
 
-_PARTS_MASK = 63
-_SIBLING_SHIFT = 46
-
 
 class PoolExchange:
     """One store's pool, for an agent or a reader. Thread-safe as the store is, which the caller closes."""
@@ -74,7 +71,7 @@ class PoolExchange:
         T, o_part = self.store.pool.T, self.store.pool.geometry.o_part
         slots = b.slots[ok]
         size_words = T[self.store.pool.geometry.o_row + slots * lay.ROW_WORDS + lay.R_SIZE]
-        counts = (size_words >> lay.SIZE_BITS) & _PARTS_MASK
+        counts = (size_words >> lay.SIZE_BITS) & lay.PARTS_MASK
         starts = np.cumsum(counts) - counts
         which = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
         words = o_part + (np.repeat(slots, counts) + which) * lay.PART_WORDS
@@ -84,7 +81,7 @@ class PoolExchange:
             b.gens[ok],
             b.offsets[ok],
             b.nbytes[ok],
-            size_words >> _SIBLING_SHIFT,
+            size_words >> lay.SIBLING_SHIFT,
             counts,
             T[words],
             T[words + 1],
@@ -95,9 +92,12 @@ class PoolExchange:
         self.store.unpin(slots)
 
     def reserve(self, keys: U8, part_nbytes: I64, siblings: tuple[int, int]) -> Reserved:
-        """A slot for each key that is not there. A block that no slab here can hold is FULL, not an error."""
+        """A slot for each key that is not there; ``siblings``: (count, index) of blocks that go together.
+
+        A block that no slab here can hold is FULL, not an error.
+        """
         try:
-            b = self.store.reserve_batch(keys, part_nbytes)
+            b = self.store.reserve_batch(keys, part_nbytes, siblings=siblings)
         except BlockTooLargeError:
             n = len(keys)
             return Reserved(np.full(n, Code.FULL, np.int8), *np.zeros((3, n), np.int64))

@@ -81,6 +81,7 @@ class Agent:
         self._readers: dict[int, _Reader] = {}
         self._tickets: dict[bytes, _Reader] = {}
         self._connections: dict[Connection, threading.Thread] = {}
+        self._open = 0
         self._next_reader = 1
         self._stopping = threading.Event()
         self._listeners: list[socket.socket] = []
@@ -139,7 +140,8 @@ class Agent:
                 continue
             self.count("accepted")
             with self._mutex:
-                full = len(self._connections) >= MAX_CONNECTIONS
+                full = self._open >= MAX_CONNECTIONS
+                self._open += not full
             if full:
                 self.count("refused")
                 sock.close()
@@ -147,7 +149,9 @@ class Agent:
             thread = threading.Thread(target=self._first, args=(sock,), name="kvplug-reader", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:
+            except RuntimeError:  # no more threads
+                with self._mutex:
+                    self._open -= 1
                 self.count("refused")
                 sock.close()
 
@@ -176,10 +180,12 @@ class Agent:
             self.count("broken")  # gone before anything was said
         finally:
             if connection is not None:
-                with self._mutex:
-                    self._connections.pop(connection, None)
                 connection.close()
             sock.close()
+            with self._mutex:
+                self._open -= 1
+                if connection is not None:
+                    self._connections.pop(connection, None)
 
     def _serve(self, connection: Connection) -> None:
         names = self._names | {connection.local}  # a wildcard listens at many

@@ -130,32 +130,39 @@ class LeaseTable:
         """End these leases of this reader. How many there were."""
         with self._mutex:
             mine = [self._leases[i] for i in dict.fromkeys(leases) if i in self._leases]
-            return self._end([lease for lease in mine if lease.reader == reader])
+            ended = self._end([lease for lease in mine if lease.reader == reader])
+        return self._let_go(ended)
 
     def release_reader(self, reader: int) -> int:
         """End all leases of a reader that has gone. How many there were."""
         with self._mutex:
-            return self._end([lease for lease in self._leases.values() if lease.reader == reader])
+            ended = self._end([lease for lease in self._leases.values() if lease.reader == reader])
+        return self._let_go(ended)
 
     def expire(self) -> int:
         """End what has run out. How many there were."""
         with self._mutex:
             now = self._clock()
-            return self._end([lease for lease in self._leases.values() if lease.ends <= now])
+            ended = self._end([lease for lease in self._leases.values() if lease.ends <= now])
+        return self._let_go(ended)
 
     def release_all(self) -> int:
         """End every lease: the agent stops."""
         with self._mutex:
-            return self._end(list(self._leases.values()))
+            ended = self._end(list(self._leases.values()))
+        return self._let_go(ended)
 
-    def _end(self, leases: list[Lease]) -> int:
+    def _end(self, leases: list[Lease]) -> list[Lease]:
         for lease in leases:
             lease.over = True
             del self._leases[lease.id]
             self._account(lease, -1)
-        if leases:
-            self._unpin(np.concatenate([lease.slots for lease in leases]))  # queues where the pool's lock is busy
-        return len(leases)
+        return leases
+
+    def _let_go(self, ended: list[Lease]) -> int:
+        if ended:
+            self._unpin(np.concatenate([lease.slots for lease in ended]))  # queued where the pool's lock is busy
+        return len(ended)
 
     def held(self) -> tuple[int, int]:
         """(leases, bytes that they keep in place)."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -69,7 +70,7 @@ class _Group:
 
 
 class Peer:
-    """One other host's pool, to be fetched from. Thread-safe."""
+    """One other host's pool, to be fetched from. Thread-safe. A copy that a fork made fetches nothing: make another."""
 
     def __init__(self, address: str, blocks: Blocks, config: Config, *, path: DataPath | None = None) -> None:
         """``address``: host:port of its agent. ``path``: another data path than TCP. Nothing is dialled yet."""
@@ -79,6 +80,7 @@ class Peer:
         self._path = path or TcpPath(
             self._link, blocks.memory, connections=config.peer_connections, stall_s=config.peer_timeout_s
         )
+        self._pid = os.getpid()
         self._mutex = threading.Lock()
         self._counters: Counter[str] = Counter()
         self._back_off_s = 0.0
@@ -117,6 +119,9 @@ class Peer:
         codes = np.full(len(keys), Code.MISSING, np.int8)
         deadline = time.monotonic() + timeout_s
         todo = np.arange(len(keys))
+        if os.getpid() != self._pid:
+            codes[:] = Code.TIMEOUT  # a forked child's copy: connections and threads are the parent's
+            return codes
         here = self._blocks.exists(keys)
         codes[here] = Code.EXISTS
         todo = todo[~here]
@@ -129,14 +134,17 @@ class Peer:
                 now, todo = todo[:MAX_KEYS], todo[MAX_KEYS:]
                 codes[now] = Code.TIMEOUT
                 again = self._fetch(keys, now, codes, deadline, prefix)
-                todo = np.concatenate((again, todo))
-                if prefix and bool((codes[now] < 0).any()) and not len(again):
+                if prefix and int((codes[now] < 0).sum()) > len(again):  # a hole: what is behind it is worth nothing
                     codes[todo] = Code.MISSING
-                    break
+                    todo = todo[:0]
+                todo = np.concatenate((again, todo))
             self._is_well()
         except PeerError as e:
             codes[todo] = Code.TIMEOUT
-            self._failed(e)
+            if time.monotonic() < deadline or not (codes == Code.OK).any():
+                self._failed(e)
+            else:  # the peer does what it can: it was the caller who had no more time
+                self._count("out_of_time")
         waited = codes == Code.IN_PROGRESS
         if waited.any():  # a duplicate in the batch waited for its twin
             codes[waited] = np.where(self._blocks.exists(keys[waited]), np.int8(Code.OK), np.int8(Code.IN_PROGRESS))
@@ -218,6 +226,8 @@ class Peer:
 
     def close(self) -> None:
         """Hang up. Reads under way end. Idempotent."""
+        if os.getpid() != self._pid:
+            return
         self._path.close()
         self._link.close()
 

@@ -156,10 +156,10 @@ class Proxy:
                 continue
             except OSError:
                 return
-            host, port = self.upstream.rsplit(":", 1)
+            host, _, port = self.upstream.rpartition(":")
             try:
                 far = socket.create_connection((host, int(port)), 5)
-            except OSError:
+            except (OSError, ValueError):  # nobody there, or not yet
                 near.close()
                 continue
             self._sockets += [near, far]
@@ -169,15 +169,13 @@ class Proxy:
             threading.Thread(target=self._pump, args=(number, near, far), daemon=True).start()
 
     def _pump(self, number: int, near: socket.socket, far: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with near, far, contextlib.suppress(OSError, ValueError):
             while not self._ended.is_set():
                 for source in select.select([near, far], [], [], 0.1)[0]:
                     way = 0 if source is near else 1
                     data = source.recv(1 << 16)
                     if not data or not self._pass(number, way, bytearray(data), far if way == 0 else near):
                         return
-        near.close()
-        far.close()
 
     def _pass(self, number: int, way: int, data: bytearray, target: socket.socket) -> bool:
         begin = self.passed[number][way]

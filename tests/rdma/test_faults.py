@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvplug import KvStore
 from kvplug.errors import Code
+from kvplug.exchange import PoolExchange
 from kvplug.rdma.datapath import Arrived, DataPath, Landing, Wanted
 from kvplug.rdma.remote import Peer
 from tests.pool.children import check_nothing_left, settle
-from tests.rdma.hosts import BLOCK, Fault, Host, Proxy, keys, put, random_fault, until
+from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, keys, put, random_fault, until
 
 MakeHost = Callable[..., Host]
 NOTICED_S = 2.0
 N = 128
 SEED = int(os.environ.get("KVPLUG_TEST_SEED", "20251124"))
-ROUNDS = 60
+ROUNDS = 40
 
 
 def timed(fetch: Callable[[], Any]) -> tuple[Any, float]:
@@ -132,6 +134,38 @@ def test_the_link_is_cut(stage: Stage) -> None:
     works_again(stage.peer, stage.reader, stage.keys)
 
 
+def test_the_reader_is_killed_in_mid_read(make_host: MakeHost, proxy: Proxy) -> None:
+    """Its leases end at the owner; what it had in writing comes back to its pool."""
+    owner, reader = make_host(agent_advertise=proxy.address), make_host()
+    of = keys(32, 9)
+    put(owner.store, of, BLOCK)
+
+    go, told = os.pipe()
+
+    def body() -> None:
+        os.read(go, 1)
+        own = Peer(proxy.address, PoolExchange(KvStore(config=reader.config, create=False)), reader.config)
+        own.fetch(of)
+
+    child = Child(body)  # before this process has threads that serve
+    agent = owner.agent()
+    fault = proxy.fault = Fault("stall", 1, to_agent=False, at=20 * BLOCK)
+    proxy.upstream = agent.address
+    os.write(told, b"!")
+    assert fault.happened.wait(10)
+    assert agent.leases.held()[0] == 1
+    child.kill()
+    os.close(go)
+    os.close(told)
+    proxy.fault = None
+    until(lambda: agent.leases.held() == (0, 0), 3)
+    until(lambda: owner.store.stats().pinned_slots == 0)
+    settle(reader.store)
+    until(lambda: reader.store.stats().writing_slots + reader.store.stats().quarantined_slots == 0)
+    reader.holds(of)
+    reader.store.check_integrity(deep=True)
+
+
 def test_a_byte_is_changed_on_its_way(stage: Stage) -> None:
     """The one block is wrong and is not sealed; the others are right."""
     fault = stage.halted("flip")
@@ -213,7 +247,7 @@ def test_faults_at_bytes_that_nobody_chose(make_host: MakeHost, proxy: Proxy) ->
     put(owner.store, of, BLOCK)
     agent = owner.agent()
     proxy.upstream = agent.address
-    assert (reader.peer(proxy.address).fetch(of) == Code.OK).all()
+    assert (reader.peer(proxy.address, peer_timeout_s=5.0).fetch(of) == Code.OK).all()
     lengths = [list(passed) for passed in proxy.passed]
     assert len(lengths) == 3
     seen = set()
@@ -237,7 +271,7 @@ def test_faults_at_bytes_that_nobody_chose(make_host: MakeHost, proxy: Proxy) ->
     until(lambda: reader.store.stats().quarantined_slots + reader.store.stats().writing_slots == 0, 3)
     until(lambda: agent.leases.held() == (0, 0))
     until(lambda: owner.store.stats().pinned_slots == 0)
-    assert (reader.peer(proxy.address).fetch(of) >= 0).all()
+    assert (reader.peer(proxy.address, peer_timeout_s=5.0).fetch(of) >= 0).all()
     reader.store.check_integrity(deep=True)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvplug.errors import Code
 from kvplug.rdma.remote import Peer
-from tests.rdma.hosts import BLOCK, Host, blocks, keys, put, until
+from tests.rdma.hosts import BLOCK, Child, Host, blocks, keys, put, until
 
 MakeHost = Callable[..., Host]
 
@@ -49,6 +49,48 @@ def test_a_prefix_ends_at_the_first_key_that_the_peer_has_not(pair: tuple[Host, 
     codes = peer.fetch(of, prefix=True)
     assert codes.tolist() == [Code.OK] * 7 + [Code.MISSING] * 13
     assert reader.holds(of) == 7
+
+
+def test_a_prefix_in_turns_ends_at_its_hole_too(pair: tuple[Host, Host, Peer]) -> None:
+    """Longer than leases may hold at once, a hole, and what is behind it."""
+    owner, reader, peer = pair
+    of = keys(200, 12)
+    put(owner.store, np.delete(of, 150, axis=0), BLOCK)
+    codes = peer.fetch(of, prefix=True)
+    assert codes.tolist() == [Code.OK] * 150 + [Code.MISSING] * 50
+    assert reader.holds(of) == 150
+
+
+def test_siblings_stay_siblings(pair: tuple[Host, Host, Peer]) -> None:
+    """Blocks that leave the pool together do so in the pool they were fetched into."""
+    owner, reader, peer = pair
+    one = keys(1, 13)
+    of = np.repeat(one, 3, axis=0)
+    of[:, 30] ^= np.arange(3, dtype=np.uint8)
+    for index in range(3):
+        b = owner.store.reserve_batch(of[index : index + 1], [BLOCK], siblings=(3, index))
+        sums = owner.exchange.checksums(b.offsets, b.nbytes)
+        assert owner.store.complete(b.slots, b.gens, 0, sums).tolist() == [Code.OK]
+    assert (peer.fetch(of) == Code.OK).all()
+    assert reader.store.remove(of[1:2]).tolist() == [Code.OK]
+    assert not reader.store.exists(of).any()
+    assert owner.store.exists(of).all()
+
+
+def test_a_forked_childs_copy_fetches_nothing_and_disturbs_nobody(pair: tuple[Host, Host, Peer]) -> None:
+    owner, _, peer = pair
+    of = keys(8, 14)
+    put(owner.store, of, BLOCK)
+    assert (peer.fetch(of[:4]) == Code.OK).all()
+
+    def child() -> None:
+        assert (peer.fetch(of) == Code.TIMEOUT).all()
+        peer.close()
+
+    with Child(child) as forked:
+        assert forked.wait() == 0
+    assert (peer.fetch(of[4:]) == Code.OK).all()
+    assert peer.stats().counters["readers"] == 1
 
 
 def test_blocks_of_many_sizes_and_parts_in_one_fetch(pair: tuple[Host, Host, Peer]) -> None:
@@ -96,7 +138,7 @@ def test_a_key_asked_for_twice_is_fetched_once(pair: tuple[Host, Host, Peer]) ->
     put(owner.store, of, BLOCK)
     codes = peer.fetch(np.concatenate((of, of)))
     assert (codes == Code.OK).all()
-    assert peer.stats().counters["bytes_sent"] == 4 * BLOCK
+    until(lambda: peer.stats().counters.get("bytes_sent") == 4 * BLOCK)
 
 
 def test_a_reader_without_room_has_misses_and_keeps_nothing(make_host: MakeHost) -> None:

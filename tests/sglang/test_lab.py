@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from tests.sglang.common import Control, serve
+from tests.sglang_lab.models import MLA_OVERRIDES
 from tests.sglang_lab.server import SglangServer
+from tests.vllm.common import MIN_MARGIN, make_prompts
 from tests.vllm_lab.env import EngineError
+from tests.vllm_lab.models import LFM2, MELLUM, MLA, ModelSpec, model_dir
 
 
 def test_forked_server_answers_like_one_started_cold(boot: Callable[..., SglangServer], control: Control) -> None:
@@ -52,3 +56,43 @@ def test_killed_server_leaves_no_process_and_starts_again(boot: Callable[..., Sg
     finally:
         second.close()
     assert not second.family()
+
+
+def computed_elsewhere(model: ModelSpec, prompt: Sequence[int], count: int) -> tuple[list[int], float]:
+    """Greedy tokens by transformers, and the least distance to a runner-up in log-probability."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_dir(model))
+    if model is MLA:
+        config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **MLA_OVERRIDES["rope_scaling"]}
+    network: Any = AutoModelForCausalLM.from_pretrained(model_dir(model), config=config, dtype=torch.float32)
+    out = network.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.cat(out.logits).log_softmax(-1).topk(2).values
+    return out.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())
+
+
+@pytest.mark.parametrize("model", [MLA, MELLUM, LFM2], ids=lambda model: model.family)
+def test_what_the_lab_adds_computes_the_right_tokens(boot: Callable[..., SglangServer], model: ModelSpec) -> None:
+    """Without an accelerator SGLang has latent attention, windows and short convolutions only with the lab's help."""
+    with boot(f"extra-{model.family}", model, pool=None, page_size=1 if model is LFM2 else 64).ready() as server:
+        seen = 0
+        for prompt in make_prompts(3, seed=3, tokens=(200, 300)):
+            expected, margin = computed_elsewhere(model, prompt, 6)
+            if margin < MIN_MARGIN:
+                continue
+            seen += 1
+            longer = prompt + expected[:4]
+            assert server.generate(prompt, 6).tokens == expected
+            answer = server.generate(longer, 2)  # the same, with what is in the cache
+            assert answer.tokens == expected[4:]
+            assert answer.cached >= (0 if model is LFM2 else 192)
+        assert seen >= 1

@@ -36,5 +36,8 @@ def serving_arguments(model: ModelSpec | Path | str) -> list[str]:
     """``--model-path`` and what else this model needs; a folder goes as it is."""
     if not isinstance(model, ModelSpec):
         return ["--model-path", str(model)]
-    more = ["--json-model-override-args", json.dumps(MLA_OVERRIDES)] if model.family == "mla" else []
-    return ["--model-path", str(model_dir(model)), *more]
+    more = {
+        "mla": ["--json-model-override-args", json.dumps(MLA_OVERRIDES)],
+        "lfm2": ["--max-mamba-cache-size", "64"],  # else it takes gigabytes; and it runs with page_size=1 only
+    }
+    return ["--model-path", str(model_dir(model)), *more.get(model.family, ())]

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 __all__ = [
     "GEMMA3",
+    "LFM2",
     "LLAMA",
     "LLAMA_BIG",
     "LLAMA_OTHER",
@@ -37,7 +38,7 @@ __all__ = [
     "model_dir",
 ]
 
-Family = Literal["llama", "gemma3", "mla", "mellum"]
+Family = Literal["llama", "gemma3", "mla", "mellum", "lfm2"]
 
 VOCAB = 2048
 
@@ -74,6 +75,8 @@ LLAMA_BIG = ModelSpec(layers=8, hidden=512, heads=8, kv_heads=2, inter=2048)
 """Heavy enough that computing a long prompt takes visible time: for the demo and the bench."""
 GEMMA3 = ModelSpec(family="gemma3", layers=6)
 MLA = ModelSpec(family="mla", layers=3)
+LFM2 = ModelSpec(family="lfm2", layers=6)
+"""Two layers of three keep a state of the last tokens instead of keys and values."""
 MELLUM = ModelSpec(family="mellum", layers=6)
 """Two layers of three with a sliding window, like :data:`GEMMA3`: the one of the kind that SGLang keeps apart, in a
 pool of their own."""
@@ -128,6 +131,8 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
         DeepseekV2ForCausalLM,
         Gemma3ForCausalLM,
         Gemma3TextConfig,
+        Lfm2Config,
+        Lfm2ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         MellumConfig,
@@ -159,6 +164,15 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
                     head_dim=spec.head_dim,
                     sliding_window=spec.window,
                     layer_types=kinds,
+                    **common,
+                )
+            )
+        elif spec.family == "lfm2":
+            model = Lfm2ForCausalLM(
+                Lfm2Config(
+                    num_key_value_heads=spec.kv_heads,
+                    layer_types=[kind.replace("sliding_attention", "conv") for kind in kinds],
+                    block_auto_adjust_ff_dim=False,
                     **common,
                 )
             )

@@ -22,23 +22,36 @@ EAR = "SGLANG_LAB_EAR"
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
+KERNELS = (
+    "fused_gdn_gating_cpu",
+    "fused_sigmoid_gating_delta_rule_update_cpu",
+    "chunk_gated_delta_rule_cpu",
+    "fused_sigmoid_mul_cpu",
+)
+"""Operators of ``sgl_kernel`` that SGLang's modules look up when they are imported."""
+
+
 def install() -> None:
     """Called by SGLang in each of its processes, before anything of the engine is made."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     _unpinned_memory()
+    _named_kernels()
     _paged_allocation()
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _latent_attention, HookType.BEFORE)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _before_scheduler, HookType.BEFORE)
     for method in ("forward_extend", "forward_decode"):
         HookRegistry.register(f"{ATTENTION}.{method}", _windowed_attention, HookType.AROUND)
     if os.environ.get(EAR):
         HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _listen, HookType.AFTER)
 
 
-def _latent_attention(*args: Any, **kwargs: Any) -> None:
-    """Multi-head latent attention by plain torch works on the latent itself; SGLang would unfold it for a prefill."""
+def _before_scheduler(*args: Any, **kwargs: Any) -> None:
     from sglang.srt.models.deepseek_common import attention_backend_handler as handler
 
+    from sglang_lab import short_conv
+
+    short_conv.install()
+    # Latent attention in plain torch works on the latent itself; SGLang would unfold it for a prefill.
     handler.AttentionBackendRegistry.register("torch_native", lambda *_: handler.AttnForwardMethod.MLA)
 
 
@@ -103,6 +116,15 @@ def _unpinned_memory() -> None:
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for maker in ("zeros", "empty", "tensor"):
         setattr(torch, maker, unpinned(getattr(torch, maker)))
+
+
+def _named_kernels() -> None:
+    import sgl_kernel
+    import torch
+
+    for name in KERNELS:
+        if not hasattr(torch.ops.sgl_kernel, name):
+            setattr(torch.ops.sgl_kernel, name, getattr(sgl_kernel, name))
 
 
 class _Launched:
