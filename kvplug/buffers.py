@@ -205,8 +205,8 @@ class RegisteredRanges:
 
 
 def one_each(n: int) -> I64:
-    """Offsets int64[N+1] of ``n`` blocks that have one fragment each."""
-    return _ONE_EACH[: n + 1] if n < len(_ONE_EACH) else np.arange(n + 1)
+    """Offsets, ``n`` + 1 or more, of blocks that have one fragment each: a slice would cost more than it is worth."""
+    return _ONE_EACH if n < len(_ONE_EACH) else np.arange(n + 1)
 
 
 def equal_fragments(addrs: Any, nbytes: Any, n: int) -> tuple[I64, I64, I64]:

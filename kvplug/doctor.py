@@ -26,7 +26,7 @@ from typing import Any
 import kvplug
 from kvplug import config as settings
 from kvplug import engines, hostmem
-from kvplug.errors import ConfigError
+from kvplug.errors import ConfigError, DirectoryError
 from kvplug.sizes import format_size
 
 __all__ = ["Finding", "Status", "examine", "report"]
@@ -434,6 +434,20 @@ def _rdma(around: _Surroundings) -> Iterator[Finding]:
     yield Finding("RDMA", Status.NOTE, ", ".join(devices) if devices else "no device (/sys/class/infiniband)")
 
 
+def _directory(around: _Surroundings) -> Iterator[Finding]:
+    if around.config.directory_url is None:
+        return
+    from kvplug.rdma.directory import describe_server
+
+    try:
+        yield Finding("directory", Status.OK, describe_server(around.config))
+    except ConfigError as error:
+        yield Finding("directory", Status.FAULT, str(error), "correct the settings")
+    except (OSError, DirectoryError) as error:
+        mend = "start it, or correct directory_url; until it answers, only the hosts in `peers` are known"
+        yield Finding("directory", Status.WARNING, f"it does not answer as it should: {error}", mend)
+
+
 _CHECKS: tuple[Callable[[_Surroundings], Iterator[Finding]], ...] = (
     _platform,
     _packages,
@@ -449,6 +463,7 @@ _CHECKS: tuple[Callable[[_Surroundings], Iterator[Finding]], ...] = (
     _vllm_plugin,
     _sglang_plugin,
     _rdma,
+    _directory,
 )
 
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 from kvplug.blockfeed import BlockFeed
 from kvplug.config import Config
 from kvplug.errors import ConfigError
-from kvplug.rdma.auth import shared_key
-from kvplug.rdma.directory import Directory
-from kvplug.rdma.names import Names
+from kvplug.rdma.directory import Directory, door
 from kvplug.rdma.peers import AllPeers, PeerSource, StaticPeers
 from kvplug.rdma.publisher import Publisher
-from kvplug.rdma.resp import Endpoint
 from kvplug.store import KvStore
 
 __all__ = ["directory_publisher", "directory_reader", "host_id", "known_peers"]
@@ -38,7 +35,7 @@ def directory_publisher(config: Config, store: KvStore, address: str) -> Publish
         raise ConfigError(
             f"the agent listens on {address}, which no other host can dial: set agent_advertise to this host's address"
         )
-    endpoint, names = _door(config)
+    endpoint, names = door(config)
     return Publisher(
         BlockFeed(store), endpoint, names, host_id=host_id(store), address=address, ttl_s=config.directory_ttl_s
     )
@@ -48,7 +45,7 @@ def directory_reader(config: Config, store: KvStore | None = None) -> Directory 
     """A view of the directory, at work; ``store``'s own host is left out of it. Raises ConfigError."""
     if config.directory_url is None:
         return None
-    endpoint, names = _door(config)
+    endpoint, names = door(config)
     return Directory(
         endpoint,
         names,
@@ -66,15 +63,3 @@ def known_peers(config: Config, directory: Directory | None = None) -> PeerSourc
     own = config.agent_advertise or config.agent_listen
     listed = StaticPeers(config.peers, own_address=own)
     return listed if directory is None else AllPeers(directory, listed)
-
-
-def _door(config: Config) -> tuple[Endpoint, Names]:
-    assert config.directory_url is not None
-    endpoint = Endpoint.parse(config.directory_url.get_secret_value())
-    secret = shared_key(config)
-    if secret is None and not endpoint.is_local:
-        raise ConfigError(
-            f"a directory on another host ({endpoint}) needs auth_key: without it anybody there could read which "
-            f"prefixes were asked for, and add hosts. Set the same KVPLUG_AUTH_KEY on all hosts"
-        )
-    return endpoint, Names(secret)

@@ -16,18 +16,22 @@ import os
 import threading
 import time
 import weakref
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.errors import DirectoryError
+from kvplug.errors import ConfigError, DirectoryError
 from kvplug.keys import as_key_array
+from kvplug.rdma.auth import shared_key
 from kvplug.rdma.names import BUCKETS, Names
 from kvplug.rdma.peers import MAX_PEERS, PeerInfo, from_record
 from kvplug.rdma.resp import Connection, Endpoint, Reply, ServerError, checked, command, members, variadic
 
-__all__ = ["Directory", "DirectoryStats", "Hits"]
+if TYPE_CHECKING:
+    from kvplug.config import Config
+
+__all__ = ["Directory", "DirectoryStats", "Hits", "describe_server", "door"]
 
 log = logging.getLogger("kvplug")
 
@@ -245,9 +249,10 @@ class Directory:
         for row in have:
             for _, lo, hi in pieces:
                 flags = c.read_flags(hi - lo, deadline)
-                if isinstance(flags, ServerError):
+                if not isinstance(flags, ServerError):
+                    row[order[lo:hi]] = flags
+                elif flags.kind != "WRONGTYPE":  # that concerns one key of one host, and will be removed by it
                     raise flags
-                row[order[lo:hi]] = flags
         current = [from_record(r, p.id, self._names) for r, p in zip(records, peers, strict=True)]
         holds = [i for i, (now, then) in enumerate(zip(current, peers, strict=True)) if now == then]
         if len(holds) < len(peers):
@@ -341,6 +346,41 @@ class Directory:
         self._absent_since = {i: self._absent_since.get(i, now) for i in absent}
         if long_gone := [i for i, since in self._absent_since.items() if now - since > FORGET_S]:
             c.call(deadline, command("SREM", self._names.members, *long_gone))
+
+
+def door(config: Config) -> tuple[Endpoint, Names]:
+    """Where the configured directory is, and the names in it. ConfigError: there is none, or it needs a key."""
+    if config.directory_url is None:
+        raise ConfigError("directory_url is not set: there is no directory")
+    endpoint = Endpoint.parse(config.directory_url.get_secret_value())
+    secret = shared_key(config)
+    if secret is None and not endpoint.is_local:
+        raise ConfigError(
+            f"a directory on another host ({endpoint}) needs auth_key: without it anybody there could read which "
+            f"prefixes were asked for, and add hosts. Set the same KVPLUG_AUTH_KEY on all hosts"
+        )
+    return endpoint, Names(secret)
+
+
+def describe_server(config: Config) -> str:
+    """What answers at the configured directory: its address, version and number of hosts. OSError, KvplugError."""
+    endpoint, names = door(config)
+    connection = Connection.open(endpoint, time.monotonic() + CONNECT_S)
+    try:
+        deadline = time.monotonic() + EXCHANGE_S
+        info, n_hosts, flags = connection.call(
+            deadline,
+            command("INFO", "server"),
+            command("SCARD", names.members),
+            command("SMISMEMBER", names.members, ""),
+        )
+        text = checked(info).decode("utf-8", "replace")
+        about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        checked(flags)
+        version = next((about[name] for name in ("valkey_version", "redis_version") if name in about), "of no version")
+        return f"{endpoint} answers ({about.get('server_name', 'redis')} {version}), {checked(n_hosts)} hosts"
+    finally:
+        connection.close()
 
 
 def _after_fork_in_child() -> None:

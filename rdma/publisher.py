@@ -129,7 +129,7 @@ class Publisher:
         self._audited = 0
         self._n: collections.Counter[str] = collections.Counter()
         self._connection: Connection | None = None
-        self._complained = False
+        self._complained = self._in_the_way = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvplug-directory-publisher", daemon=True)
 
@@ -167,6 +167,7 @@ class Publisher:
             self._connection = connection
             try:
                 self._begin(connection)
+                self._in_the_way = False
                 failed = 0
                 self._recovered()
                 while not self._stop.is_set() and not self._feed.retired:
@@ -180,6 +181,7 @@ class Publisher:
 
     def _failed(self, error: Exception, before: int) -> int:
         self._n["failures"] += 1
+        self._in_the_way = isinstance(error, ServerError) and error.kind == "WRONGTYPE"
         if not self._complained:
             self._complained = True
             log.warning(
@@ -202,6 +204,10 @@ class Publisher:
         if former is not None and former.epoch != self.me.epoch:
             (answer,) = c.call(time.monotonic() + EXCHANGE_S, command("UNLINK", *self._sets_of(former.epoch)))
             checked(answer)
+        if self._in_the_way:  # our keys' names are ours: whatever else is under them is removed
+            checked(
+                c.call(time.monotonic() + EXCHANGE_S, command("UNLINK", *self._sets, self._names.host(self.me.id)))[0]
+            )
         self._settle(range(BUCKETS))
         self._next_audit = time.monotonic() + AUDIT_S
         self._heartbeat(c)
@@ -236,21 +242,14 @@ class Publisher:
         names, deadline = self._names, time.monotonic() + EXCHANGE_S
         host = names.host(self.me.id)
         asked = [command("GET", host), command("PEXPIRE", host, self._ttl_ms)]
+        asked += [command("SISMEMBER", names.members, self.me.id), command("EXPIRE", names.members, MEMBERS_TTL_S)]
         asked += [command("EXPIRE", key, ENTRIES_TTL_S) for key in self._sets]
         asked += [command("SCARD", key) for key in self._sets]
-        record, renewed, *answers = [checked(answer) for answer in c.call(deadline, *asked)]
-        if record != self._record or renewed != 1:
-            answered = c.call(
-                deadline,
-                command("SET", host, self._record, "PX", self._ttl_ms),
-                command("SADD", names.members, self.me.id),
-                command("EXPIRE", names.members, MEMBERS_TTL_S),
-            )
-            for answer in answered:
-                checked(answer)
-        elif self._n["heartbeats"] % BUCKETS == 0:
+        record, renewed, listed, _, *answers = [checked(answer) for answer in c.call(deadline, *asked)]
+        if record != self._record or renewed != 1 or listed != 1:
             for answer in c.call(
                 deadline,
+                command("SET", host, self._record, "PX", self._ttl_ms),
                 command("SADD", names.members, self.me.id),
                 command("EXPIRE", names.members, MEMBERS_TTL_S),
             ):

@@ -31,6 +31,7 @@ U64 = npt.NDArray[np.uint64]
 
 NAME_BYTES: Final = 8
 DEFAULT_PORT: Final = 6379
+KEEPALIVE_S: Final = 20
 RECV_BYTES: Final = 256 * 1024
 MAX_LINE_BYTES: Final = 4096
 MAX_BULK_BYTES: Final = 1 << 20
@@ -170,6 +171,8 @@ class Connection:
         else:
             sock = socket.create_connection((endpoint.host, endpoint.port), timeout)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # what is asked seldom must not be forgotten
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
         try:
             if endpoint.tls:
                 context = ssl.create_default_context(cafile=endpoint.tls_ca)

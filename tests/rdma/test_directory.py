@@ -154,9 +154,8 @@ def test_a_rebuilt_pool_is_announced_as_it_is_now(server: RedisServer) -> None:
             check=False,
         )
         assert died.returncode == -signal.SIGKILL, died.stderr
-        before = store.stats().rebuilds
         put(store, keys(50, 7))
-        assert store.stats().rebuilds == before + 1
+        assert store.stats().rebuilds == 1
         wait_for(lambda: told.stats().laps > 0)
         wait_for(lambda: is_settled(store, told, server))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from kvplug import doctor
 from kvplug.config import Config
 from kvplug.errors import Code, ConfigError
 from kvplug.peering import directory_publisher, directory_reader, host_id, known_peers
@@ -138,3 +139,19 @@ def test_a_directory_elsewhere_needs_a_key_and_an_agent_an_address(make_host: Ca
     assert made.me.address == "10.0.0.7:1"
     with pytest.raises(ConfigError, match="directory_url must be"):
         directory_reader(Config(directory_url="http://10.0.0.9", auth_key=KEY))
+
+
+def test_the_doctor_says_whether_the_directory_answers(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> doctor.Finding:
+        return next(finding for finding in doctor.examine() if finding.name == "directory")
+
+    assert not [finding for finding in doctor.examine() if finding.name == "directory"]
+    monkeypatch.setenv("KVPLUG_DIRECTORY_URL", url_of(server))
+    assert found().status is doctor.Status.OK
+    assert f"127.0.0.1:{server.port}/0 answers (" in found().found
+    monkeypatch.setenv("KVPLUG_DIRECTORY_URL", url_of(server).replace("only", "wrong"))
+    assert found().status is doctor.Status.WARNING
+    assert "WRONGPASS" in found().found
+    monkeypatch.setenv("KVPLUG_DIRECTORY_URL", "redis://10.0.0.9")
+    assert found().status is doctor.Status.FAULT
+    assert "needs auth_key" in found().found

@@ -17,6 +17,7 @@ from kvplug.rdma.resp import Endpoint
 from kvplug.store import KvStore
 from tests.rdma.directory_parts import (
     SECRET,
+    U8,
     a_host,
     a_reader,
     counts,
@@ -196,20 +197,34 @@ def test_a_lie_is_a_hint_like_any_other(server: RedisServer) -> None:
         assert counts(wait_for(lambda: (h := reader.lookup(known)).known and h)) == {"host": 1}
 
 
-def test_a_key_of_another_kind_in_the_way_breaks_nothing(server: RedisServer) -> None:
+def test_a_key_of_another_kind_in_the_way_is_removed_and_concerns_nobody_else(server: RedisServer) -> None:
     known = keys(40, 10)
-    with a_host(server, "host", ttl_s=1.5) as (store, told), a_reader(server) as reader:
+    with (
+        a_host(server, "host", ttl_s=30) as (store, told),
+        a_host(server, "other") as (other, _),
+        a_reader(server) as reader,
+    ):
         put(store, known)
-        wait_for(lambda: counts(reader.lookup(known)) == {"host": 40})
+        put(other, known)
+        wait_for(lambda: counts(reader.lookup(known)) == {"host": 40, "other": 40})
         witness = server.witness()
-        key = NAMES.has("host", told.me.epoch, int(NAMES.buckets(known[:1])[0]))
+        bucket = int(NAMES.buckets(known[:1])[0])
+        key = NAMES.has("host", told.me.epoch, bucket)
         witness.unlink(key)
         witness.set(key, "in the way")
-        wait_for(lambda: told.stats().failures > 0)
-        assert not counts(reader.lookup(known))
-        witness.unlink(key)
+        hits = counts(reader.lookup(known))
+        assert hits["other"] == 40
+        assert hits["host"] < 40
+        put(store, known := np.concatenate((known, known_in(bucket))))
+        wait_for(lambda: witness.type(key) == b"set")
         wait_for(lambda: is_settled(store, told, server))
-        wait_for(lambda: counts(reader.lookup(known)) == {"host": 40})
+        wait_for(lambda: counts(reader.lookup(known)).get("host") == len(known))
+
+
+def known_in(bucket: int) -> U8:
+    """Some keys of one bucket."""
+    some = keys(500, 20)
+    return some[NAMES.buckets(some) == bucket]
 
 
 def test_a_server_that_takes_no_writes_is_said_once_and_tried_again(

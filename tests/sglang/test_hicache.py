@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,11 +13,12 @@ from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, pick, serv
 from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, attached, eventually, make_prompts
-from tests.vllm_lab.env import temporary_pool
+from tests.vllm_lab.env import core_split, temporary_pool
 from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
 
 BACKEND = "/hicache/storage-backend"
 KEY = "key"
+CORES = "SGLANG_CPU_OMP_THREADS_BIND"
 FAILURE = "SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE"
 
 Boot = Callable[..., SglangServer]
@@ -269,24 +271,51 @@ def test_older_releases_store_and_hit(boot: Boot, cases: list[Case], own_pool: s
         server.close()
 
 
-@pytest.mark.parametrize(("model", "tp"), [(MELLUM, 1), (MLA, 2)], ids=["sliding window", "one writer for two ranks"])
-def test_other_kinds_of_cache(boot: Boot, own_pool: str, model: ModelSpec, tp: int) -> None:
-    """Window pages come from a pool of their own; latent pages, alike on all ranks, are stored by one of them."""
-    server = boot(model.family, model=model, mode="hicache", tp=tp, pool=own_pool).ready()
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    model: ModelSpec
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What such a server starts with."""
+        stages = {"arguments": ("--pp-size", str(self.pp)), "env": {CORES: core_split(self.pp)}} if self.pp > 1 else {}
+        return {"model": self.model, "tp": self.tp, **stages}
+
+
+KINDS = {
+    "sliding window": Kind(MELLUM),
+    "one writer for two ranks": Kind(MLA, tp=2),
+    "two stages": Kind(LLAMA, pp=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_cache(boot: Boot, own_pool: str, kind: str) -> None:
+    """Window pages come from a pool of their own; latent pages, alike on all ranks, are stored by one of them; each
+    stage of a pipeline has its layers' part of a page."""
+    made = KINDS[kind]
+    server = boot(kind.replace(" ", "-"), mode="hicache", pool=own_pool, **made.arguments).ready()
     try:
         some = pick(server, 2, seed=73)  # nothing is in the pool: these are computed
-        store(server, some, ranks=tp)
+        store(server, some, ranks=made.tp)
         server.flush()
         assert from_storage(serve(server, some)) == [case.whole for case in some]
-        counts = [ask(server, "counts", rank) for rank in range(tp)]
-        assert [c.get("errors", 0) for c in counts] == [0] * tp
-        if model is MELLUM:
+        counts = [ask(server, "counts", rank) for rank in range(made.tp)]
+        assert [c.get("errors", 0) for c in counts] == [0] * made.tp
+        if made.model is MELLUM:
             window = ask(server, "there", tokens=list(some[0].prompt), pool="swa")
             assert any(window)
             assert not all(window), "pages before the window are not stored"
-        else:
+        elif made.tp == 2:
             assert counts[0]["stored_pages"] > 0
             assert counts[1].get("stored_pages", 0) == 0
             assert counts[1]["loaded_pages"] == counts[0]["loaded_pages"] > 0
+        with attached(own_pool) as outside:
+            outside.check_integrity()
+            if made.pp == 2:
+                pages = sum(len(case.prompt) // PAGE for case in some)
+                assert outside.stats().sealed_blocks >= 2 * pages
     finally:
         server.close()
