@@ -189,13 +189,29 @@ class Agent:
 
     def _serve(self, connection: Connection) -> None:
         names = self._names | {connection.local}  # a wildcard listens at many
-        session, hello = answer_knock(
-            connection, self._secret_of, host=self._blocks.host, names=names, welcome=self._welcome
-        )
-        if hello.role == "data":
-            self._serve_data(connection, hello.ticket)
-        else:
-            self._serve_control(connection, session)
+        reader: _Reader | None = None
+        role = "control"
+
+        def admit(session: Session, hello: p.Hello) -> None:
+            nonlocal reader, role
+            role = hello.role
+            reader = self._new_reader(session) if role == "control" else self._reader_of(hello.ticket, connection)
+
+        try:
+            answer_knock(
+                connection, self._secret_of, admit=admit, host=self._blocks.host, names=names, welcome=self._welcome
+            )
+            assert reader is not None
+            if role == "control":
+                self._serve_control(connection, reader)
+            else:
+                self._sender.serve(connection, reader.number)
+        finally:
+            if reader is not None and role == "control":
+                self._forget(reader)
+            elif reader is not None:
+                with self._mutex:
+                    reader.data.discard(connection)
 
     def _secret_of(self, hello: p.Hello) -> bytes | None:
         if hello.role == "control":
@@ -207,39 +223,39 @@ class Agent:
 
     # ---- a reader's connections --------------------------------------------------------------------------------------
 
-    def _serve_data(self, connection: Connection, ticket: bytes) -> None:
-        with self._mutex:  # both ends are proved: now the ticket is used up, by one of those who showed it
+    def _reader_of(self, ticket: bytes, connection: Connection) -> _Reader:
+        """Whose data connection this is. The ticket is used up, by one of those who showed it."""
+        with self._mutex:
             reader = self._tickets.pop(ticket, None)
             if reader is None or reader.gone or len(reader.data) >= MAX_DATA_CONNECTIONS:
                 raise PeerAuthError(f"{connection.peer} showed a ticket that was used")
             del reader.tickets[ticket]
             reader.data.add(connection)
-        try:
-            self._sender.serve(connection, reader.number)
-        finally:
-            with self._mutex:
-                reader.data.discard(connection)
+            return reader
 
-    def _serve_control(self, connection: Connection, session: Session) -> None:
+    def _new_reader(self, session: Session) -> _Reader:
         with self._mutex:
             reader = _Reader(self._next_reader, session)
             self._next_reader += 1
             self._readers[reader.number] = reader
             self._counters["readers"] += 1
-        try:
-            while not self._stopping.is_set():
-                message, request, _ = connection.receive(0, idle_deadline=time.monotonic() + IDLE_S)
-                connection.send(self._answer(reader, message), request, time.monotonic() + ANSWER_S)
-        finally:
-            with self._mutex:
-                reader.gone = True
-                del self._readers[reader.number]
-                for ticket in reader.tickets:
-                    self._tickets.pop(ticket, None)
-                data = list(reader.data)
-            for one in data:
-                one.interrupt()
-            self.leases.release_reader(reader.number)
+            return reader
+
+    def _forget(self, reader: _Reader) -> None:
+        with self._mutex:
+            reader.gone = True
+            del self._readers[reader.number]
+            for ticket in reader.tickets:
+                self._tickets.pop(ticket, None)
+            data = list(reader.data)
+        for one in data:
+            one.interrupt()
+        self.leases.release_reader(reader.number)
+
+    def _serve_control(self, connection: Connection, reader: _Reader) -> None:
+        while not self._stopping.is_set():
+            message, request, _ = connection.receive(0, idle_deadline=time.monotonic() + IDLE_S)
+            connection.send(self._answer(reader, message), request, time.monotonic() + ANSWER_S)
 
     def _answer(self, reader: _Reader, message: p.Message) -> p.Message:
         if isinstance(message, p.Lookup):

@@ -21,7 +21,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from blake3 import blake3
 
@@ -41,6 +41,7 @@ from kvplug.rdma.wire import ClosedError, Connection, is_loopback, resolve, spli
 if TYPE_CHECKING:
     from kvplug.config import Config
 
+T = TypeVar("T")
 HANDSHAKE_S: Final = 2.0
 _KEY_CONTEXT: Final = "kvplug agent protocol 1: key shared by all hosts"
 
@@ -113,11 +114,14 @@ def answer_knock(
     connection: Connection,
     secret_of: Callable[[Hello], bytes | None],
     *,
+    admit: Callable[[Session, Hello], T],
     host: bytes,
     names: frozenset[str],
     welcome: Welcome,
-) -> tuple[Session, Hello]:
-    """The agent's side. ``secret_of``: the key for this Hello; None: its ticket is not good.
+) -> T:
+    """The agent's side. ``secret_of``: the key for this Hello; None: its ticket is not good. What ``admit`` answers.
+
+    ``admit`` is called when both ends are proved, before the reader is told so; it may raise PeerAuthError.
 
     Raises PeerAuthError, ProtocolError, PeerError; nothing was told to who did not prove himself but the Challenge.
     """
@@ -146,8 +150,9 @@ def answer_knock(
         expect(connection.receive(deadline)[0], Proof)
     except ProtocolError:
         raise PeerAuthError(f"{connection.peer} did not prove that it has the key") from None
+    admitted = admit(session, hello)
     connection.send(welcome, 0, deadline)
-    return session, hello
+    return admitted
 
 
 def _refuse(connection: Connection, why: Failed, deadline: float) -> None:

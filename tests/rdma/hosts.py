@@ -50,7 +50,7 @@ class Host:
 
     def __init__(self, pool: str, **settings: Any) -> None:
         base = {"pool": pool, "size": "32mib", "lock_timeout_s": 5.0, "agent_listen": "127.0.0.1:0", "auth_key": KEY}
-        base |= {"quarantine_grace_s": 0.05, "peer_timeout_s": 1.0, "peer_connections": 2}
+        base |= {"quarantine_grace_s": 0.05, "peer_timeout_s": 5.0, "peer_connections": 2}
         self.config = Config(**(base | settings))
         self.store = KvStore(config=self.config)
         self.exchange = PoolExchange(self.store)

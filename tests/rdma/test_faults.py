@@ -62,6 +62,7 @@ class Stage:
     """Owner's agent in a process of its own, behind a link; a reader that fetches in the background."""
 
     def __init__(self, make_host: MakeHost, proxy: Proxy, **settings: Any) -> None:
+        settings = {"peer_timeout_s": 1.0} | settings
         wide = {"agent_pin_share": 1.0, "pin_budget_share": 1.0, "agent_advertise": proxy.address}
         self.owner, self.reader = make_host(**wide, **settings), make_host(**settings)
         self.proxy = proxy

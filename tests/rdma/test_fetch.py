@@ -195,7 +195,7 @@ def test_two_fetches_of_one_prefix_move_it_once(pair: tuple[Host, Host, Peer]) -
 
 
 def test_a_peer_that_is_not_there_costs_a_miss_and_little_time(make_host: MakeHost) -> None:
-    reader = make_host()
+    reader = make_host(peer_timeout_s=1.0)
     peer = reader.peer("127.0.0.1:9")
     began = time.monotonic()
     assert (peer.fetch(keys(4, 11)) == Code.TIMEOUT).all()
@@ -207,7 +207,7 @@ def test_a_peer_that_is_not_there_costs_a_miss_and_little_time(make_host: MakeHo
 
 
 def test_a_name_that_nobody_knows_costs_a_miss(make_host: MakeHost) -> None:
-    peer = make_host().peer("no-such-host.invalid:9410")
+    peer = make_host(peer_timeout_s=1.0).peer("no-such-host.invalid:9410")
     began = time.monotonic()
     assert (peer.fetch(keys(4, 11)) == Code.TIMEOUT).all()
     assert time.monotonic() - began < 2
