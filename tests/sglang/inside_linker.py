@@ -75,5 +75,3 @@ def promises(scheduler: Any) -> tuple[int, int, int]:
 def running(scheduler: Any) -> int:
     """Requests in the running batch."""
     return len(scheduler.running_batch.reqs)
-
-

@@ -125,8 +125,9 @@ class Seat:
             try:
                 life.server.ready(BOOT_S)
             except EngineError as error:
-                if not life.doomed.is_set() and not self._leaving.is_set():
-                    self.findings.find("unexplained", f"{self.name} #{number} did not start: {error}")
+                if not life.doomed.is_set():
+                    if not self._leaving.is_set():
+                        self.findings.find("unexplained", f"{self.name} #{number} did not start: {error}")
                     life.server.close()
                     continue
             if not life.doomed.is_set():
