@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from blake3 import blake3
 from kvplug import config as configuration
 from kvplug.adapters.sglang import compat, lora, namespace
 from kvplug.adapters.sglang.compat import Facts
-from kvplug.adapters.sglang.flags import EXTRA_KEY, private_name
+from kvplug.adapters.sglang.flags import EXTRA_KEY, PROCESS_STARTED_NS, private_name
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
 from kvplug.canonical import Value
@@ -31,7 +30,6 @@ from kvplug.namespace import Namespace
 from kvplug.store import KvStore
 
 logger = logging.getLogger("sglang.kvplug")
-PROCESS_STARTED_NS = time.time_ns()
 POLL_S = 0.05
 
 
@@ -155,7 +153,7 @@ class RankEngine:
             self.off_reason = reason
             self._masks = {}  # no new epoch: what was promised before is still right, and other ranks count on it
         self._identified.set()
-        self.say(f"kvplug: OFF: {reason}")
+        self.say(f"kvplug: OFF: {reason}", logging.ERROR)
 
     def say(self, line: str, level: int = logging.WARNING) -> None:
         """Logs a line once."""
@@ -314,6 +312,8 @@ def _refuse(facts: Facts, config: Config) -> None:
         raise UnsupportedEngineError("diffusion language models: their cache is not named by tokens alone")
     if facts.server.get("elastic_ep_backend"):
         raise UnsupportedEngineError("--elastic-ep-backend: pages depend on which experts are alive")
+    if facts.server.get("forward_hooks"):
+        raise UnsupportedEngineError("--forward-hooks: what they do to the model's numbers is not known here")
     if facts.server.get("uno_lora_path"):
         raise UnsupportedEngineError("--uno-lora-path: that adapter's content is not known here")
     if facts.lora_enabled and facts.rust_tree:

@@ -26,6 +26,8 @@ MODE_ENV = "KVPLUG_SGLANG_MODE"
 EXTRA_KEY = "kvplug"
 """Entry of the backend's extra configuration that holds :meth:`Options.extra`."""
 MAX_CONFIG_BYTES = 1 << 20
+PROCESS_STARTED_NS = time.time_ns()
+"""When SGLang loaded its plugins here, which it does before it loads a model."""
 PREFETCH_TOKENS = 64
 """Least hit, in tokens, that SGLang reads into its host cache: its default of 256 is for slower storage than memory."""
 

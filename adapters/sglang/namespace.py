@@ -182,6 +182,7 @@ def build(
         cp=1,
         other={
             "settings": {name: _plain(server.get(name)) for name in _DECIDE_BYTES if server.get(name) is not None},
+            "model_package": os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE") or None,
             "draft_path_is_model": bool(facts.draft_path) and draft is None,
             "draft_path": facts.draft_path if draft is not None and draft.kind == "user" else None,
             "pp_layer_partition": os.environ.get("SGLANG_PP_LAYER_PARTITION") if facts.pp[1] > 1 else None,

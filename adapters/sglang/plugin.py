@@ -308,6 +308,7 @@ def after_release_request(_result: Any, wrapper: Any, rid: str, *_args: Any, **_
 
 
 def _say(line: str) -> None:
+    """Once, and as an error: an offline engine shows nothing less."""
     if line not in _said:
         _said.add(line)
-        logger.warning(line)
+        logger.error(line)

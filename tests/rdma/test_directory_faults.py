@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kvplug.blockfeed import BlockFeed
 from kvplug.rdma import publisher as publishing
+from kvplug.rdma.directory import Directory
 from kvplug.rdma.names import BUCKETS, Names
 from kvplug.rdma.peers import PeerInfo, to_record
 from kvplug.rdma.publisher import Publisher
@@ -19,6 +23,7 @@ from tests.rdma.directory_parts import (
     SECRET,
     U8,
     a_host,
+    a_pool,
     a_reader,
     counts,
     ids,
@@ -29,7 +34,7 @@ from tests.rdma.directory_parts import (
 )
 from tests.rdma.redis_server import Delay, RedisServer
 
-BUSY_S = 1.0
+BUSY_S = 1.5
 """What a starved machine may add to a deadline."""
 NAMES = Names(SECRET)
 
@@ -96,7 +101,8 @@ def test_stopped_it_costs_one_deadline_and_then_nothing(server: RedisServer) -> 
                 waits.append(time.monotonic() - began)
                 time.sleep(0.002)
             assert max(waits) < 0.2 + BUSY_S
-            assert sum(wait > 0.1 for wait in waits) <= 3, "only the first of many waited for its answer"
+            assert reader.stats().timeouts <= 2, "only the first of many waited for its answer"
+            assert len(waits) > 50
             assert ids(reader) == {"host"}
             store.remove(known[:40])
         wait_for(lambda: counts(reader.lookup(known, 5.0)) == {"host": 60})
@@ -110,16 +116,13 @@ def test_slow_it_is_asked_less_and_less(server: RedisServer) -> None:
     with a_host(server, "host") as (store, _), a_reader(slow, ttl_s=6, timeout_s=0.1) as reader:
         put(store, known)
         wait_for(lambda: counts(reader.lookup(known, 5.0)) == {"host": 20})
-        waited = 0
         until = time.monotonic() + 4
         while time.monotonic() < until:
             began = time.monotonic()
             assert not reader.lookup(known).known
-            took = time.monotonic() - began
-            assert took < 0.1 + BUSY_S
-            waited += took > 0.05
+            assert time.monotonic() - began < 0.1 + BUSY_S
             time.sleep(0.002)
-        assert 2 <= waited <= 5, "each look-up that came too late leaves the server alone for longer"
+        assert 2 <= reader.stats().timeouts <= 5, "each look-up that came too late leaves the server alone for longer"
         wait_for(lambda: counts(reader.lookup(known, 5.0)) == {"host": 20})
     slow.close()
 
@@ -320,3 +323,33 @@ def test_a_publisher_says_nothing_of_passwords(caplog: pytest.LogCaptureFixture)
     made.stop()
     assert "127.0.0.1:1" in caplog.text
     assert "hunter2" not in caplog.text
+
+
+def test_a_user_with_the_rights_that_the_faq_names_is_enough(server: RedisServer) -> None:
+    faq = (Path(__file__).resolve().parents[2] / "docs" / "faq.md").read_text()
+    named = re.search(r"the user needs ([A-Z,\s]+)\s+and ([A-Z]+) on `kvplug:\*`, and PING, SELECT", faq)
+    assert named is not None
+    commands = [*re.findall(r"[A-Z]+", named[1]), named[2], "PING", "SELECT"]
+    server.witness().acl_setuser(
+        "limited",
+        enabled=True,
+        passwords=["+pw"],
+        keys=["kvplug:*"],
+        commands=[f"+{name.lower()}" for name in commands],
+    )
+    endpoint = Endpoint.parse(f"redis://limited:pw@127.0.0.1:{server.port}/0")
+    known = keys(30, 13)
+    with a_pool() as store:
+        told = Publisher(BlockFeed(store), endpoint, NAMES, host_id="host", address="h:1", ttl_s=1.5)
+        reader = Directory(endpoint, NAMES, ttl_s=0.9, timeout_s=5.0)
+        try:
+            told.start()
+            put(store, known)
+            wait_for(lambda: counts(reader.lookup(known)) == {"host": 30})
+            store.remove(known[:10])
+            wait_for(lambda: is_settled(store, told, server))
+        finally:
+            told.stop()
+            reader.close()
+        assert (told.stats().failures, reader.stats().failures) == (0, 0)
+        assert not server.witness().exists(NAMES.host("host"))

@@ -25,6 +25,7 @@ import psutil
 from tests.sglang_lab.env import MAIN, EngineError, base_env
 from tests.sglang_lab.models import serving_arguments
 from tests.sglang_lab.zygote import fork_server, may_fork
+from tests.vllm_lab.env import free_port
 from tests.vllm_lab.models import ModelSpec
 from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
 
@@ -96,7 +97,7 @@ class SglangServer(LabProcess):
         cold: bool | None = None,
     ) -> None:
         self._again = {k: v for k, v in locals().items() if k not in ("self", "__class__", "log")}
-        self.port = _free_port()
+        self.port = free_port()
         self.headers: dict[str, str] = {}  # of get and post
         self.tp = tp
         self._ear = Path(tempfile.mkdtemp(prefix="sglang-lab-"))
@@ -310,9 +311,3 @@ def _decoded(data: bytes) -> Any:
         return json.loads(data)
     except ValueError:
         return data.decode(errors="replace")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -36,7 +36,7 @@ HICACHE_RATIO: Final = "1.1"
 CHECK_EVERY_S: Final = 3.0
 LOCK_S: Final = 30.0
 QUIET_S: Final = 20.0
-IN_BOOT: Final = 0.15
+IN_BOOT: Final = 0.08
 """Share of the kills that may fall on an engine while it boots."""
 PATIENCE_S: Final = 15.0
 MID_REQUEST: Final = 0.8

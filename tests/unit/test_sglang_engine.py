@@ -195,6 +195,7 @@ def test_off_is_said_once_and_for_good(make: Make, caplog: pytest.LogCaptureFixt
         ({"is_multimodal": True, "server": {"trust_mm_content_hashes": True}}, {}, "--trust-mm-content-hashes"),
         ({"server": {"dllm_algorithm": "LowConfidence"}}, {}, "diffusion language models"),
         ({"server": {"elastic_ep_backend": "mooncake"}}, {}, "--elastic-ep-backend"),
+        ({"server": {"forward_hooks": [{}]}}, {}, "--forward-hooks"),
         ({"server": {"uno_lora_path": "/x"}}, {}, "--uno-lora-path"),
         ({"lora_enabled": True, "rust_tree": True}, {}, "LoRA with SGLang's Rust prefix tree"),
         ({}, {"size": "30g"}, "write 30gb"),

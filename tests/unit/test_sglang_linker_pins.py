@@ -193,6 +193,17 @@ def test_a_shorter_a_longer_and_a_later_stretch_move_the_promise_along(store: Kv
     assert pinned(store) == 8
 
 
+def test_a_later_stretch_has_no_more_than_was_left_of_the_promise(store: KvStore) -> None:
+    names, hashes = Names(), chain(15)
+    pins = make(names, store)
+    put(store, names, KV, hashes[:9])
+    assert pins.lookup("r", hashes, {})[-1] == 9
+    assert pins.lookup("r", hashes[4:], {}) == [1, 2, 3, 4, 5]
+    assert pinned(store) == 5
+    assert pins.lookup("r", hashes[9:], {}) == []
+    assert pinned(store) == 0
+
+
 def test_other_tokens_replace_the_promise(store: KvStore) -> None:
     names, one, other = Names(), chain(3), chain(4)
     pins = make(names, store)
@@ -377,6 +388,11 @@ class Histories(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), source=st.sampled_from([KV, SWA]), pages=some_pages)
     def store_pages(self, which: int, source: str, pages: set[int]) -> None:
         put(self.store, self.names, source, [self.chains[which][page] for page in sorted(pages)])
+
+    @rule(which=st.integers(0, 1), first=st.integers(0, PAGES), end=st.integers(0, PAGES))
+    def store_stretch(self, which: int, first: int, end: int) -> None:
+        for source in (KV, SWA):
+            put(self.store, self.names, source, self.chains[which][first:end])
 
     @rule(which=st.integers(0, 1), source=st.sampled_from([KV, SWA]), pages=some_pages)
     def evict(self, which: int, source: str, pages: set[int]) -> None:

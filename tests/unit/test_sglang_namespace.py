@@ -81,6 +81,12 @@ def test_the_environment_that_splits_layers_counts_with_stages_only(monkeypatch:
     assert digest(pp=(0, 2)) != staged
 
 
+def test_models_from_another_package_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = digest()
+    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "mine")
+    assert digest() != one
+
+
 def test_the_settings_are_sglangs() -> None:
     """A misspelt name would never make a difference."""
     known: set[str] = set()

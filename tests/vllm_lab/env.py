@@ -6,6 +6,8 @@ import contextlib
 import glob
 import itertools
 import os
+import random
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ __all__ = [
     "EngineError",
     "base_env",
     "core_split",
+    "free_port",
     "matrix_path",
     "pool_files",
     "remove_pool",
@@ -24,6 +27,8 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[2]
 SHM = Path("/dev/shm")
+
+LOWEST_PORT = 10_000
 
 _pool_numbers = itertools.count()
 
@@ -112,3 +117,15 @@ def core_split(ranks: int) -> str:
     each = max(1, len(cores) // ranks)
     shares = [[cores[(r * each + i) % len(cores)] for i in range(each)] for r in range(ranks)]
     return "|".join(",".join(map(str, share)) for share in shares)
+
+
+def free_port() -> int:
+    """A loopback port that nobody has, and that no connection will be given before a server gets to listen on it."""
+    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    lowest, highest = map(int, range_file.read_text().split()) if range_file.exists() else (32768, 60999)
+    outside = [port for port in range(LOWEST_PORT, 1 << 16) if not lowest <= port <= highest]
+    for port in random.SystemRandom().sample(outside, len(outside)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise EngineError(f"no port outside of {lowest} to {highest} is free")

@@ -8,7 +8,6 @@ import dataclasses
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vllm_lab.env import EngineError, base_env
+from tests.vllm_lab.env import EngineError, base_env, free_port
 from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
 
 __all__ = ["SERVE_ARGUMENTS", "Completion", "Server", "parse_metrics"]
@@ -55,7 +54,7 @@ class Server(LabProcess):
         env: Mapping[str, str | None] | None = None,
         arguments: Sequence[str] = (),
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         environment = base_env(pool=pool, size=size, ranks=ranks, matrix=matrix, env=env)
         command = [
             *[sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)],
@@ -194,9 +193,3 @@ def parse_metrics(text: str) -> dict[str, float]:
                 name = f'{sample.name}{{source="{source}"}}' if source else sample.name
                 out[name] = out.get(name, 0.0) + sample.value
     return out
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
