@@ -259,6 +259,8 @@ class _Window:
         self._lease = lease
         self._slots, self._gens, self._targets = reserved.slots[ok], reserved.gens[ok], reserved.offsets[ok]
         self._sums = self._sums[ok]
+        self._parts_at = self._targets[:, None] + self._part_at[None, :]
+        self._parts_nbytes = np.broadcast_to(self._group.part_nbytes, self._parts_at.shape)
         self._result = np.full(len(ok), Code.TIMEOUT, np.int8)
         wanted = Wanted(lease, self._index[ok], self._sources[ok], self._nbytes[ok], self._targets)
         landing = None
@@ -281,9 +283,9 @@ class _Window:
         if not self._lease.holds():
             self._peer._count("leases_run_out", len(which))
             return
-        n, parts = len(which), len(self._part_at)
-        offsets = (self._targets[which, None] + self._part_at[None, :]).ravel()
-        sums = self._blocks.checksums(offsets, np.tile(self._group.part_nbytes, n)).reshape(n, parts)
+        parts = self._parts_at.shape[1]
+        sums = self._blocks.checksums(self._parts_at[which].ravel(), self._parts_nbytes[which].ravel())
+        sums = sums.reshape(-1, parts)
         right = (sums == self._sums[which]).all(axis=1)
         if not right.all():
             self._peer._count("wrong_checksums", int((~right).sum()))

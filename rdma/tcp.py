@@ -34,7 +34,7 @@ SEND_BYTES: Final = 4 << 20
 """Most that one call sends: the lease is looked at in between."""
 SEND_STALL_S: Final = 1.0
 IDLE_S: Final = 600.0
-PIECE_BYTES: Final = 1 << 20
+PIECE_BYTES: Final = 2 << 20
 """What is received before it is checked: fits the cache, and is worth the lock that sealing takes."""
 PIECE_BLOCKS: Final = 256
 SHARE_BYTES: Final = 2 << 20
