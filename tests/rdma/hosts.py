@@ -223,18 +223,13 @@ class Proxy:
             sock.close()
 
 
-def random_fault(rng: random.Random, lengths: list[list[int]]) -> Fault:
+def random_fault(rng: random.Random, kind: str, lengths: list[list[int]]) -> Fault:
     """A fault at a byte that a fetch without faults has passed. ``lengths``: as :attr:`Proxy.passed` had them."""
     number = rng.randrange(len(lengths))
     to_agent = rng.random() < 0.5
     most = lengths[number][0 if to_agent else 1]
     early = rng.random() < 0.5  # frames are few bytes beside blocks
-    return Fault(
-        rng.choice(["cut", "stall", "flip", "delay"]),
-        number,
-        to_agent,
-        rng.randrange(min(most, 600) if early else most),
-    )
+    return Fault(kind, number, to_agent, rng.randrange(min(most, 600) if early else most))
 
 
 def certificates(folder: Path) -> dict[str, dict[str, str]]:
