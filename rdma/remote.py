@@ -73,7 +73,7 @@ class Peer:
     """One other host's pool, to be fetched from. Thread-safe. A copy that a fork made fetches nothing: make another."""
 
     def __init__(self, address: str, blocks: Blocks, config: Config, *, path: DataPath | None = None) -> None:
-        """``address``: host:port of its agent. ``path``: that data path, not as the settings say. Nothing is dialled."""
+        """``address``: host:port of its agent. ``path``: that one, not as the settings say. Nothing is dialled yet."""
         self.address = address
         self._blocks, self._config = blocks, config
         self._link = Link(address, config)
