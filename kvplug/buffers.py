@@ -6,6 +6,7 @@ import builtins
 import ctypes
 import functools
 import operator
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ _INT64 = np.dtype(np.int64)
 _ONE_EACH = np.arange(4097)
 _nbytes = operator.attrgetter("nbytes")
 _is_cpu = operator.attrgetter("is_cpu")
+_dtype = operator.attrgetter("dtype")
+_MEMBER_NAMES = re.compile(r":[^:]*:")  # of a structure, in the format of a buffer
 
 
 def addresses(buffers: Any, n: int, *, writable: bool) -> tuple[I64, I64, Any]:
@@ -29,7 +32,8 @@ def addresses(buffers: Any, n: int, *, writable: bool) -> tuple[I64, I64, Any]:
 
     ``buffers`` is an array or CPU tensor whose first dimension has length N, or a sequence of N objects with the
     buffer protocol, numpy arrays or CPU tensors. Raises BufferError for a wrong number, a buffer that is not
-    contiguous, empty, on another device, or read-only although it would be written to.
+    contiguous, empty, on another device, or read-only although it would be written to, and for one whose elements are
+    references to Python objects: their addresses mean nothing in another process, and written over they end this one.
     """
     if type(buffers) is list or type(buffers) is tuple:
         if quick := _of_one_kind(tuple(buffers), n, writable):
@@ -78,7 +82,7 @@ def _of_one_kind(buffers: tuple[Any, ...], n: int, writable: bool) -> tuple[I64,
         return None
     kind: Any = kinds.pop()
     if kind is np.ndarray:
-        if not _objects_are_as_expected():
+        if not _objects_are_as_expected() or any(kind.hasobject for kind in set(map(_dtype, buffers))):
             return None
         nbytes = np.fromiter(map(_nbytes, buffers), _INT64, n)
         out = np.empty(n, _INT64)
@@ -128,7 +132,13 @@ def _as_array(buffer: Any) -> npt.NDArray[Any] | None:
     return None
 
 
+def _refuse_references(dtype: np.dtype[Any], what: str) -> None:
+    if dtype.hasobject:
+        raise BufferError(f"{what} of dtype {dtype} holds references to Python objects, not bytes that can be stored")
+
+
 def _rows_of(array: npt.NDArray[Any], n: int, writable: bool) -> tuple[I64, I64, Any]:
+    _refuse_references(array.dtype, "an array")
     if array.shape[0] != n:
         raise BufferError(f"an array with {array.shape[0]} rows was given for {n} keys")
     if writable and not array.flags.writeable:
@@ -153,9 +163,12 @@ def _one(buffer: Any, i: int, writable: bool) -> tuple[int, int, Any]:
     array = _as_array(buffer)
     if array is None:
         try:
+            if "O" in _MEMBER_NAMES.sub("", memoryview(buffer).format):
+                raise TypeError("it holds references to Python objects, not bytes that can be stored")
             array = np.frombuffer(buffer, np.uint8)
         except (TypeError, ValueError, AttributeError, builtins.BufferError) as e:
             raise BufferError(f"buffer {i} of type {type(buffer).__name__} can't be used: {e}") from e
+    _refuse_references(array.dtype, f"buffer {i}")
     if not array.flags.c_contiguous:
         raise BufferError(f"buffer {i} (shape {array.shape}, strides {array.strides}) is not contiguous")
     if writable and not array.flags.writeable:

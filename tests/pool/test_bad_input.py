@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
@@ -107,6 +108,12 @@ WRONG_SOURCES: dict[str, Callable[[], Any]] = {
     "backward rows": lambda: np.zeros((3, 100), np.uint8)[::-1],
     "strided tensors": lambda: [torch.zeros(100)[::2]] * 3,
     "a transposed tensor": lambda: torch.zeros(100, 3).T,
+    "object arrays": lambda: [np.array([object(), object()])] * 3,
+    "object arrays among others": lambda: [np.ones(2), np.array([object(), object()]), bytearray(9)],
+    "rows of objects": lambda: np.full((3, 2), object()),
+    "structures with an object": lambda: [np.zeros(2, [("n", "i8"), ("o", "O")])] * 3,
+    "views of object arrays": lambda: [memoryview(np.array([object(), object()]))] * 3,
+    "ctypes objects": lambda: [(ctypes.py_object * 2)(1, 2)] * 3,
     "tensors of no CPU": lambda: [torch.zeros(10, device="meta")] * 3,
     "one tensor of no CPU": lambda: torch.zeros(3, 10, device="meta"),
 }
@@ -116,6 +123,14 @@ WRONG_SOURCES: dict[str, Callable[[], Any]] = {
 def test_wrong_buffers_are_refused_by_put_and_get(store: KvStore, make: Callable[[], Any]) -> None:
     refused(store, errors.BufferError, lambda: store.put(KEYS, make()))
     refused(store, errors.BufferError, lambda: store.get_into(KEYS, make()))
+
+
+def test_one_object_array_alone_is_refused_too_and_a_field_called_o_is_not(store: KvStore) -> None:
+    """Alone: the shortest way through the checks. Copied into, such an array ended the process."""
+    for buffers in ([np.array([object(), object()])], np.full((1, 2), object())):
+        refused(store, errors.BufferError, lambda b=buffers: store.put(KEYS[:1], b), "references to Python objects")
+        refused(store, errors.BufferError, lambda b=buffers: store.get_into(KEYS[:1], b), "references to Python objects")
+    assert store.put(KEYS[1:2], [memoryview(np.zeros(2, [("O", "i8")]))]).tolist() == [Code.OK]
 
 
 READ_ONLY: dict[str, Callable[[], Any]] = {
