@@ -26,7 +26,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -87,7 +87,7 @@ class Fetcher:
         self._most_bytes = int(exchange.data_bytes * MOST_POOL_SHARE)
         self._holders = Holders(exchange, config)
         self._pid = os.getpid()
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self._under_way: dict[bytes, tuple[Fetch, list[Fetch]]] = {}  # by first missing key: it, and who waits for it
         self._unfinished: set[Fetch] = set()
         self._misses: OrderedDict[bytes, float] = OrderedDict()
@@ -130,29 +130,37 @@ class Fetcher:
     def _submit(self, name: bytes, fetch: Fetch, followers: list[Fetch]) -> None:
         """With the mutex held."""
         try:
-            self._threads.submit(self._run, name, fetch)
+            running = self._threads.submit(self._run, name, fetch)
         except RuntimeError:  # closed just now, or no thread is left
             for one in (fetch, *followers):
                 self._unfinished.discard(one)
                 one.end(Outcome.GIVEN_UP)
             return
         self._under_way[name] = fetch, followers
+        running.add_done_callback(self._look_for_errors)
+
+    def _look_for_errors(self, running: Future[None]) -> None:
+        error = None if running.cancelled() else running.exception()
+        if error is not None:
+            self._count("fetch_errors")
+            if not self._warned:
+                self._warned = True
+                log.error("a fetch from another host failed; the engine computes instead", exc_info=error)
 
     # ---- on the fetcher's threads ------------------------------------------------------------------------------------
 
     def _run(self, name: bytes, fetch: Fetch) -> None:
         outcome = Outcome.GIVEN_UP
         try:
-            outcome = self._fetch(fetch)
-            if fetch.tokens or outcome is Outcome.PRESENT:
-                self._pins.keep(fetch)
-        except StoreClosedError:
-            pass
-        except Exception:  # the engine must be shielded, and whoever waits for this thread would wait in vain
-            self._count("fetch_errors")
-            if not self._warned:
-                self._warned = True
-                log.exception("a fetch from another host failed; the engine computes instead")
+            with contextlib.suppress(StoreClosedError):
+                outcome = self._fetch(fetch)
+                if fetch.tokens or outcome is Outcome.PRESENT:
+                    self._pins.keep(fetch)
+        finally:
+            self._finish(name, fetch, outcome)
+
+    def _finish(self, name: bytes, fetch: Fetch, outcome: Outcome) -> None:
+        """Whatever came of it, who waits is told, and whoever wants the same comes next."""
         with self._mutex:
             if outcome in _COUNTED:
                 self._counts[_COUNTED[outcome]] += 1

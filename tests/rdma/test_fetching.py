@@ -1,12 +1,9 @@
-"""Fetching for an engine: in the background, from who has most, once, never for long; over real pools and agents."""
+"""Fetching for an engine: in the background, from who has most, once; over real pools and agents."""
 
 from __future__ import annotations
 
 import os
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,61 +11,12 @@ import pytest
 
 from kvplug import fetching
 from kvplug.errors import Code
-from kvplug.fetching import Fetch, Fetcher, Outcome, Plan, Wanted, leading
+from kvplug.fetching import Fetch, Fetcher, Outcome, Plan, Wanted
 from kvplug.peering import directory_publisher
-from kvplug.rdma.agent import Agent
 from kvplug.rdma.remote import Peer
-from tests.pool.children import check_nothing_left
-from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, keys, put, until
+from tests.rdma.fetch_parts import END_S, FAR_LINK, SPAN, MakeFetcher, MakeHost, ended, sent, settled, wanted
+from tests.rdma.hosts import BLOCK, Child, Fault, Proxy, keys, put, until
 from tests.rdma.redis_server import RedisServer
-
-MakeHost = Callable[..., Host]
-MakeFetcher = Callable[..., Fetcher]
-SPAN = 16
-END_S = 20.0
-"""Longest wait for what ends by itself, on a machine that does other things as well."""
-FAR_LINK = {"agent_pin_share": 1.0, "pin_budget_share": 1.0}
-U8 = Any
-
-
-def wanted(of: U8, first: int = 0, nbytes: int = BLOCK) -> Wanted:
-    """All of a prefix of one group."""
-    return Wanted(of, nbytes, leading(SPAN), SPAN * (len(of) - first), first)
-
-
-def ended(fetch: Fetch) -> Outcome:
-    """How it ended, which it must by itself."""
-    until(lambda: fetch.outcome is not None, END_S)
-    assert fetch.done
-    assert fetch.outcome is not None
-    return fetch.outcome
-
-
-@pytest.fixture
-def make_fetcher() -> Iterator[MakeFetcher]:
-    """``make_fetcher(host, *addresses, **settings)``: for the host's store; closed before the hosts are."""
-    made: list[Fetcher] = []
-
-    def make(host: Host, *addresses: str, **settings: Any) -> Fetcher:
-        settings = {"fetch_timeout_s": END_S} | settings
-        made.append(Fetcher(host.store, host.config.with_changes(peers=addresses, **settings)))
-        return made[-1]
-
-    yield make
-    for fetcher in made:
-        fetcher.close()
-
-
-def sent(agent: Agent) -> int:
-    return agent.counters().get("bytes_sent", 0)
-
-
-def settled(host: Host) -> None:
-    """No pin, nothing in writing or quarantine, tables and bytes whole."""
-    until(lambda: host.store.stats().pinned_slots == 0)
-    until(lambda: host.store.stats().writing_slots == 0)
-    until(lambda: host.store.stats().quarantined_slots == 0)
-    check_nothing_left(host.store)
 
 
 def test_without_other_hosts_in_the_settings_there_is_no_fetcher_and_no_thread(make_host: MakeHost) -> None:
@@ -314,148 +262,6 @@ def test_progress_moves_the_deadline_and_silence_does_not(make_host: MakeHost) -
     strict = Fetch(wanted(keys(1, 1)), 1.5, moves=False, tokens_per_s=100.0)
     strict.progress(400)
     assert strict.deadline == strict.began + 1.5
-
-
-@pytest.mark.parametrize("kind", ["killed", "stopped"])
-def test_an_agent_that_ends_in_mid_read_costs_what_had_not_arrived(
-    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy, kind: str
-) -> None:
-    here = make_host(peer_timeout_s=0.5)
-    there = make_host(**FAR_LINK, agent_advertise=proxy.address)
-    of = keys(200, 11)
-    put(there.store, of, BLOCK)
-    child, proxy.upstream = there.agent_process()
-    fetcher = make_fetcher(here, proxy.address, peer_connections=1)
-    number = signal.SIGKILL if kind == "killed" else signal.SIGSTOP
-    fault = proxy.fault = Fault("delay", 1, to_agent=False, at=100 * BLOCK, act=lambda: child.signal(number))
-    fetch = fetcher.start(wanted(of), timeout_s=END_S)
-    outcome = ended(fetch)
-    assert fault.happened.is_set()
-    if outcome is Outcome.FETCHED:  # the rest was in the sockets already
-        assert fetch.tokens == 200 * SPAN
-    else:
-        assert outcome is Outcome.TIMEOUT
-        assert time.monotonic() < fetch.deadline, "noticed, not waited for"
-        assert 0 < fetch.tokens < 200 * SPAN
-        assert here.holds(of) * SPAN == fetch.tokens
-    fetch.release()
-    settled(here)
-    again = fetcher.start(wanted(keys(5, 12)))
-    ended(again)
-
-
-def test_a_stopped_agent_holds_nobody_beyond_the_deadline(make_host: MakeHost, make_fetcher: MakeFetcher) -> None:
-    here, there = make_host(), make_host()
-    of = keys(20, 13)
-    put(there.store, of, BLOCK)
-    child, address = there.agent_process()
-    fetcher = make_fetcher(here, address)
-    assert ended(fetcher.start(wanted(of[:5]))) is Outcome.FETCHED
-    child.signal(signal.SIGSTOP)
-    fetch = fetcher.start(wanted(of, first=5), timeout_s=0.3)
-    assert not fetch.done, "asked in the background"
-    assert fetch.wait(END_S)
-    fetch.release()
-    ended(fetch)
-    child.signal(signal.SIGCONT)
-
-    def fetched() -> bool:
-        return ended(fetcher.start(wanted(of[::-1].copy()))) is Outcome.FETCHED
-
-    until(fetched, END_S)
-    assert here.holds(of) == 20
-
-
-def test_an_engine_that_does_not_come_loses_its_pins(
-    make_host: MakeHost, make_fetcher: MakeFetcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fetching, "HOLD_S", 0.2)
-    here, there = make_host(), make_host()
-    of = keys(20, 14)
-    put(there.store, of, BLOCK)
-    fetcher = make_fetcher(here, there.agent().address)
-    fetch = fetcher.start(wanted(of))
-    assert ended(fetch) is Outcome.FETCHED
-    until(lambda: here.store.stats().pinned_slots == 0, END_S)
-    fetch.release()
-    assert here.holds(of) == 20
-
-
-def test_a_fetch_that_nobody_wants_any_more_ends_and_pins_nothing(
-    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fetching, "FIRST_SLICE_BYTES", 10 * BLOCK)
-    monkeypatch.setattr(fetching, "MOST_SLICE_BYTES", 10 * BLOCK)
-    here, there = make_host(), make_host(**FAR_LINK, agent_advertise=proxy.address)
-    of = keys(100, 15)
-    put(there.store, of, BLOCK)
-    proxy.upstream = there.agent().address
-    fetcher = make_fetcher(here, proxy.address, peer_connections=1)
-    made: list[Fetch] = []
-    proxy.fault = Fault("delay", 1, to_agent=False, at=5 * BLOCK, act=lambda: made[0].release())
-    made.append(fetcher.start(wanted(of)))
-    assert ended(made[0]) is Outcome.GIVEN_UP
-    assert here.holds(of) == 10
-    settled(here)
-
-
-def test_closing_with_fetches_under_way_leaves_nothing(
-    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy
-) -> None:
-    here, there = make_host(peer_timeout_s=60.0), make_host(**FAR_LINK, agent_advertise=proxy.address)
-    of = keys(100, 16)
-    put(there.store, of, BLOCK)
-    proxy.upstream = there.agent().address
-    fetcher = make_fetcher(here, proxy.address, peer_connections=1)
-    fault = proxy.fault = Fault("stall", 1, to_agent=False, at=50 * BLOCK)
-    fetches = [fetcher.start(wanted(of)) for _ in range(3)]
-    fetches += [fetcher.start(wanted(keys(5, 100 + i))) for i in range(12)]  # more than there are threads
-    assert fault.happened.wait(END_S)
-    fetcher.close()
-    assert all(fetch.outcome is not None for fetch in fetches)
-    assert not fetcher._under_way, "a read is still under way"
-    assert fetches[0].outcome in (Outcome.TIMEOUT, Outcome.GIVEN_UP)
-    assert fetcher.start(wanted(of)).outcome is Outcome.GIVEN_UP
-    settled(here)
-    here.store.close()
-    fetcher.close()
-
-
-def test_a_store_that_is_closed_first_ends_its_fetches(
-    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy
-) -> None:
-    here, there = make_host(), make_host(**FAR_LINK, agent_advertise=proxy.address)
-    of = keys(100, 17)
-    put(there.store, of, BLOCK)
-    proxy.upstream = there.agent().address
-    fetcher = make_fetcher(here, proxy.address, peer_connections=1)
-    proxy.fault = Fault("delay", 1, to_agent=False, at=50 * BLOCK, act=here.store.close)
-    fetch = fetcher.start(wanted(of))
-    assert ended(fetch) is Outcome.GIVEN_UP
-    fetch.release()
-
-
-def test_a_forked_childs_copy_fetches_nothing_and_disturbs_nobody(
-    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy
-) -> None:
-    here, there = make_host(), make_host(**FAR_LINK, agent_advertise=proxy.address)
-    of = keys(100, 18)
-    put(there.store, of, BLOCK)
-    proxy.upstream = there.agent().address
-    fetcher = make_fetcher(here, proxy.address, peer_connections=1)
-
-    def body() -> None:
-        fetch = fetcher.start(wanted(of))
-        assert fetch.outcome is Outcome.GIVEN_UP
-        fetch.release()
-        fetcher.close()
-
-    children: list[Child] = []
-    proxy.fault = Fault("delay", 1, to_agent=False, at=50 * BLOCK, act=lambda: children.append(Child(body)))
-    fetch = fetcher.start(wanted(of))
-    assert ended(fetch) is Outcome.FETCHED
-    assert children[0].wait() == 0
-    assert here.holds(of) == 100
 
 
 def test_groups_that_need_a_window_only_get_it_and_nothing_before_it(
