@@ -6,7 +6,6 @@ import contextlib
 import signal
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
