@@ -137,7 +137,7 @@ class Ranks:
 
 @pytest.mark.parametrize("both_can", [True, False])
 def test_ranks_decide_alike_whatever_their_fetches_do(both_can: bool) -> None:
-    """One rank can't fetch this, or nothing at all; the other's takes three steps. No rank asks oftener than the other."""
+    """One rank can't fetch this, or nothing at all; the other's takes three steps. Both ask equally often."""
     ranks, slow = Ranks(), fetch()
     with ThreadPoolExecutor(2) as threads:
         runs = [threads.submit(ranks.run, 0, slow, True), threads.submit(ranks.run, 1, None, both_can)]
