@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvplug import hostmem
+from kvplug.endpoint import Endpoint
 from kvplug.errors import ConfigError
 from kvplug.sizes import format_size, parse_size
 
@@ -46,6 +47,15 @@ PATH_ENV = "KVPLUG_CONFIG"
 RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT"})
 """Variables that are read elsewhere and are not settings of the schema."""
 SECRETS = frozenset({"auth_key", "directory_url"})
+UNQUOTED = {
+    "auth_key": "it must be a text of 16 to 4096 characters",
+    "directory_url": "",
+    "tls_cert": "it must be the path of a PEM file",
+    "tls_key": "it must be the path of a PEM file",
+    "tls_ca": "it must be the path of a PEM file",
+}
+"""What errors never quote, since a secret may have been put there, and what they say instead of the schema's own words,
+which may give away a length; where that is empty, the words are ours already."""
 HIDDEN = "(set, not shown)"
 RESERVED_ENV_PREFIXES = ("KVPLUG_TEST_", "KVPLUG_BENCH_", "KVPLUG_DEMO_")
 _FOREIGN_ENV = re.compile(r"KVPLUG_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_\w+)?)")
@@ -97,6 +107,8 @@ def _address(value: str) -> str:
 Size = Annotated[int, BeforeValidator(_size)]
 Address = Annotated[str, AfterValidator(_address)]
 Secret = Annotated[SecretStr, Field(max_length=4096)]
+Layer = dict[str, tuple[Any, str]]
+"""Name to (value, source)."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -236,13 +248,22 @@ class Config(BaseSettings):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            raise _explained(error, set(values)) from None
+            sources = {n: e for n, e in (_sound(_from_file()) | _sound(_from_environment())).items() if n not in values}
+            detail = error.errors(include_url=False, include_context=False)[0]
+            raise ConfigError(_explained(detail, sources)) from None
 
     @pydantic.field_validator("pool")
     @classmethod
     def _pool_name(cls, value: str) -> str:
         if not re.fullmatch(POOL_NAME, value, re.ASCII):
             raise ValueError("a pool name is 1 to 64 of the characters A-Z a-z 0-9 . _ - and does not start with a dot")
+        return value
+
+    @pydantic.field_validator("directory_url")
+    @classmethod
+    def _directory_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            Endpoint.parse(value.get_secret_value())
         return value
 
     @pydantic.field_validator("min_block")
@@ -279,8 +300,8 @@ class Config(BaseSettings):
         """Arguments over environment over file; no .env files and no secrets folder."""
         return (
             init_settings,
-            _Given(settings_cls, {name: value for name, (value, _) in _from_environment(os.environ).items()}),
-            _Given(settings_cls, {name: value for name, (value, _) in _from_file().items()}),
+            _Given(settings_cls, {name: value for name, (value, _) in _sound(_from_environment()).items()}),
+            _Given(settings_cls, {name: value for name, (value, _) in _sound(_from_file()).items()}),
         )
 
     @classmethod
@@ -344,10 +365,11 @@ def _nearest(name: str, prefix: str = "") -> str:
     return f"did you mean {written[0]}?" if close else f"the known ones are {', '.join(written)}."
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    """Name to (value, source) for each setting in the environment. Set to nothing counts as unset."""
-    found: dict[str, tuple[Any, str]] = {}
-    for variable, value in environ.items():
+def _from_environment() -> tuple[Layer, list[str]]:
+    """The settings in the environment, and what is wrong there. Set to nothing counts as unset."""
+    found: Layer = {}
+    wrong = []
+    for variable, value in os.environ.items():
         if (
             not variable.startswith(ENV_PREFIX)
             or variable in RESERVED_ENV
@@ -355,67 +377,59 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
         ):
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
-        if name not in Config.model_fields or variable != variable.upper():
-            if _FOREIGN_ENV.fullmatch(variable):
-                continue
-            raise ConfigError(
-                f"unknown setting {variable} (= {value!r}) in the environment: {_nearest(name, ENV_PREFIX)} "
+        if name in Config.model_fields and variable == variable.upper():
+            if value.strip():
+                found[name] = (value, f"environment {variable}")
+        elif not _FOREIGN_ENV.fullmatch(variable):
+            wrong.append(
+                f"unknown setting {variable} in the environment: {_nearest(name, ENV_PREFIX)} "
                 f"Unset it or correct its name; `kvplug config` lists all settings."
             )
-        if value.strip():
-            found[name] = (value, f"environment {variable}")
-    return found
+    return found, wrong
 
 
-def _from_file() -> dict[str, tuple[Any, str]]:
+def _from_file() -> tuple[Layer, list[str]]:
+    """The settings in the file, and what is wrong there."""
     path, required = config_path()
     try:
         with path.open("rb") as file:
             content = tomllib.load(file)
     except FileNotFoundError:
-        if required:
-            raise ConfigError(
-                f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}"
-            ) from None
-        return {}
+        missing = f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}"
+        return {}, [missing] * required
     except (NotADirectoryError, PermissionError) as error:
         # A home that this user can't look into holds no settings of this user's.
-        if required:
-            raise ConfigError(
-                f"the settings file {path}, named by {PATH_ENV}, can't be read: {error.strerror}"
-            ) from None
-        return {}
+        return {}, [f"the settings file {path}, named by {PATH_ENV}, can't be read: {error.strerror}"] * required
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the settings file {path} can't be used: {error}. It is TOML: one `name = value` a line"
-        ) from None
-    for name, value in content.items():
-        if name not in Config.model_fields:
-            raise ConfigError(f"unknown setting {name!r} (= {value!r}) in the file {path}: {_nearest(name)}")
-    return {name: (value, f"file {path}") for name, value in content.items()}
+        return {}, [f"the settings file {path} can't be used: {error}. It is TOML: one `name = value` a line"]
+    known = {name: (value, f"file {path}") for name, value in content.items() if name in Config.model_fields}
+    return known, [
+        f"unknown setting {name!r} in the file {path}: {_nearest(name)}" for name in content if name not in known
+    ]
 
 
-def _layers() -> dict[str, tuple[Any, str]]:
-    return _from_file() | _from_environment(os.environ)
+def _sound(layer: tuple[Layer, list[str]]) -> Layer:
+    """A layer in which nothing is wrong. Raises ConfigError."""
+    found, wrong = layer
+    if wrong:
+        raise ConfigError(wrong[0])
+    return found
 
 
-def _explained(error: pydantic.ValidationError, given: set[str]) -> ConfigError:
-    """The first thing that is wrong, as one sentence: value, source, what fits."""
-    detail = error.errors(include_url=False, include_context=False)[0]
+def _explained(detail: Any, sources: Mapping[str, tuple[Any, str]]) -> str:
+    """What is wrong, as one sentence: value, source, what fits. A secret is not quoted, nor its length."""
     message = str(detail["msg"]).removeprefix("Value error, ")
     name = str(detail["loc"][0]) if detail["loc"] else ""
     if not name:
-        return ConfigError(f"settings that don't go together: {message}")
-    value: Any = detail["input"]
-    source = "given in the code"
-    if name not in given:
-        value, source = _layers().get(name, (value, "default"))
+        return f"settings that don't go together: {message}"
+    value, source = sources.get(name, (detail["input"], "given in the code"))
     if detail["type"] == "extra_forbidden":
-        return ConfigError(f"unknown setting {name!r}, {source}: {_nearest(name)}")
+        return f"unknown setting {name!r}, {source}: {_nearest(name)}"
     about = Config.model_fields[name].description or ""
-    if name in SECRETS:
-        value = HIDDEN
-    return ConfigError(f"setting {name} = {value!r} ({source}): {message}. ({name}: {about})")
+    shown = repr(value)
+    if name in UNQUOTED:
+        shown, message = HIDDEN, UNQUOTED[name] or message
+    return f"setting {name} = {shown} ({source}): {message}. ({name}: {about})"
 
 
 def load(**overrides: Any) -> Config:
@@ -426,13 +440,42 @@ def load(**overrides: Any) -> Config:
     return Config(**{name: value for name, value in overrides.items() if value is not None})
 
 
-def explain() -> list[Setting]:
-    """Each setting as (name, value, source), in the schema's order. Raises ConfigError as :func:`load` does."""
-    config, sources = load(), _layers()
+class _GivenOnly(Config):
+    """Settings of the values that are handed in, whatever environment and file say. Raises pydantic's own error."""
+
+    def __init__(self, /, **values: Any) -> None:
+        BaseSettings.__init__(self, **values)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def explain() -> tuple[list[Setting], list[str]]:
+    """Each setting that is sound, as (name, value, source), in the schema's order; and each thing that is wrong."""
+    (in_file, wrong), (in_environment, more) = _from_file(), _from_environment()
+    layers, wrong = in_file | in_environment, wrong + more
+    good, bad = dict(layers), set[str]()
+    while True:  # each round has fewer of what was set
+        try:
+            config = _GivenOnly(**{name: value for name, (value, _) in good.items()})
+            break
+        except pydantic.ValidationError as error:
+            details = error.errors(include_url=False, include_context=False)
+            wrong += [_explained(detail, layers) for detail in details]
+            named = {str(detail["loc"][0]) for detail in details if detail["loc"]}
+            named = named or set(re.findall(r"\w+", " ".join(str(detail["msg"]) for detail in details)))
+            if not named & good.keys():
+                raise
+            bad |= named & good.keys()
+            good = {name: entry for name, entry in good.items() if name not in named}
     return [
-        Setting(name, _shown(name, getattr(config, name)), sources.get(name, (None, "default"))[1])
+        Setting(name, _shown(name, getattr(config, name)), layers.get(name, (None, "default"))[1])
         for name in Config.model_fields
-    ]
+        if name not in bad
+    ], wrong
 
 
 def _shown(name: str, value: Any) -> Any:

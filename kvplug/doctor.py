@@ -476,7 +476,9 @@ def examine(shm: str = hostmem.DEV_SHM, root: str | os.PathLike[str] = "/") -> l
     except ConfigError as error:
         config = settings.Config.defaults()
         findings.append(
-            Finding("settings", Status.FAULT, str(error), "correct it; `kvplug config` shows what is in force")
+            Finding(
+                "settings", Status.FAULT, str(error), "correct it there, or unset it; `kvplug config` shows the others"
+            )
         )
     around = _Surroundings(config, shm, Path(root))
     for check in _CHECKS:

@@ -10,19 +10,17 @@ Any exception but a ServerError that was *returned* leaves the connection out of
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import ipaddress
 import socket
 import ssl
 import time
 from collections.abc import Iterable
 from typing import Any, Final, TypeAlias, Union
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.errors import ConfigError, DirectoryError
+from kvplug.endpoint import Endpoint
+from kvplug.errors import DirectoryError
 
 __all__ = ["NAME_BYTES", "Connection", "Endpoint", "Reply", "ServerError", "command", "members", "variadic"]
 
@@ -30,7 +28,6 @@ U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 
 NAME_BYTES: Final = 8
-DEFAULT_PORT: Final = 6379
 KEEPALIVE_S: Final = 20
 RECV_BYTES: Final = 256 * 1024
 MAX_LINE_BYTES: Final = 4096
@@ -40,7 +37,6 @@ MAX_DEPTH: Final = 4
 _MEMBER_HEAD: Final = np.frombuffer(b"$%d\r\n" % NAME_BYTES, np.uint8)
 _MEMBER_BYTES: Final = len(_MEMBER_HEAD) + NAME_BYTES + 2
 _CRLF: Final = np.frombuffer(b"\r\n", np.uint8)
-_SCHEMES: Final = {"redis": False, "valkey": False, "rediss": True, "valkeys": True, "unix": False}
 
 
 class ServerError(DirectoryError):
@@ -53,66 +49,6 @@ class ServerError(DirectoryError):
 
 
 Reply: TypeAlias = Union[int, bytes, ServerError, "list[Reply]", None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where the server is, and as whom to speak to it. Its text never shows the password."""
-
-    host: str
-    port: int
-    path: str = ""
-    database: int = 0
-    tls: bool = False
-    username: str = ""
-    password: str = dataclasses.field(default="", repr=False)
-    tls_ca: str | None = None
-
-    @classmethod
-    def parse(cls, url: str) -> Endpoint:
-        """``redis://[[user]:password@]host[:port][/db]``, ``rediss://…[?ca=file.pem]``, ``unix:///path[?db=n]``.
-
-        ``rediss://`` is with TLS; ``valkey://`` and ``valkeys://`` mean the same. ``ca``: what the server's certificate
-        is checked against; default: what the system trusts. Raises ConfigError, which never quotes the url.
-        """
-        try:
-            parts = urlsplit(url)
-            tls = _SCHEMES[parts.scheme]
-            asked = {
-                name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()
-            }
-            database = asked.pop("db", "") if parts.scheme == "unix" else parts.path.strip("/")
-            endpoint = cls(
-                host=parts.hostname or "",
-                port=parts.port or DEFAULT_PORT,
-                path=unquote(parts.path) if parts.scheme == "unix" else "",
-                database=int(database or 0),
-                tls=tls,
-                username=unquote(parts.username or ""),
-                password=unquote(parts.password or ""),
-                tls_ca=asked.pop("ca", None) if tls else None,
-            )
-            if asked or endpoint.database < 0 or not (endpoint.path or endpoint.host):
-                raise ValueError
-        except (KeyError, ValueError):
-            raise ConfigError(
-                "directory_url must be redis://[[user]:password@]host[:port][/db], rediss://…[?ca=file.pem] for TLS, "
-                "or unix:///path/of/socket[?db=n]; what is set is none of these"
-            ) from None
-        return endpoint
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}" if self.path else f"{self.host}:{self.port}/{self.database}"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether what is said there stays on this host: a unix socket, or a loopback address."""
-        if self.path or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

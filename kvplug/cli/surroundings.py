@@ -44,13 +44,15 @@ def doctor(as_json: Json = False) -> None:
 
 
 def config(as_json: Json = False) -> None:
-    """Print every setting, its value, and where that came from."""
+    """Print every setting, its value, and where that came from. Exit status 1: one can't be used, and which."""
     from kvplug.config import config_path, explain
 
-    settings = explain()
+    settings, wrong = explain()
+    for problem in wrong:
+        output.complain(problem)
     if as_json:
         output.emit_json({one.name: {"value": one.value, "source": one.source} for one in settings})
-        return
+        raise typer.Exit(bool(wrong))
     table = output.table("setting", "value", "from")
     for one in settings:
         table.add_row(Text(one.name), Text(one.text), Text(one.source, style="dim" if one.source == "default" else ""))
@@ -58,3 +60,4 @@ def config(as_json: Json = False) -> None:
     path, named = config_path()
     output.say("")
     output.say(f"settings file: {path}" + ("" if named or path.exists() else " (not there)"))
+    raise typer.Exit(bool(wrong))

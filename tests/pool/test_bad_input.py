@@ -129,7 +129,9 @@ def test_one_object_array_alone_is_refused_too_and_a_field_called_o_is_not(store
     """Alone: the shortest way through the checks. Copied into, such an array ended the process."""
     for buffers in ([np.array([object(), object()])], np.full((1, 2), object())):
         refused(store, errors.BufferError, lambda b=buffers: store.put(KEYS[:1], b), "references to Python objects")
-        refused(store, errors.BufferError, lambda b=buffers: store.get_into(KEYS[:1], b), "references to Python objects")
+        refused(
+            store, errors.BufferError, lambda b=buffers: store.get_into(KEYS[:1], b), "references to Python objects"
+        )
     assert store.put(KEYS[1:2], [memoryview(np.zeros(2, [("O", "i8")]))]).tolist() == [Code.OK]
 
 

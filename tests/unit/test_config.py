@@ -113,7 +113,7 @@ def test_environment_goes_over_file_and_file_over_default(tmp_path: Path, monkey
     monkeypatch.setenv("KVPLUG_SIZE", "128mib")
     config = load(quarantine_grace_s=9)
     assert (config.size, config.policy, config.quarantine_grace_s, config.verify) == (128 * 1024**2, "lru", 9, "never")
-    sources = {setting.name: setting.source for setting in explain()}
+    sources = {setting.name: setting.source for setting in explain()[0]}
     assert sources["size"] == "environment KVPLUG_SIZE"
     assert sources["policy"] == f"file {path}"
     assert sources["verify"] == "default"
@@ -172,12 +172,56 @@ def test_a_secret_is_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVPLUG_AUTH_KEY", "only-for-tests-of-kvplug")
     monkeypatch.setenv("KVPLUG_DIRECTORY_URL", "redis://:only-for-tests@10.0.0.9")
     said = [repr(load()), str(load())]
-    said += [text for one in explain() for text in (one.text, str(one.value), repr(one))]
+    said += [text for one in explain()[0] for text in (one.text, str(one.value), repr(one))]
     monkeypatch.setenv("KVPLUG_AUTH_KEY", "only-for-tests")
     with pytest.raises(ConfigError) as caught:
         load()
-    assert "at least 16" in str(caught.value)
+    assert "16 to 4096 characters" in str(caught.value)
+    assert "14" not in str(caught.value), "nor its length"
     assert not [text for text in (*said, str(caught.value)) if "only-for-tests" in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AUTHKEY", "hunter2"),
+        ("DIRECTORYURL", "redis://u:hunter2@h"),
+        ("AUTH_KEY", "hunter2"),
+        ("AUTH_KEY", "hunter2" * 600),
+        ("DIRECTORY_URL", "http://u:hunter2@h"),
+        ("DIRECTORY_URL", "redis://u:hunter2@h:port"),
+        ("TLS_KEY", "hunter2"),
+    ],
+)
+def test_a_secret_that_is_misspelt_or_does_not_fit_is_not_quoted(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the environment and from the file, by what loads the settings and by what lists them."""
+    monkeypatch.setenv(f"KVPLUG_{name}", value)
+    said = []
+    for _ in range(2):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        said += [str(caught.value), repr(explain())]
+        assert explain()[1], "and the list says that something is wrong"
+        monkeypatch.delenv(f"KVPLUG_{name}", raising=False)
+        write_file(tmp_path, f'{name.lower()} = "{value}"\n')
+    assert not [text for text in said if "hunter2" in text]
+
+
+def test_what_is_wrong_keeps_no_sound_setting_from_being_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path, 'policy = "lru"\nsiez = 1\nslab = 65536\nmin_block = 131072\n')
+    monkeypatch.setenv("KVPLUG_VERIFY", "sometimes")
+    monkeypatch.setenv("KVPLUG_PIN_BUDGET_SHARE", "7")
+    settings, wrong = explain()
+    assert {one.name: one.value for one in settings}["policy"] == "lru"
+    left_out = Config.model_fields.keys() - {one.name for one in settings}
+    assert left_out == {"verify", "pin_budget_share", "slab", "min_block"}
+    assert len(wrong) == 4, wrong
+    for part in ("'siez'", "'sometimes'", "pin_budget_share = '7'", "slab (65536 bytes) is not a multiple"):
+        assert [text for text in wrong if part in text], part
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7", ":9410", "host:", "host:port", "host:99999", "host:٣"])
@@ -189,7 +233,7 @@ def test_an_address_is_host_and_port(address: str) -> None:
 def test_peers_are_addresses_between_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVPLUG_PEERS", " a:1,b:2 ,")
     assert load().peers == ("a:1", "b:2")
-    assert {one.text for one in explain() if one.name == "peers"} == {"a:1, b:2"}
+    assert {one.text for one in explain()[0] if one.name == "peers"} == {"a:1, b:2"}
     assert Config(peers=("a:1",)).peers == ("a:1",)
     with pytest.raises(ConfigError, match="'b' is not host:port"):
         Config(peers=("a:1", "b"))
@@ -241,7 +285,7 @@ def test_what_is_no_setting_but_known_is_left_alone(variable: str, monkeypatch: 
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("KVPLUG_SIZ", "1gb", ["KVPLUG_SIZ", "'1gb'", "did you mean KVPLUG_SIZE?"]),
+        ("KVPLUG_SIZ", "1gb", ["KVPLUG_SIZ ", "did you mean KVPLUG_SIZE?"]),
         ("KVPLUG_size", "1gb", ["KVPLUG_size", "did you mean KVPLUG_SIZE?"]),
         ("KVPLUG_QUUX", "1", ["KVPLUG_QUUX", "the known ones are KVPLUG_POOL"]),
         ("KVPLUG_SIZE", "30g", ["'30g'", "environment KVPLUG_SIZE", "30gib"]),

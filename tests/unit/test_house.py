@@ -26,7 +26,14 @@ ENGINES = {"vllm", "sglang", "lmcache"}
 
 MAY_IMPORT = {
     "kvplug.shm": {"kvplug.errors", "kvplug.keys", "kvplug.config", "kvplug.sizes", "kvplug.hostmem"},
-    "kvplug.rdma": {"kvplug.errors", "kvplug.keys", "kvplug.config", "kvplug.sizes", "kvplug.hostmem"},
+    "kvplug.rdma": {
+        "kvplug.errors",
+        "kvplug.keys",
+        "kvplug.config",
+        "kvplug.endpoint",
+        "kvplug.sizes",
+        "kvplug.hostmem",
+    },
 }
 """What the lower packages may import of kvplug's own, beside themselves. kvplug itself may import these two, never
 the adapters; the adapters may import anything."""
