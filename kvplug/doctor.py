@@ -276,7 +276,7 @@ def _own_pool_exists(around: _Surroundings) -> bool:
 
 def _pools(around: _Surroundings) -> Iterator[Finding]:
     try:
-        from kvplug.shm.segment import list_pools
+        from kvplug.shm.segment import attached, list_pools
     except (
         ImportError,
         RuntimeError,
@@ -294,7 +294,7 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
     if not pools:
         yield Finding("pools", Status.OK, "none yet")
     for pool in pools:
-        text = f"{pool.name}: {format_size(pool.size_bytes)}, uid {pool.uid}, {pool.clients_alive} processes attached"
+        text = f"{pool.name}: {format_size(pool.size_bytes)}, uid {pool.uid}, {attached(pool.clients_alive)}"
         if pool.usable:
             yield Finding("pools", Status.OK, text)
         elif pool.name == around.config.pool:

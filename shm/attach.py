@@ -77,8 +77,8 @@ def attach(
                     until_last_exit=options.until_last_exit,
                     grace_ns=int(options.quarantine_grace_s * 1e9),
                 )
-                seg = segment.open_segment(pool)
                 is_new = True
+                seg = _open_or_remove(pool)
                 # Memory for the first blocks, so that a new pool can be written to at once.
                 with contextlib.suppress(OSError):
                     segment.reserve(seg.lock_fd, seg.geometry.data_offset, seg.geometry.slab_bytes)
@@ -97,9 +97,20 @@ def attach(
                     return seg, local
             except BaseException:
                 close_private(seg.lock_fd)
+                if is_new:
+                    segment.remove_segment_file(seg.path)
                 raise
             close_private(seg.lock_fd)
     raise PoolError(f"pool {pool!r} was removed {ATTEMPTS} times while attaching to it")
+
+
+def _open_or_remove(pool: str) -> Segment:
+    """Open the segment that was made just now; where that fails, nothing of it is left. The name lock is held."""
+    try:
+        return segment.open_segment(pool)
+    except BaseException:
+        segment.remove_segment_file(segment.segment_path(pool))
+        raise
 
 
 def _left_by_the_last(seg: Segment) -> bool:

@@ -1,8 +1,9 @@
 """The named segment: created whole or not at all, attached through ordered gates, removed under its name's lock.
 
 A segment is built under a temporary name and linked to its own when it is complete, so nobody ever sees half of one.
-All of create, adopt and unlink happens under a lock file per pool name, which is never deleted (deleting a lock file
-is how two processes come to hold "the same" lock). Nothing of a segment is mapped before its size was compared with
+All of create, adopt and unlink happens under a lock file per pool name and user, which is never deleted (deleting a
+lock file is how two processes come to hold "the same" lock). Its name is part of the format: versions that disagree on
+it must not share segments. Nothing of a segment is mapped before its size was compared with
 what its header says: past the end of a truncated file comes SIGBUS, not an error.
 """
 
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import mmap
 import os
 import re
+import resource
 import stat
 import struct
 import time
@@ -55,15 +58,22 @@ def segment_path(pool: str) -> str:
     return os.path.join(hostmem.DEV_SHM, segment_name(pool))
 
 
+def lock_path(pool: str) -> str:
+    """The lock file of a pool's name: one for each user, since nobody can open another user's."""
+    return os.path.join(hostmem.DEV_SHM, f"kvplug.{pool}.u{os.geteuid()}.lock")
+
+
 @contextlib.contextmanager
 def name_lock(pool: str, timeout_s: float = NAME_LOCK_TIMEOUT_S) -> Iterator[None]:
     """Hold the lock file of a pool's name. Raises LockTimeoutError, PoolOwnerError, PoolError."""
-    path = os.path.join(hostmem.DEV_SHM, f"kvplug.{pool}.lock")
+    path = lock_path(pool)
     try:
         fd = open_private(path, os.O_CREAT | os.O_RDWR, _READ_WRITE)
     except PermissionError as e:
         raise PoolOwnerError(f"{path} belongs to another user: choose another pool name (KVPLUG_POOL)") from e
     except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise PoolError(f"{path} is a symbolic link, which is not followed: remove it") from e
         raise PoolError(f"cannot open {path}: {e.strerror}. Is {hostmem.DEV_SHM} there and writable?") from e
     try:
         deadline = time.monotonic() + timeout_s
@@ -171,6 +181,10 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
             )
             os.pwrite(shm.fd, struct.pack(f"<{len(words)}q", *words), 0)
             os.link(temporary, segment_path(pool))
+        except FileExistsError as e:  # this user's processes hold the name lock: it was another's
+            raise PoolOwnerError(
+                f"{segment_path(pool)} was made by another user meanwhile: choose another pool name (KVPLUG_POOL)"
+            ) from e
         except OSError as e:
             raise PoolSpaceError(
                 f"cannot reserve {geometry.data_offset} bytes of tables in {temporary}: {e.strerror}"
@@ -237,8 +251,9 @@ def _check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
     if words[lay.H_MAX_CLIENTS] != lay.MAX_CLIENTS or words[lay.P_LIVE_OFFSET] != geometry.o_client * 8:
         raise PoolFormatError(f"{path}: the header's client table is not where this version has it")
     if st.st_size != geometry.segment_bytes:
+        change = "truncated" if st.st_size < geometry.segment_bytes else "something was appended"
         raise PoolFormatError(
-            f"{path} is {st.st_size} bytes long, its header says {geometry.segment_bytes}: truncated. Remove it"
+            f"{path} is {st.st_size} bytes long, its header says {geometry.segment_bytes}: {change}. Remove it"
         )
     return geometry
 
@@ -261,7 +276,7 @@ def open_segment(pool: str) -> Segment:
         try:
             if os.fstat(lock_fd).st_ino != st.st_ino:
                 raise PoolError(f"{path} was replaced while it was being opened")
-            mapping = mmap.mmap(shm.fd, geometry.segment_bytes)
+            mapping = _map(shm.fd, geometry.segment_bytes, path)
         except BaseException:
             close_private(lock_fd)
             raise
@@ -271,6 +286,18 @@ def open_segment(pool: str) -> Segment:
     table = memory[: geometry.data_offset].view(np.int64)
     pool_uuid = struct.pack("<qq", words[lay.P_UUID0], words[lay.P_UUID1])
     return Segment(pool, path, geometry, mapping, memory, table, int(memory.ctypes.data), lock_fd, st.st_ino, pool_uuid)
+
+
+def _map(fd: int, nbytes: int, path: str) -> mmap.mmap:
+    try:
+        return mmap.mmap(fd, nbytes)
+    except OSError as e:
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limit = "" if soft == resource.RLIM_INFINITY else f"; this process may map {soft} bytes in all (ulimit -v)"
+        raise PoolSpaceError(
+            f"cannot map the {nbytes} bytes of {path}: {e.strerror}{limit}. Raise that limit, or set a smaller "
+            f"KVPLUG_SIZE for a new pool"
+        ) from e
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -286,8 +313,14 @@ class PoolInfo:
     mode: int
     created_unix_s: float
     clients_alive: int
+    """-1: it can't be opened, so nobody can say."""
     usable: bool
     problem: str
+
+
+def attached(n_clients: int) -> str:
+    """``3 processes attached``, or ``? processes attached`` where nobody can say."""
+    return f"{'?' if n_clients < 0 else n_clients} process{'es' * (n_clients != 1)} attached"
 
 
 def list_pools() -> list[PoolInfo]:
@@ -313,7 +346,9 @@ def _inspect(pool: str, fmt: int, path: str) -> PoolInfo:
     try:
         fd = byte_lock_path_fd(path)
     except OSError as e:
-        problem = f"cannot be opened: {e.strerror}"
+        alive, problem = -1, f"cannot be opened: {e.strerror}"
+        if e.errno == errno.ELOOP:
+            alive, problem = 0, "is a symbolic link, which is not followed"
     else:
         try:
             words, st = _read_preamble(fd, path)
@@ -355,8 +390,8 @@ def remove_pool(name: str, *, force: bool = False) -> None:
         for info in infos:
             if info.uid != os.geteuid():
                 raise PoolOwnerError(f"{info.path} belongs to uid {info.uid}")
-            if info.clients_alive and not force:
-                raise PoolError(f"pool {name!r} has {info.clients_alive} processes attached; stop them, or force it")
+            if info.clients_alive > 0 and not force:
+                raise PoolError(f"pool {name!r} has {attached(info.clients_alive)}; stop them, or force it")
         for info in infos:
             try:
                 remove_segment_file(info.path)

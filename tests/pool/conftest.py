@@ -29,10 +29,12 @@ def compiled() -> None:
 
 def leave_nothing(pool: str) -> None:
     """Unlink all that has this pool name, or the name and a suffix, whatever it is and whoever owns it."""
-    exact = {segment.segment_name(pool), f"kvplug.{pool}.lock"}
+    exact = {segment.segment_name(pool)}
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(hostmem.DEV_SHM):
-            if name in exact or name.startswith((f"kvplug.{pool}.new.", f"kvplug.{pool}.v", f"kvplug.{pool}-")):
+            if name in exact or name.startswith(
+                (f"kvplug.{pool}.new.", f"kvplug.{pool}.v", f"kvplug.{pool}.u", f"kvplug.{pool}-")
+            ):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(hostmem.DEV_SHM, name))
 

@@ -59,8 +59,7 @@ def new_pool_name() -> str:
 
 def remove_pool(name: str) -> None:
     """Unlink pool and lock file of a name that is a test's own."""
-    path = segment.segment_path(name)
-    for leftover in (path, path.rsplit(".v", 1)[0] + ".lock"):
+    for leftover in (segment.segment_path(name), segment.lock_path(name)):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(leftover)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from kvplug.config import Config
+from kvplug.shm.segment import lock_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -81,7 +82,7 @@ def run(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
 def remove_pool(name: str, tmp_path: Path) -> None:
     run(["kvplug", "rm", "--force", "--pool", name], tmp_path)
     if name == POOL:  # nobody else knows this name, so its lock file can go
-        Path(f"/dev/shm/kvplug.{name}.lock").unlink(missing_ok=True)
+        Path(lock_path(name)).unlink(missing_ok=True)
 
 
 def test_the_pages_have_something_to_run() -> None:

@@ -78,8 +78,8 @@ def names(pool: str) -> Iterator[dict[str, str]]:
     (Root may open anything, so that a folder is the way to be refused that holds for every user.)
     """
     out = {name: f"{pool}.{name}" for name in ("garbage", "blocked", "huge")}
-    Path(f"/dev/shm/kvplug.{out['garbage']}.v1").write_bytes(random.Random(1).randbytes(1 << 20))
-    folders = [Path(f"/dev/shm/kvplug.{out['blocked']}.{suffix}") for suffix in ("v1", "lock")]
+    Path(segment_path(out["garbage"])).write_bytes(random.Random(1).randbytes(1 << 20))
+    folders = [Path(segment_path(out["blocked"])), Path(lock_path(out["blocked"]))]
     for folder in folders:
         folder.mkdir()
     yield out
