@@ -71,7 +71,16 @@ def other_host(pool: str, log: Path) -> Iterator[OtherHost]:
     agent = AgentProcess(pool, log, {"KVPLUG_AGENT_LISTEN": address, "KVPLUG_AUTH_KEY": KEY})
     try:
         agent.ready()
-        yield OtherHost(pool, agent, {"KVPLUG_PEERS": address, "KVPLUG_AUTH_KEY": KEY, "KVPLUG_FETCH_TIMEOUT_S": "20"})
+        yield OtherHost(
+            pool,
+            agent,
+            {
+                "KVPLUG_PEERS": address,
+                "KVPLUG_AUTH_KEY": KEY,
+                "KVPLUG_PEER_TIMEOUT_S": "6",
+                "KVPLUG_FETCH_TIMEOUT_S": "20",
+            },
+        )
     finally:
         agent.close()
 
