@@ -19,6 +19,8 @@ from kvplug.shm.jit import warm_up
 from kvplug.shm.objects import C_CONTIGUOUS, HEAD_BYTES, READ_BYTES, WRITEABLE, array_addresses
 
 I64 = npt.NDArray[np.int64]
+MAX_ADDRESS = 1 << 57
+"""Beyond what any 64-bit Linux gives to a process; below what int64 can hold."""
 _INT64 = np.dtype(np.int64)
 _ONE_EACH = np.arange(4097)
 _nbytes = operator.attrgetter("nbytes")
@@ -189,6 +191,10 @@ class RegisteredRanges:
         """Vouch for ``nbytes`` bytes at ``addr``. Raises BufferError."""
         if addr <= 0 or nbytes <= 0:
             raise BufferError(f"register_buffer({addr:#x}, {nbytes}): address and length must be positive")
+        if addr + nbytes > MAX_ADDRESS:
+            raise BufferError(f"register_buffer({addr:#x}, {nbytes}): no memory of a process reaches so far")
+        if (self._starts == addr).any():  # registered anew: what counts is what was said last
+            self.remove(addr)
         order = np.argsort(np.append(self._starts, addr), kind="stable")
         self._starts = np.append(self._starts, addr)[order]
         self._ends = np.append(self._ends, addr + nbytes)[order]

@@ -126,7 +126,6 @@ class Config(BaseSettings):
     )
     size: Size = Field(
         default_factory=default_size_bytes,
-        ge=_MIN_SIZE_BYTES,
         description="size of the pool when this process is the one that creates it; attaching takes what is there",
     )
     verify: Literal["never", "always"] = Field(
@@ -257,6 +256,13 @@ class Config(BaseSettings):
     def _pool_name(cls, value: str) -> str:
         if not re.fullmatch(POOL_NAME, value, re.ASCII):
             raise ValueError("a pool name is 1 to 64 of the characters A-Z a-z 0-9 . _ - and does not start with a dot")
+        return value
+
+    @pydantic.field_validator("size")
+    @classmethod
+    def _size_holds_tables(cls, value: int) -> int:
+        if value < _MIN_SIZE_BYTES:
+            raise ValueError("a pool has at least 2mib, or 1mib where slab is set to 64kib or less")
         return value
 
     @pydantic.field_validator("directory_url")

@@ -8,6 +8,7 @@ Asking a memoryview to release itself would say less, since slices and tensors a
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
@@ -100,6 +101,8 @@ class PinnedBlocks:
         self.release()
 
     def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
         self._forget_views()
         slots = self._take_slots()
         if len(slots) and self._life is self._pool.life:
@@ -107,7 +110,10 @@ class PinnedBlocks:
 
 
 class Reservation:
-    """Slots being written by the caller. ``codes``; ``views[i]`` a writable memoryview, or None; then seal or abort."""
+    """Slots being written by the caller. ``codes``; ``views[i]`` a writable memoryview, or None; then seal or abort.
+
+    ``with store.reserve(keys, nbytes) as r: …; r.seal()`` gives back at the end what was not sealed by then.
+    """
 
     def __init__(self, pool: Pool, batch: SlotBatch) -> None:
         self._pool, self._batch = pool, batch
@@ -174,5 +180,14 @@ class Reservation:
         if later and not used.all():
             pool.acknowledge_later(slots[~used], gens[~used])
 
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
     def __del__(self) -> None:
-        self._give_back(later=True)
+        if not sys.is_finalizing():  # the interpreter is half gone; what dies with the process is reclaimed
+            self._give_back(later=True)

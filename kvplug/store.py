@@ -58,6 +58,14 @@ def _ints(values: Any) -> I64:
     return np.require(values, np.int64, ["C", "A", "W"])
 
 
+def _whole(sizes: Any) -> Any:
+    """Sizes that are whole numbers, as they are. Raises ConfigError: 10.9 bytes would become 10."""
+    array = np.asarray(sizes)
+    if array.size and array.dtype.kind not in "iu":
+        raise ConfigError(f"sizes of blocks and parts are whole numbers of bytes, not {sizes!r:.80}")
+    return array
+
+
 def options_of(config: Config) -> PoolOptions:
     """The part of the configuration that the pool needs."""
     return PoolOptions(
@@ -243,8 +251,12 @@ class KvStore:
         return PinnedBlocks(self._pool, self._pool.pin(_words(keys)))
 
     def reserve(self, keys: Keys, nbytes: int) -> Reservation:
-        """Slots of ``nbytes`` to be written in place: ``r.views[i][:] = …; r.seal()`` or ``r.abort()``."""
-        return Reservation(self._pool, self._pool.reserve(_words(keys), (nbytes,)))
+        """Slots of ``nbytes`` to be written in place: ``r.views[i][:] = …; r.seal()`` or ``r.abort()``.
+
+        As a context manager it aborts what was not sealed. Raises KeyFormatError, BlockTooLargeError, and ConfigError
+        unless ``nbytes`` is a whole number of at least 1.
+        """
+        return Reservation(self._pool, self._pool.reserve(_words(keys), _whole([nbytes])))
 
     # ---- what adapters use -------------------------------------------------------------------------------------------
 
@@ -266,7 +278,7 @@ class KvStore:
         written. Sibling *j* of *i* has the same key with i ^ j XORed into its last two bytes, u16 little-endian, as
         :func:`kvplug.keys.fold` numbers shards. Raises ConfigError unless 0 <= index < count <= 128.
         """
-        return self._pool.reserve(_words(keys), part_nbytes, siblings=siblings)
+        return self._pool.reserve(_words(keys), _whole(part_nbytes), siblings=siblings)
 
     @staticmethod
     def part_offsets(part_nbytes: Sequence[int] | I64) -> I64:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import pathlib
 import threading
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from numba import njit
+
+log = logging.getLogger("kvplug")
 
 COMPILE_TIMEOUT_S = 180.0
 COMPILE_POLL_S = 0.05
@@ -39,6 +42,8 @@ _STAMP = _sources_stamp()
 
 
 _entries: list[tuple[Any, str]] = []
+_not_kept: list[str] = []
+"""Kernels that numba has no place for on disk, by name."""
 _warm = threading.Lock()
 
 
@@ -51,6 +56,7 @@ def kernel(fn: F) -> F:
         # No writable cache directory (a read-only image without a home), or a numba that keeps its stamp elsewhere:
         # compiling anew in every process is slow but right. `kvplug doctor` says so.
         dispatcher = njit(nogil=True)(fn)
+        _not_kept.append(fn.__name__)
     return cast(F, dispatcher)
 
 
@@ -110,6 +116,12 @@ def _one_process_compiles() -> Iterator[None]:
         os.close(fd)
 
 
+def _why_again() -> str:
+    if not _not_kept:
+        return "; numba keeps the result for the next start"
+    return ", at every start: numba has no place to keep them; set NUMBA_CACHE_DIR to a folder of this user's"
+
+
 def warm_up() -> None:
     """Load every entry kernel, from numba's cache or by compiling it: seconds the first time, then a fraction of one.
 
@@ -119,6 +131,10 @@ def warm_up() -> None:
         if not _entries:
             return
         with _one_process_compiles():
+            is_said = False
             while _entries:
                 compile_entry(*_entries[-1])
-                _entries.pop()
+                dispatcher, _ = _entries.pop()
+                if not is_said and dispatcher.stats.cache_misses:  # the first of many: the rest takes a while
+                    is_said = True
+                    log.warning("compiling the pool's inner loops, about 20 s%s", _why_again())

@@ -240,8 +240,9 @@ class Geometry:
                 return g
             n_slabs -= max(1, (g.segment_bytes - pool_bytes) // slab_bytes)
         raise ConfigError(
-            f"a pool of {pool_bytes} bytes has no room for one slab of {slab_bytes} bytes and its tables; "
-            f"set a larger size (KVPLUG_SIZE) or a smaller slab (KVPLUG_SLAB)"
+            f"a pool of {pool_bytes} bytes has no room for one slab of {slab_bytes} bytes and its tables; set a smaller "
+            f"slab (KVPLUG_SLAB) or a larger KVPLUG_SIZE: the smallest size with this slab is "
+            f"{cls._lay_out(1, slab_bytes, min_block).segment_bytes} bytes"
         )
 
     @classmethod

@@ -410,9 +410,14 @@ class Pool:
                 with self._only_thread() as mine:
                     if mine:
                         drain_step(self.T, self.L, NOT_BEGUN, -1)
-            if not self.segment.still_named() and not int(self.T[lay.H_RETIRED]):
+            if not int(self.T[lay.H_RETIRED]) and not self.segment.still_named():
                 self.T[lay.H_RETIRED] = 1
-                self.warn_once("name", f"{self.segment.path} was removed: nothing is stored any more until a restart")
+            if int(self.T[lay.H_RETIRED]):
+                self.warn_once(
+                    "name",
+                    f"pool {self.name!r} was removed (`kvplug rm --force`): this process stores nothing more until it "
+                    f"is started again",
+                )
 
     def release_expired(self) -> int:
         """Free slots whose quarantine has run out. Their number."""

@@ -21,7 +21,10 @@ from kvplug.keys import block_keys
 
 MAX_BLOCKS_PER_STEP = 2048
 """Bounds the scheduler's own time: what is beyond is stored after one of the next steps."""
-_REASONS = {Code.FULL: "full", Code.BUDGET: "budget", Code.TIMEOUT: "timeout", Code.IN_PROGRESS: "in_progress"}
+_REASONS = {
+    Code.FULL: "full", Code.BUDGET: "budget", Code.TIMEOUT: "timeout", Code.IN_PROGRESS: "in_progress",
+    Code.RETIRED: "retired",
+}  # fmt: skip
 
 
 class _Batch:

@@ -9,13 +9,16 @@ from typing import Annotated
 import typer
 
 from kvplug.cli import output
+from kvplug.cli.pools import PoolName
 
 __all__ = ["agent"]
 
 
 def agent(
-    pool: Annotated[str, typer.Option("--pool", help="Name of the pool. Default: the one that is configured.")] = "",
-    listen: Annotated[str, typer.Option("--listen", help="host:port. Default: the setting agent_listen.")] = "",
+    pool: PoolName = None,
+    listen: Annotated[
+        str | None, typer.Option("--listen", help="host:port. Default: the setting agent_listen.")
+    ] = None,
 ) -> None:
     """Serve the pool to other hosts until SIGTERM or Ctrl-C. Wider than loopback only with a key or TLS."""
     from kvplug.config import load
@@ -24,7 +27,7 @@ def agent(
     from kvplug.rdma.agent import Agent
     from kvplug.store import KvStore
 
-    config = load(pool=pool or None, agent_listen=listen or None)
+    config = load(pool=pool, agent_listen=listen)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pwd
 import time
 from typing import Annotated, Any
@@ -17,13 +16,14 @@ from kvplug.sizes import format_size
 __all__ = ["pools", "rm", "stat"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-PoolName = Annotated[str, typer.Option("--pool", help="Name of the pool. Default: the one that is configured.")]
+PoolName = Annotated[str | None, typer.Option("--pool", help="Name of the pool. Default: the one that is configured.")]
 
 
-def _wanted(pool: str) -> str:
+def _wanted(pool: str | None) -> str:
+    """What --pool names, though it be nothing, which is no name; without it the pool that is configured."""
     from kvplug.config import load
 
-    return load(pool=pool or None).pool
+    return load(pool=pool).pool
 
 
 def _owner(uid: int) -> str:
@@ -82,7 +82,7 @@ def pools(as_json: Json = False) -> None:
     output.show(table)
 
 
-def stat(pool: PoolName = "", as_json: Json = False) -> None:
+def stat(pool: PoolName = None, as_json: Json = False) -> None:
     """Print a pool's figures."""
     from kvplug.store import KvStore
 
@@ -114,7 +114,7 @@ def _number(value: object) -> str:
 
 
 def rm(
-    pool: PoolName = "",
+    pool: PoolName = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also while processes are attached: they store nothing more.")
     ] = False,
@@ -124,4 +124,4 @@ def rm(
 
     name = _wanted(pool)
     remove_pool(name, force=force)
-    output.say(f"removed pool {name}" + (f" (as {_owner(os.geteuid())})" if force else ""))
+    output.say(f"removed pool {name}")

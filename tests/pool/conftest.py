@@ -32,9 +32,7 @@ def leave_nothing(pool: str) -> None:
     exact = {segment.segment_name(pool)}
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(hostmem.DEV_SHM):
-            if name in exact or name.startswith(
-                (f"kvplug.{pool}.new.", f"kvplug.{pool}.v", f"kvplug.{pool}.u", f"kvplug.{pool}-")
-            ):
+            if name in exact or name.startswith(tuple(f"kvplug.{pool}{mark}" for mark in (".new.", ".v", ".u", "-"))):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(hostmem.DEV_SHM, name))
 

@@ -191,6 +191,34 @@ def test_a_reservation_has_at_least_one_byte(store: KvStore, nbytes: int) -> Non
     refused(store, errors.ConfigError, lambda: store.reserve(KEYS, nbytes))
 
 
+@pytest.mark.parametrize("nbytes", [10.9, "10", None, float("nan")])
+def test_a_size_that_is_no_whole_number_is_refused(store: KvStore, nbytes: Any) -> None:
+    refused(store, errors.ConfigError, lambda: store.reserve(KEYS, nbytes), "whole number")
+    refused(store, errors.ConfigError, lambda: store.reserve_batch(KEYS, [10, nbytes]), "whole number")
+
+
+def test_a_buffer_is_registered_as_it_was_said_last_and_not_beyond_memory(store: KvStore) -> None:
+    memory = np.zeros(1000, np.uint8)
+    at = memory.ctypes.data
+    for wrong in (1 << 63, (1 << 63) - at, 1 << 58):
+        refused(store, errors.BufferError, lambda n=wrong: store.register_buffer(at, n), "register_buffer")
+    store.register_buffer(at, 1000)
+    store.register_buffer(at, 10)
+    refused(store, errors.BufferError, lambda: store.batch_put_from_multi_buffers(["a"], [[at]], [[11]]), "not inside")
+    assert store.batch_put_from_multi_buffers(["a"], [[at]], [[10]]) == [0]
+    store.unregister_buffer(at)
+    refused(store, errors.BufferError, lambda: store.unregister_buffer(at))
+
+
+def test_a_reservation_gives_back_what_was_not_sealed(store: KvStore) -> None:
+    with store.reserve(KEYS[1:], 100) as reserved:
+        assert store.stats().writing_slots == 2
+    assert store.stats().writing_slots == 0
+    with store.reserve(KEYS[1:], 100) as reserved:
+        reserved.seal()
+    assert store.exists(KEYS).all()
+
+
 def test_wrong_fragments_are_refused(store: KvStore) -> None:
     memory = np.zeros(1000, np.uint8)
     at = memory.ctypes.data

@@ -209,6 +209,22 @@ def test_a_secret_that_is_misspelt_or_does_not_fit_is_not_quoted(
     assert not [text for text in said if "hunter2" in text]
 
 
+def test_the_smallest_sizes_that_the_message_names_make_a_pool() -> None:
+    from kvplug.shm.layout import Geometry
+
+    least = Config(size="2mib")
+    Geometry.plan(least.size, min_block=least.min_block, slab_bytes=least.slab)
+    for slab in ("64kib", "16kib"):
+        least = Config(size="1mib", slab=slab)
+        Geometry.plan(least.size, min_block=least.min_block, slab_bytes=least.slab)
+    with pytest.raises(ConfigError, match=r"smallest size .* is \d+ bytes") as caught:
+        Geometry.plan(1 << 20)
+    told = int(str(caught.value).split(" is ")[-1].split()[0])
+    Geometry.plan(told)
+    with pytest.raises(ConfigError):
+        Geometry.plan(told - 1)
+
+
 def test_what_is_wrong_keeps_no_sound_setting_from_being_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +305,7 @@ def test_what_is_no_setting_but_known_is_left_alone(variable: str, monkeypatch: 
         ("KVPLUG_size", "1gb", ["KVPLUG_size", "did you mean KVPLUG_SIZE?"]),
         ("KVPLUG_QUUX", "1", ["KVPLUG_QUUX", "the known ones are KVPLUG_POOL"]),
         ("KVPLUG_SIZE", "30g", ["'30g'", "environment KVPLUG_SIZE", "30gib"]),
-        ("KVPLUG_SIZE", "3", ["'3'", "environment KVPLUG_SIZE", "1048576"]),
+        ("KVPLUG_SIZE", "3", ["'3'", "environment KVPLUG_SIZE", "at least 2mib"]),
         ("KVPLUG_VERIFY", "sometimes", ["'sometimes'", "environment KVPLUG_VERIFY", "'never' or 'always'"]),
         ("KVPLUG_LOCK_TIMEOUT_S", "nan", ["lock_timeout_s", "environment KVPLUG_LOCK_TIMEOUT_S"]),
         ("KVPLUG_LOCK_TIMEOUT_S", "0", ["greater than 0"]),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvplug.shm.segment import lock_path, segment_path
 from tests.vllm.common import Case, Control, agree, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
 
