@@ -35,7 +35,7 @@ class InterpretedCopy(DeviceCopy):
         self._layouts: dict[int, tuple[ByteRuns, Layout]] = {}
         self._lock = threading.Lock()  # the interpreter's, which runs one kernel at a time
 
-    def mark(self) -> Any:
+    def mark(self, also: Any = None) -> Any:
         return None
 
     def _copy(self, runs: ByteRuns, block_ids: Int64s, slots: Int64s, to_slots: bool) -> None:
