@@ -1,4 +1,4 @@
-"""Compiles the kernel for small runs to machine code, which needs Triton and no GPU: a child of ``test_interpreter.py``."""
+"""Compiles the kernel for small runs, for which no GPU is needed: a child of ``test_interpreter.py``."""
 
 from __future__ import annotations
 

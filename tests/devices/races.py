@@ -92,9 +92,7 @@ def _eagerly(work: Callable[[], None]) -> None:
 class Race:
     """Blocks of a few layers on the device, and slots for them."""
 
-    def __init__(
-        self, rig: Rig, run_bytes: int, *, compute: Callable[[Callable[[], None]], None] | None = None
-    ) -> None:
+    def __init__(self, rig: Rig, run_bytes: int, *, compute: Callable[[Callable[[], None]], None] = _eagerly) -> None:
         """
         Args:
             rig: copies on trial, and where their memory is.

@@ -215,7 +215,7 @@ def test_an_error_on_the_way_is_typed_and_the_next_copy_works(monkeypatch: pytes
 
     with monkeypatch.context() as broken:
         broken.setattr(rig.copy.driver, "copy_batch", fails)
-        with pytest.raises(DeviceCopyError, match="4 blocks into slots.*said no"):
+        with pytest.raises(DeviceCopyError, match=r"4 blocks into slots.*said no"):
             trial.store(blocks, trial.slots(4))
     trial.store(blocks, trial.slots(4))
     trial.load(trial.slots(4), blocks)

@@ -1,4 +1,4 @@
-"""The kernel for small runs without a GPU: through the conformance suite in Triton's interpreter, and compiled for GPUs.
+"""The kernel for small runs, without a GPU: in Triton's interpreter through the conformance suite, and compiled.
 
 In children, because Triton decides when it is imported whether it interprets, and because an engine on a CPU must not
 find Triton beside it: install.sh puts it into a folder of its own.
