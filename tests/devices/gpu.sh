@@ -16,24 +16,15 @@ shift
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=$(command -v python3) || { echo "gpu: no .venv here, and no python3" >&2; exit 1; }
 
-own=$(mktemp -d "${TMPDIR:-/tmp}/kvplug-gpu.XXXXXX")
-trap 'rm -rf "$own"' EXIT
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-if ! "$python" -c 'import kvplug.shm.copy' >/dev/null 2>&1; then
-    # Not installed: the packages under the names that they are installed with, as links, ahead of everything else.
-    mkdir "$own/links" "$own/links/kvplug"
-    for entry in kvplug/*; do
-        case $entry in */__pycache__) ;; *) ln -s "$root/$entry" "$own/links/kvplug/" ;; esac
-    done
-    for beside in shm rdma adapters; do ln -s "$root/$beside" "$own/links/kvplug/$beside"; done
-    PYTHONPATH=$own/links:$PYTHONPATH
-    if compgen -G ".offline/*.whl" >/dev/null; then
-        "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
-            --target "$own/site" .offline/*.whl
-        PYTHONPATH=$PYTHONPATH:$own/site
-    fi
+if ! "$python" -c 'import kvplug.store' >/dev/null 2>&1 && compgen -G ".offline/*.whl" >/dev/null; then
+    own=$(mktemp -d "${TMPDIR:-/tmp}/kvplug-gpu.XXXXXX")
+    trap 'rm -rf "$own"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+        --target "$own" .offline/*.whl
+    PYTHONPATH=$PYTHONPATH:$own
 fi
-"$python" -c 'import kvplug.shm.copy, kvplug.store' ||
+"$python" -c 'import kvplug.store' ||
     { echo "gpu: what kvplug needs is missing from $python: tests/devices/offline.sh brings it along" >&2; exit 1; }
 
 case $what in
