@@ -273,8 +273,9 @@ def by_length(report: Report) -> Any:
 
 
 def programs(bed: Bed, report: Report) -> None:
-    from kvplug.adapters.devices.cuda import NEVER_DMA, CudaCopy
+    from kvplug.adapters.devices.cuda import CudaCopy
     from kvplug.adapters.devices.kernels import KernelCopies
+    from kvplug.adapters.devices.streams import NEVER_DMA
 
     runs, (ids, slots) = bed.runs(LAYERS, 8 * KIB), bed.batch(LAYERS * 8 * KIB)
     for number in (4, 8, 16, 32, 64):
@@ -335,7 +336,8 @@ def main() -> int:
         sys.exit("bench-gpu: there is no torch here")
     if not torch.cuda.is_available():
         sys.exit(f"bench-gpu: torch {torch.__version__} finds no CUDA device")
-    from kvplug.adapters.devices.cuda import ALWAYS_DMA, NEVER_DMA, CudaCopy
+    from kvplug.adapters.devices.cuda import CudaCopy
+    from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA
 
     report, bed = Report(), Bed()
     choice = by_length(report)

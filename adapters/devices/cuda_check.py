@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from kvplug.adapters.devices.base import ByteRuns, Int64s
-from kvplug.adapters.devices.cuda import ALWAYS_DMA, NEVER_DMA, Choice, CudaCopy
+from kvplug.adapters.devices.cuda import CudaCopy
 from kvplug.adapters.devices.planning import HostMemory, dma_from_bytes, like, signature
+from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA, Choice
 from kvplug.errors import DeviceCopyError, KvplugError
 from kvplug.shm.copy import gather_runs, scatter_runs
 

@@ -11,8 +11,6 @@ import ctypes
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
-import numpy as np
-
 from kvplug.adapters.devices.base import Int64s
 from kvplug.errors import DeviceCopyError, UnsupportedEngineError
 
@@ -139,8 +137,3 @@ class Driver:
         text = c_char_p()
         known = self._cuda.cuGetErrorName(c_int(code), byref(text)) == _SUCCESS and text.value
         return text.value.decode() if known and text.value else f"error {code}"
-
-
-def as_words(values: Int64s) -> Int64s:
-    """C-contiguous int64, as the driver reads addresses and sizes."""
-    return np.ascontiguousarray(values, dtype=np.int64)

@@ -177,6 +177,11 @@ def like(runs: ByteRuns, blocks: int, base: int) -> tuple[ByteRuns, int]:
     return ByteRuns(base + starts, stride, runs.nbytes), int(room.sum() + 512)
 
 
+def as_words(values: Int64s) -> Int64s:
+    """C-contiguous int64, as a driver reads addresses and sizes."""
+    return np.ascontiguousarray(values, dtype=np.int64)
+
+
 def signature(runs: ByteRuns) -> bytes:
     """Equal for layouts that a device can't tell apart but by their addresses."""
     return np.concatenate([runs.base % 256, runs.stride % 256, runs.nbytes]).astype(np.int64).tobytes()

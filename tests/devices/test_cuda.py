@@ -13,8 +13,9 @@ torch = pytest.importorskip("torch")
 
 from kvplug import config as configuration  # noqa: E402
 from kvplug.adapters.devices import cuda_check, for_device  # noqa: E402
-from kvplug.adapters.devices.cuda import ALWAYS_DMA, NEVER_DMA, Choice, CudaCopy  # noqa: E402
+from kvplug.adapters.devices.cuda import CudaCopy  # noqa: E402
 from kvplug.adapters.devices.planning import HostMemory  # noqa: E402
+from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA, Choice  # noqa: E402
 from kvplug.errors import Code, DeviceCopyError  # noqa: E402
 from kvplug.store import KvStore  # noqa: E402
 from tests.devices.conformance import Conformance, Rig, Trial, fresh_rng  # noqa: E402
