@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.devices.base import ByteRuns, DeviceCopy
 from kvplug.errors import UnsupportedEngineError
-from kvplug.store import KvStore
+
+if TYPE_CHECKING:  # vLLM imports this package in processes that never copy a byte
+    from kvplug.store import KvStore
 
 __all__ = ["device_of", "for_device"]
 
