@@ -198,6 +198,10 @@ class Config(BaseSettings):
         default=4, ge=1, le=16, description="connections that one read of a peer spreads over"
     )
     agent_pin_share: Share = Field(default=0.25, description="share of the pool's bytes that leases may keep in place")
+    cache_node: bool = Field(
+        default=False,
+        description="lend this host's pool to the others: its agent takes over blocks that they are about to evict",
+    )
 
     peers: Annotated[tuple[Address, ...], BeforeValidator(_addresses)] = Field(
         default=(), max_length=1024, description="agents of other hosts, host:port, separated by commas"

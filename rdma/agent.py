@@ -28,7 +28,10 @@ from kvplug.errors import AgentError, Code, PeerAuthError, PeerError, PeerTimeou
 from kvplug.rdma import protocol as p
 from kvplug.rdma.auth import NO_KEY, Session, accept_tls, answer_knock, check_exposure, shared_key, tls_context
 from kvplug.rdma.blocks import Blocks, PinnedParts
+from kvplug.rdma.cachenode import CacheNode
 from kvplug.rdma.leases import LeaseTable
+from kvplug.rdma.offers import Offerer
+from kvplug.rdma.peers import PeerSource, StaticPeers
 from kvplug.rdma.tcp import IDLE_S, Sender
 from kvplug.rdma.wire import ClosedError, Connection, address_text, resolve
 
@@ -61,8 +64,12 @@ class _Reader:
 class Agent:
     """Serves one pool. ``start`` listens, ``serve`` keeps house until it is told to stop, ``close`` ends it."""
 
-    def __init__(self, blocks: Blocks, config: Config) -> None:
-        """Take the pool's agent lock and read keys and certificates. Raises AgentError, ConfigError, PoolError."""
+    def __init__(self, blocks: Blocks, config: Config, peers: PeerSource | None = None) -> None:
+        """Take the pool's agent lock and read keys and certificates. Raises AgentError, ConfigError, PoolError.
+
+        ``peers``: the other hosts, which the caller closes. What is about to be evicted here is offered to the cache
+        nodes among them; on a cache node, they may offer. Default: those of the settings.
+        """
         self._blocks, self._config = blocks, config
         self._secret = shared_key(config) or NO_KEY
         self._tls = tls_context(config, server=True)
@@ -75,7 +82,7 @@ class Agent:
             raise AgentError("another agent serves this pool already: there is one per pool")
         self.leases = LeaseTable(blocks.unpin, most_bytes=max(1, int(blocks.data_bytes * config.agent_pin_share)))
         self._sender = Sender(self.leases, self._fd, blocks.memory, self.count)
-        self._welcome = p.Welcome(config.lease_s, p.MAX_KEYS, ("tcp",))
+        self._welcome = p.Welcome(config.lease_s, p.MAX_KEYS, ("tcp",), config.cache_node)
         self._counters: Counter[str] = Counter()
         self._mutex = threading.Lock()
         self._readers: dict[int, _Reader] = {}
@@ -84,6 +91,9 @@ class Agent:
         self._open = 0
         self._next_reader = 1
         self._stopping = threading.Event()
+        peers = StaticPeers(config.peers, own_address=config.agent_listen) if peers is None else peers
+        self._node = CacheNode(blocks, config, peers, self.count) if config.cache_node else None
+        self._offerer = None if config.cache_node else Offerer(blocks, config, peers, self.count)
         self._listeners: list[socket.socket] = []
         self._acceptor: threading.Thread | None = None
         self._names: frozenset[str] = frozenset()
@@ -126,6 +136,11 @@ class Agent:
         self.address = address_text(listener.getsockname())
         self._acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvplug-accept", daemon=True)
         self._acceptor.start()
+        if self._node is not None:
+            self._node.start()
+        if self._offerer is not None:
+            ours = dict.fromkeys(filter(None, (self._config.agent_advertise, listen, *sorted(names))))
+            self._offerer.start(tuple(ours)[: p.MAX_ADDRESSES])
         return self.address
 
     def _accept(self, listener: socket.socket) -> None:
@@ -251,6 +266,8 @@ class Agent:
         for one in data:
             one.interrupt()
         self.leases.release_reader(reader.number)
+        if self._node is not None:
+            self._node.forget(reader.number)
 
     def _serve_control(self, connection: Connection, reader: _Reader) -> None:
         while not self._stopping.is_set():
@@ -269,6 +286,8 @@ class Agent:
             return self._ticket(reader)
         if isinstance(message, p.Stats):
             return p.StatsReply(self.counters(), *self.leases.held())
+        if isinstance(message, p.Offer):
+            return p.Failed("request") if self._node is None else self._node.answer(message, reader.number)
         raise ProtocolError(f"a {type(message).__name__} is no request")
 
     def _bounded(self, seconds: float) -> float:
@@ -294,7 +313,7 @@ class Agent:
         if not self._blocks.is_current():
             return p.Failed("pool")
         seconds = self._bounded(message.seconds)
-        pinned = self._blocks.pin(keys, prefix=message.prefix)
+        pinned = self._blocks.pin(keys, prefix=message.prefix, touch=message.touch)
         codes = np.minimum(pinned.codes, 0)
         found = len(pinned.slots)
         fits = np.cumsum(pinned.nbytes) <= self.leases.room(reader.number)
@@ -330,6 +349,9 @@ class Agent:
     def close(self) -> None:
         """Hang up on everybody, release all pins and the lock. Idempotent."""
         self._stopping.set()
+        for part in (self._offerer, self._node):
+            if part is not None:
+                part.close()
         if self._acceptor is not None:
             self._acceptor.join(STOP_S)  # else its address stays taken
         for listener in self._listeners:

@@ -54,6 +54,7 @@ REFUSALS: Final = {
     "request": "it can't do what was asked",
     "lease": "the lease has ended",
     "pool": "its pool is gone or has no lock to be had",
+    "stranger": "it does not know this host: name this host's address in its `peers`, or give both one directory",
 }
 """What the codes of :class:`~kvplug.rdma.protocol.Failed` mean."""
 

@@ -108,8 +108,10 @@ class Peer:
 
     # ---- fetching ----------------------------------------------------------------------------------------------------
 
-    def fetch(self, keys: U8, timeout_s: float = FETCH_S, *, prefix: bool = False) -> I8:
+    def fetch(self, keys: U8, timeout_s: float = FETCH_S, *, prefix: bool = False, touch: bool = True) -> I8:
         """Bring these blocks ((N, 32) uint8) into the local pool; ``prefix``: only up to the first that is missing.
+
+        Without ``touch`` it is no use of them at the peer, where they may be evicted as soon as if nobody had asked.
 
         Codes, int8[N]: OK: it is here now; EXISTS: it was here already; MISSING: the peer has not got it; CORRUPT: its
         bytes did not fit; TIMEOUT: peer, lease or lock did not last; FULL, BUDGET, IN_PROGRESS: no slot for it here.
@@ -133,7 +135,7 @@ class Peer:
             while len(todo):
                 now, todo = todo[:MAX_KEYS], todo[MAX_KEYS:]
                 codes[now] = Code.TIMEOUT
-                again = self._fetch(keys, now, codes, deadline, prefix)
+                again = self._fetch(keys, now, codes, deadline, prefix, touch)
                 if prefix and int((codes[now] < 0).sum()) > len(again):  # a hole: what is behind it is worth nothing
                     codes[todo] = Code.MISSING
                     todo = todo[:0]
@@ -153,11 +155,11 @@ class Peer:
             self._counters["keys_fetched"] += int((codes == Code.OK).sum())
         return codes
 
-    def _fetch(self, keys: U8, now: I64, codes: I8, deadline: float, prefix: bool) -> I64:
+    def _fetch(self, keys: U8, now: I64, codes: I8, deadline: float, prefix: bool, touch: bool) -> I64:
         """One lookup and its reads; fills ``codes[now]``. Positions that are worth another lookup."""
         asked = time.monotonic()
         answer = self._link.ask(
-            Lookup(keys[now].tobytes(), min(self._config.lease_s, deadline - asked + 1.0), prefix),
+            Lookup(keys[now].tobytes(), min(self._config.lease_s, deadline - asked + 1.0), prefix, touch),
             Leased,
             deadline,
             again=True,
