@@ -39,6 +39,7 @@ NO_NODE_S: Final = 30.0
 """A host that takes no offers is asked again after so long."""
 BACK_OFF_FIRST_S: Final = 0.5
 BACK_OFF_MOST_S: Final = 30.0
+REFUSED_WARN_S: Final = 8.0
 STOP_S: Final = 2.0
 
 
@@ -86,9 +87,7 @@ class Offerer:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            began = time.monotonic()
-            pause = self._round()
-            self._stop.wait(max(pause, (time.monotonic() - began) / LOOKING_SHARE if pause else 0.0))
+            self._stop.wait(self._round())
         for node in self._nodes.values():
             node.link.close()
 
@@ -97,22 +96,22 @@ class Offerer:
         peers = self._peers.peers()
         if not peers:
             return LOOK_S
+        began = time.monotonic()
         keys, nbytes = self._blocks.at_risk(OFFER_BYTES, MAX_OFFER_KEYS)
         self._count("looks", 1)
-        if not len(keys):
-            return LOOK_S
-        node = self._node(peers)
+        pause = max(LOOK_S, (time.monotonic() - began) / LOOKING_SHARE)
+        node = self._node(peers) if len(keys) else None
         if node is None:
-            return DECLINED_S
+            return pause
         offer = Offer(keys.tobytes(), raw(nbytes, np.int64), self._blocks.host, self._addresses)
         codes = self._ask(node, offer, len(keys))
         if codes is None:
-            return LOOK_S
+            return pause
         settled = codes >= 0
         self._blocks.offered(settled)
         self._count("keys_offered_to_nodes", int(settled.sum()))
         self._count("keys_wanted_by_nodes", int((codes == Code.OK).sum()))
-        return LOOK_S if settled.any() else DECLINED_S
+        return pause if settled.any() else max(pause, DECLINED_S)
 
     def _ask(self, node: _Node, offer: Offer, n: int) -> I8 | None:
         try:
@@ -122,10 +121,10 @@ class Offerer:
                 raise ProtocolError(f"{node.link.address} answered an offer of {n} blocks with {len(codes)} codes")
         except RefusedError as e:
             self._count("offers_refused", 1)
-            if not node.warned:
+            node.failed()  # one that does not know this host may get to know it
+            if node.back_off_s >= REFUSED_WARN_S and not node.warned:
                 node.warned = True
                 log.warning("cache node %s takes no offers of this host: %s", node.link.address, e)
-            node.leave_alone(NO_NODE_S)
             return None
         except PeerError:
             self._count("offers_failed", 1)

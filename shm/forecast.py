@@ -170,7 +170,12 @@ class Forecast:
         soon = order[: int(np.searchsorted(np.cumsum(found.nbytes[order] & lay.SIZE_MASK), short)) + 1][::-1]
         seen = self._seen[found.slots[soon]]
         soon = soon[(seen & MOST_USES >= WORTH_USES) & (seen & OFFERED == 0)]
-        return self._together(found.slots[soon], found.words[soon], found.nbytes[soon], most_bytes, most_blocks)
+        for at in range(0, len(soon), most_blocks):
+            some = soon[at : at + most_blocks]
+            whole = self._together(found.slots[some], found.words[some], found.nbytes[some], most_bytes, most_blocks)
+            if len(whole.keys):
+                return whole
+        return AtRisk.nothing()
 
     def offered(self, which: npt.NDArray[np.bool_]) -> None:
         """These of the last look were offered: none is named again until it is used, or stored anew."""
@@ -192,8 +197,10 @@ class Forecast:
         return Candidates(*np.ascontiguousarray(np.concatenate(kept, axis=1)))
 
     def _together(self, slots: I64, words: I64, sizes: I64, most_bytes: int, most_blocks: int) -> AtRisk:
-        """Whole families, in the order of their first member: one that is not all there is worth nothing."""
-        slots, words, sizes = slots[:most_blocks], words[:most_blocks], sizes[:most_blocks]
+        """Whole families, in the order of their first member: one that is not all there is worth nothing.
+
+        Such a one is not looked at again until it is used: it must not stand before those that are whole.
+        """
         keys = self._rows[slots, lay.R_KEY : lay.R_KEY + 4]
         same = self._rows[slots, lay.R_WORD] == words  # else the key may be another block's
         slots, words, sizes, keys = slots[same], words[same], sizes[same], keys[same]
@@ -220,6 +227,7 @@ class Forecast:
         known = starts[family] + number
         all_slots[known], all_gens[known] = slots, words >> GEN_SHIFT
         whole = np.logical_and.reduceat(there, starts)
+        self._seen[slots[~whole[family]]] |= OFFERED
         blocks_so_far = np.cumsum(np.where(whole, count[first], 0))
         bytes_so_far = np.cumsum(np.where(whole, np.add.reduceat(nbytes, starts), 0))
         fits = (blocks_so_far <= most_blocks) & ((bytes_so_far <= most_bytes) | (np.cumsum(whole) == 1))

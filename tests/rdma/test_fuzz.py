@@ -43,6 +43,8 @@ def some_message(rng: random.Random) -> p.Message:
             p.GetTicket(),
             p.Read(number, rng.randbytes(rng.choice([0, 3, 4, 40]))),
             p.ReadStart(number),
+            p.Offer(rng.randbytes(64), rng.randbytes(rng.choice([0, 8, 15, 16])), rng.randbytes(16), ("127.0.0.1:1",)),
+            p.Offered(rng.randbytes(3)),
             p.Failed("busy"),
         ]
     )

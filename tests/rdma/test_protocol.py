@@ -49,6 +49,8 @@ MESSAGES = [
     p.Failed("lease"),
     p.Read(7, p.raw(np.arange(5), np.uint32)),
     p.ReadStart(1 << 40),
+    p.Offer(b"k" * 64, p.raw(np.array([5, 6]), np.int64), b"h" * 16, ("10.0.0.7:9410",)),
+    p.Offered(bytes(2)),
 ]
 
 
@@ -77,6 +79,10 @@ def test_the_largest_messages_fit_their_bounds() -> None:
         p.Read(big, bytes(4 * n)),
         p.StatsReply({f"{i:064d}": big for i in range(64)}, big, big),
         p.Hello("control", True, bytes(32), "x" * 256, bytes(16)),
+        p.Offer(
+            bytes(32 * p.MAX_OFFER_KEYS), bytes(8 * p.MAX_OFFER_KEYS), bytes(16), ("\u20ac" * 256,) * p.MAX_ADDRESSES
+        ),
+        p.Offered(bytes(p.MAX_OFFER_KEYS)),
     ]
     for message in largest:
         header, body = p.encode(message, (1 << 64) - 1)
