@@ -146,7 +146,7 @@ def _rows_of(array: npt.NDArray[Any], n: int, writable: bool) -> tuple[I64, I64,
     base = _address(array)
     if n == 1:  # numpy lets the stride of one row be anything
         return np.fromiter((base,), _INT64, 1), sizes, array
-    return np.arange(base, base + n * stride, stride, _INT64), sizes, array
+    return np.arange(base, base + n * stride, stride, dtype=_INT64), sizes, array
 
 
 def _one(buffer: Any, i: int, writable: bool) -> tuple[int, int, Any]:

@@ -12,6 +12,7 @@ import copy
 import importlib.metadata
 import inspect
 import pkgutil
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,9 @@ LORA_LOADS = tuple(
     _SRT + "lora.lora_manager.LoRAManager." + name for name in ("_load_lora_adapter", "_load_lora_adapter_from_tensors")
 )
 
+CALLED = ("torch.distributed.distributed_c10d._get_default_store",)
+"""Functions behind no public name that are called, not hooked, in the processes of an engine that uses kvplug."""
+
 _SHAPES: dict[str, tuple[str, ...]] = {
     ADD_CLI_ARGS: ("parser",),
     FROM_CLI_ARGS: ("args",),
@@ -64,6 +68,7 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     RELEASE_REQUEST: ("self", "rid"),
     REQUEST: ("self", "rid"),
     TOKENIZE: ("self", "obj"),
+    **dict.fromkeys(CALLED, ()),
     **dict.fromkeys(LORA_LOADS, ("self", "lora_ref")),
     **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES), ("self", "recv_req")),
 }
@@ -116,7 +121,7 @@ def _resolve(target: str) -> Any:
 
 
 def problems(targets: tuple[str, ...]) -> list[str]:
-    """What among the functions to be hooked is not as kvplug expects it; empty if all are."""
+    """What among the functions to be hooked or called is not as kvplug expects it; empty if all are."""
     found = []
     for target in targets:
         short = ".".join(target.split(".")[-2:])
@@ -227,17 +232,49 @@ class Facts:
 
 
 _context: Any = None
+_asked = False
+_weights_replaced: str | None = None
+_ENGINE_WORD = "kvplug/engine"
 
 
-def remember_context(ctx: Any) -> None:
-    """Keeps what SGLang builds its prefix cache from: the one place where all facts of a rank meet."""
-    global _context
-    _context = ctx
+def remember_context(ctx: Any, *, asked: bool) -> None:
+    """Keeps what SGLang builds its prefix cache from: the one place where all facts of a rank meet.
+
+    ``asked``: this engine's settings switch kvplug on, and so all of its processes know of it.
+    """
+    global _context, _asked
+    _context, _asked = ctx, asked
 
 
 def have_context() -> bool:
     """Whether kvplug's hooks were there when this process built its prefix cache."""
     return _context is not None
+
+
+def remember_new_weights(how: str) -> None:
+    """Keeps that weights were replaced in this process before kvplug was attached: they are not those that it finds."""
+    global _weights_replaced
+    _weights_replaced = how
+
+
+def weights_replaced() -> str | None:
+    """The call by which weights were replaced before kvplug was attached; None if they are those of the start."""
+    return _weights_replaced
+
+
+def engine_word() -> str:
+    """32 hexadecimal digits that the ranks of one engine share with nobody: the first to ask draws them.
+
+    Not from settings, which can be given to several engines. In the store of the ranks' process group, which needs no
+    other rank to take part; the same again as long as the processes live.
+    """
+    import torch.distributed as dist
+
+    drawn = secrets.token_hex(16)
+    if not dist.is_available() or not dist.is_initialized():
+        return drawn
+    store = pkgutil.resolve_name(CALLED[0])()
+    return bytes(store.compare_set(_ENGINE_WORD, "", drawn)).decode()
 
 
 def facts() -> Facts:
@@ -273,7 +310,7 @@ def facts() -> Facts:
         lora_enabled=bool(server.get("enable_lora") or server.get("lora_paths")),
         rust_tree=_rust_tree(params),
         replica=_replica(ctx),
-        one_tokenizer=_one_tokenizer(server),
+        one_tokenizer=_one_tokenizer(server) and _asked,
         params=params,
         runner=runner,
     )

@@ -20,7 +20,7 @@ from blake3 import blake3
 from kvplug import config as configuration
 from kvplug.adapters.sglang import compat, lora, namespace
 from kvplug.adapters.sglang.compat import Facts
-from kvplug.adapters.sglang.flags import EXTRA_KEY, PROCESS_STARTED_NS, private_name
+from kvplug.adapters.sglang.flags import EXTRA_KEY, PRIVATE, PROCESS_STARTED_NS
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
 from kvplug.canonical import Value
@@ -58,7 +58,7 @@ class RankEngine:
         self.shard = Shard(0, 1)
         self.replicated_shard = Shard(0, 1)
         self.secret = bytes(32)
-        self.private_name = ""
+        self.private_name = PRIVATE
         self.keeps_sessions = False
         self.hub_cache: str | None = None
         self.layout: dict[str, Value] | None = None
@@ -90,11 +90,16 @@ class RankEngine:
         self.config = configuration.load(**dict(own.get("settings") or {}))
         self.facts = compat.facts()
         _refuse(self.facts, self.config)
-        word = f"{own.get('engine') or id(self)} {self.facts.replica}"
-        self.secret = blake3(word.encode() + b"kvplug engine").digest()
-        self.private_name = private_name(own)
+        if (replaced := compat.weights_replaced()) is not None:
+            raise UnsupportedEngineError(
+                f"the weights were replaced ({replaced}) before kvplug was attached, so which they are is not known; "
+                "start the engine again"
+            )
+        self.secret = blake3(f"{compat.engine_word()} {self.facts.replica}".encode() + b"kvplug engine").digest()
+        self.private_name = f"{PRIVATE[:-1]}-{self._word('name', 0).hex()}|"
         self.keeps_sessions = self.facts.is_multimodal and not self.config.trust_mm_ids
-        self._started_ns = int(own.get("started_ns") or PROCESS_STARTED_NS)
+        # Settings may be another engine's, which was started later: no file may have changed since this process began.
+        self._started_ns = min(int(own.get("started_ns") or PROCESS_STARTED_NS), PROCESS_STARTED_NS)
         (tp, tps), (cp, cps), (pp, pps) = self.facts.tp, self.facts.cp, self.facts.pp
         self.shard = Shard((pp * cps + cp) * tps + tp, pps * cps * tps)
         self.replicated_shard = Shard(pp * cps + cp, pps * cps)
@@ -301,8 +306,9 @@ def _refuse(facts: Facts, config: Config) -> None:
     if facts.is_multimodal and not config.trust_mm_ids:
         if not facts.one_tokenizer:
             raise UnsupportedEngineError(
-                "a multimodal model whose requests come in through several tokenizer processes, gRPC, or encoders "
-                "elsewhere: whether images are named by their content can't be seen; trust_mm_ids vouches for it"
+                "a multimodal model whose requests come in through several tokenizer processes, gRPC, encoders "
+                "elsewhere, or a server that was started without kvplug: whether images are named by their content "
+                "can't be seen; trust_mm_ids vouches for it"
             )
         if facts.server.get("trust_mm_content_hashes"):
             raise UnsupportedEngineError(

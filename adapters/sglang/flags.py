@@ -8,10 +8,8 @@ by which SGLang loads a storage backend or a linker of somebody else's.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,9 @@ MODE_ENV = "KVPLUG_SGLANG_MODE"
 EXTRA_KEY = "kvplug"
 """Entry of the backend's extra configuration that holds :meth:`Options.extra`."""
 MAX_CONFIG_BYTES = 1 << 20
+PRIVATE = "kvplug-private|"
+"""In front of the extra key of a request whose pages must stay with its engine; a scheduler puts the engine's own word
+there (``requests.py``), which the process that takes requests in does not know."""
 PROCESS_STARTED_NS = time.time_ns()
 """When SGLang loaded its plugins here, which it does before it loads a model."""
 PREFETCH_TOKENS = 64
@@ -41,11 +42,11 @@ class Options:
     """Settings of :class:`kvplug.config.Config` that go over environment and file."""
 
     def extra(self) -> dict[str, Any]:
-        """What the engine's processes are told: the settings, when loading began, and a number that only they share.
+        """What the engine's processes are told: the settings, and when loading began.
 
-        The number is no secret (SGLang logs its settings): what is built on it has to differ from engine to engine.
+        Nothing that only one engine may have: SGLang shows its settings, and they may be given to another.
         """
-        return {"settings": self.settings, "started_ns": time.time_ns(), "engine": secrets.token_hex(16)}
+        return {"settings": self.settings, "started_ns": time.time_ns()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,11 +182,6 @@ def extra_of(settings: Any) -> dict[str, Any] | None:
             return None
     found = extra.get(EXTRA_KEY) if isinstance(extra, dict) else None
     return found if isinstance(found, dict) else None
-
-
-def private_name(extra: dict[str, Any]) -> str:
-    """A word that keeps requests to one engine, in front of their extra key."""
-    return "kvplug-" + hashlib.sha256(f"private {extra.get('engine')}".encode()).hexdigest() + "|"
 
 
 def host_cache_wanted(given: Any) -> bool:

@@ -64,7 +64,7 @@ def unsupported(targets: tuple[str, ...] = ()) -> str | None:
             f"SGLang {version} is not one that kvplug was written for ({compat.SUPPORTED['sglang']}); "
             "KVPLUG_UNSUPPORTED_ENGINE_OK=1 tries it all the same"
         )
-    found = compat.problems(targets or compat.scheduler_targets())
+    found = compat.problems(targets or (*compat.scheduler_targets(), *compat.CALLED))
     return f"SGLang {version} is not as kvplug knows it: {'; '.join(found)}" if found else None
 
 
@@ -167,7 +167,7 @@ def before_tokenize(manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None
     """Before a request is tokenized: images that are named by the user's word stay within this engine."""
     extra = flags.extra_of(manager.server_args)
     if extra is not None and _names_given(obj) and not _trusts_names(extra):
-        obj.extra_key = flags.private_name(extra) + (obj.extra_key or "")
+        obj.extra_key = flags.PRIVATE + (obj.extra_key or "")
 
 
 def _trusts_names(extra: dict[str, Any]) -> bool:
@@ -221,7 +221,7 @@ def _guarded(function: _Hook) -> _Hook:
 @_guarded
 def before_tree_cache(ctx: Any, *_args: Any, **_kwargs: Any) -> None:
     """Before the prefix cache is made: where all facts of a rank are at hand."""
-    compat.remember_context(ctx)
+    compat.remember_context(ctx, asked=flags.extra_of(ctx.server_args) is not None)
     compat.take_python_tree(ctx)
 
 
@@ -253,7 +253,10 @@ def before_weight_change(name: str, updater: Any, recv_req: Any = None, *_args: 
     """Before weights change, or may be changed by somebody else."""
     if compat.leaves_weights(name, recv_req):
         return
-    for each in _engines():
+    engines = _engines()
+    if not engines:
+        compat.remember_new_weights(name)
+    for each in engines:
         if name == "begin_weight_update":
             each.update_began()
         elif name == "end_weight_update":

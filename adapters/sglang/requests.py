@@ -14,18 +14,24 @@ from blake3 import blake3
 
 from kvplug.adapters.sglang import lora
 from kvplug.adapters.sglang.engine import RankEngine
+from kvplug.adapters.sglang.flags import PRIVATE
 
-_MARK = "kvplug-"
+_MARK = "kvplug-digest-"
 
 
 def complete_extra_key(request: Any, engine: RankEngine) -> None:
     """Makes a new request's (``Req``) extra key say what its pages depend on.
 
-    Embeddings that replace tokens', and bounds between items that do not see each other: a digest of them. Pages of a
+    Images that the user names (marked by :data:`PRIVATE`): this engine's own word. Embeddings that replace tokens', and
+    bounds between items that do not see each other: a digest of them. Pages of a
     session with images: kept to this engine, since an earlier turn may have named its images by the user's word. An
-    extra key that ends like an adapter's id in a request without adapter: made to end otherwise, so that nobody can
-    pass off the plain model's pages as an adapter's.
+    extra key that ends like an adapter's id in a request without adapter, or begins like such a digest: made to end or
+    begin otherwise, so that nobody can pass off the plain model's pages as others. Two different keys stay different.
     """
+    if (request.extra_key or "").lstrip("|").startswith(_MARK):
+        request.extra_key = "|" + request.extra_key
+    if (request.extra_key or "").startswith(PRIVATE):
+        request.extra_key = engine.private_name + request.extra_key.removeprefix(PRIVATE)
     parts = []
     given = getattr(request, "positional_embed_overrides", None)
     if given is not None:
@@ -37,7 +43,7 @@ def complete_extra_key(request: Any, engine: RankEngine) -> None:
         parts.append(engine.private_name)
     if parts:
         request.extra_key = "".join(parts) + (request.extra_key or "")
-    if request.extra_key and request.lora_id is None and lora.is_known(request.extra_key):
+    if request.extra_key and request.lora_id is None and lora.is_known(request.extra_key.rstrip("|")):
         request.extra_key += "|"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvplug.keys import KEY_BYTES
 from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, pick, serve
 from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
@@ -223,13 +224,14 @@ def test_half_of_the_calls_fail_and_the_pool_is_too_small(boot: Boot, control: C
 def test_after_a_change_of_weights_nothing_old_is_found(
     pair: dict[str, SglangServer], cases: list[Case], control: Control
 ) -> None:
-    """Neither in an engine that was attached all the time, nor in one that was detached while its weights changed."""
+    """Neither in an engine that was attached all the time, nor in one that was detached while its weights changed, and
+    is attached again with the first one's settings: what they store from now on, the other does not find."""
     case, attached_one, detached = cases[7], pair["first"], pair["second"]
     for server in pair.values():
         store(server, [case])
         server.flush()
         assert from_storage(serve(server, [case])) == [case.whole]
-    status = detached.get(BACKEND)
+    info = attached_one.get("/server_info")
     idle(detached, lambda: detached.post(BACKEND, method="DELETE"))
     other, plain = ({"model_path": str(model_dir(model))} for model in (LLAMA_OTHER, LLAMA))
     assert control.server.post("/update_weights_from_disk", other)["success"]
@@ -241,20 +243,36 @@ def test_after_a_change_of_weights_nothing_old_is_found(
         assert server.post("/update_weights_from_disk", other)["success"]
     settings = {
         "hicache_storage_backend": "dynamic",
-        "hicache_storage_backend_extra_config_json": status["hicache_storage_backend_extra_config"],
+        "hicache_storage_backend_extra_config_json": info["hicache_storage_backend_extra_config"],
     }
     idle(detached, lambda: detached.post(BACKEND, settings, method="PUT"))
     assert new.margin is not None
     assert new.margin >= MIN_MARGIN
     assert tuple(new.tokens) != case.tokens, "the other weights answer the same, so that nothing could be seen"
     changed = Case(case.prompt, tuple(new.tokens))
-    for server in (attached_one, detached):
-        assert serve(server, [changed])[0].cached == 0
+    assert serve(attached_one, [changed])[0].cached == 0
     store(attached_one, [changed])
     attached_one.flush()
     assert from_storage(serve(attached_one, [changed])) == [changed.whole], "its own pages of the new weights are found"
-    detached.flush()
-    serve(detached, [changed])
+    eventually("the weights are known", lambda: ask(detached, "there", tokens=list(case.prompt)))
+    assert serve(detached, [changed])[0].cached == 0
+
+
+def test_ranks_agree_on_names_after_a_change_of_weights(ranks: SglangServer, cases: list[Case]) -> None:
+    """Loaded anew, the same weights are the engine's own, and its ranks' names of a page differ in the shard alone."""
+    case = cases[0]
+
+    def name(rank: int) -> str:
+        return str(ranks.ask("tests.sglang.inside_plugin:page_names", rank)["key"])[: 2 * (KEY_BYTES - 2)]
+
+    before = name(0)
+    assert name(1) == before
+    assert ranks.post("/update_weights_from_disk", {"model_path": str(model_dir(LLAMA))})["success"]
+    assert serve(ranks, [case])[0].cached == 0
+    assert name(0) == name(1) != before
+    store(ranks, [case], ranks=2)
+    ranks.flush()
+    assert from_storage(serve(ranks, [case])) == [case.whole]
 
 
 @pytest.mark.parametrize("version", VERSIONS[:-1])

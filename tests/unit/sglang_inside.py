@@ -154,16 +154,6 @@ def auto_keeps_the_host_cache_that_was_asked_for() -> None:
     assert not record.enable_unified_cache_external_linker
 
 
-def two_engines_never_share_a_number() -> None:
-    from kvplug.adapters.sglang import flags
-
-    one, two = (flags.extra_of(resolved("--enable-kvplug")) for _ in range(2))
-    assert one is not None
-    assert two is not None
-    assert one["engine"] != two["engine"]
-    assert flags.private_name(one) != flags.private_name(two)
-
-
 def a_config_file_says_it_too() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sglang.yaml"
@@ -295,7 +285,6 @@ CHECKS = [
     auto_takes_the_linker_where_there_is_one,
     hicache_mode_is_a_dynamic_storage_backend,
     auto_keeps_the_host_cache_that_was_asked_for,
-    two_engines_never_share_a_number,
     a_config_file_says_it_too,
     settings_come_from_a_file,
     the_environment_alone_is_enough,

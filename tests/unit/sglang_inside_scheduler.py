@@ -21,7 +21,7 @@ def images_named_by_the_user_stay_in_the_engine() -> None:
 
     assert hasattr(TokenizerManager._tokenize_one_request, "__wrapped__")  # since kvplug's settings were made
     manager = SimpleNamespace(server_args=resolved("--enable-kvplug"))
-    private = flags.private_name(flags.extra_of(manager.server_args))
+    private = flags.PRIVATE
     for given, own, becomes in (
         ({"mm_hashes": ["ab"]}, None, private),
         ({"mm_hashes": ["ab"]}, "mine", private + "mine"),
@@ -52,7 +52,7 @@ class Engine:
     secret = b"s" * 32
     hub_cache = None
     keeps_sessions = False
-    private_name = "kvplug-private|"
+    private_name = "kvplug-private-word|"
 
     def __init__(self) -> None:
         self.told: list[Any] = []
@@ -66,7 +66,7 @@ def hooks_fit_and_are_applied() -> None:
 
     from kvplug.adapters.sglang import compat, engine, plugin
 
-    for targets in (compat.FRONT_TARGETS, compat.TOKENIZER_TARGETS, compat.scheduler_targets()):
+    for targets in (compat.FRONT_TARGETS, compat.TOKENIZER_TARGETS, compat.scheduler_targets(), compat.CALLED):
         assert compat.problems(targets) == []
     os.environ["KVPLUG_ENABLE"] = "1"
     plugin.register()
@@ -210,8 +210,14 @@ def requests_say_what_their_pages_depend_on() -> None:
     here = engine._engines[0]
     assert key(session=SimpleNamespace()) is None
     here.keeps_sessions = True
-    assert key(session=SimpleNamespace()) == "kvplug-private|"
+    assert key(session=SimpleNamespace()) == "kvplug-private-word|"
     here.keeps_sessions = False
+    assert key(extra_key="kvplug-private|e") == "kvplug-private-word|e"
+    # Nobody has pages that were made from embeddings by an extra key, and whatever is given, two stay two.
+    given = [one, "|" + one, "||" + one, one[:-1], "e" + known, "e" + known + "|", "e" + known + "||", "e", "|e"]
+    becomes = [key(extra_key=each) for each in given]
+    assert one not in becomes
+    assert len(set(becomes)) == len(given)
     assert told() == []
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvplug.adapters.sglang import compat, engine
+from kvplug.adapters.sglang import compat, engine, plugin
 from kvplug.adapters.sglang.engine import RankEngine, Shard
 from tests.unit.sglang_facts import facts, give
-from tests.vllm_lab.env import temporary_pool
+from tests.vllm_lab.env import free_port, temporary_pool
 
 HASHES = [f"{i:064x}" for i in range(3)]
 LAYOUT = {"mode": "test"}
 WORD = "a" * 32
 IDENTIFIED_S = 60.0
+DEADLINE_S = 120
 Make = Callable[..., RankEngine]
 
 
@@ -40,10 +44,14 @@ def make(pool: str, weights: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """``make(word=WORD, began=True, **facts)``: a rank's engine, identified unless told otherwise."""
     made = []
 
-    def one(word: str = WORD, began: bool = True, settings: Any = None, **changes: Any) -> RankEngine:
+    def one(
+        word: str = WORD, began: bool = True, settings: Any = None, process_ns: int | None = None, **changes: Any
+    ) -> RankEngine:
         give(monkeypatch, facts(weights, **changes))
         time.sleep(0.01)  # the weights are older than the engine by more than the file system's clock ticks
-        own = {"settings": settings or {"pool": pool, "size": "64mib"}, "engine": word, "started_ns": time.time_ns()}
+        monkeypatch.setattr(compat, "engine_word", lambda: word)
+        monkeypatch.setattr(engine, "PROCESS_STARTED_NS", time.time_ns() if process_ns is None else process_ns)
+        own = {"settings": settings or {"pool": pool, "size": "64mib"}, "started_ns": time.time_ns()}
         made.append(engine.start("linker", {"kvplug": own}))
         if began:
             made[-1].begin(LAYOUT)
@@ -226,6 +234,66 @@ def test_weights_that_changed_since_the_start_turn_it_off(make: Make, weights: P
     assert rank.wait_identified(IDENTIFIED_S)
     assert rank.off_reason is not None
     assert rank.keys("kv", HASHES) is None
+
+
+def test_settings_of_an_engine_that_was_started_later_vouch_for_nothing(make: Make, weights: Path) -> None:
+    """Attached with them, an engine takes files for its weights only if they are as they were at its own start."""
+    process_ns = time.time_ns()
+    time.sleep(0.02)
+    (weights / "model.safetensors").write_bytes(b"x" * 100)
+    rank = make(process_ns=process_ns)
+    assert rank.off_reason is not None
+    assert rank.keys("kv", HASHES) is None
+
+
+def test_weights_that_were_replaced_before_it_was_attached_are_unknown(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "_weights_replaced", None)
+    assert make().keys("kv", HASHES) is not None
+    for each in engine.engines():
+        each.close()
+    plugin.before_weight_change("check_weights", None, SimpleNamespace(action="checksum"))
+    assert make().keys("kv", HASHES) is not None  # that only looks
+    for each in engine.engines():
+        each.close()
+    plugin.before_weight_change("update_weights_from_disk", None)
+    rank = make(began=False)
+    rank.begin(LAYOUT)
+    assert "weights were replaced (update_weights_from_disk) before kvplug was attached" in (rank.off_reason or "")
+    assert rank.keys("kv", HASHES) is None
+
+
+RANK = """
+import sys
+import torch.distributed as dist
+from kvplug.adapters.sglang import compat
+port, rank = int(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+print(compat.engine_word(), compat.engine_word())
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_the_ranks_of_an_engine_agree_on_a_word_that_no_other_engine_has() -> None:
+    """Real process groups, as SGLang's ranks have one; asked again, it is the same word."""
+    assert compat.problems(compat.CALLED) == []
+    ranks = []
+    for port in (free_port(), free_port()):
+        for rank in range(2):
+            command = [sys.executable, "-c", RANK, str(port), str(rank)]
+            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    try:
+        said = [rank.communicate(timeout=DEADLINE_S)[0].split() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * 4
+    one, two = said[0][0], said[2][0]
+    assert said == [[one] * 2, [one] * 2, [two] * 2, [two] * 2]
+    assert one != two
+    assert len(bytes.fromhex(one)) == 16
 
 
 def test_without_hooks_it_is_off(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
