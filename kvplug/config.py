@@ -43,7 +43,7 @@ __all__ = [
 
 ENV_PREFIX = "KVPLUG_"
 PATH_ENV = "KVPLUG_CONFIG"
-RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT"})
+RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT", "KVPLUG_PEER_FAULT"})
 """Variables that are read elsewhere and are not settings of the schema."""
 SECRETS = frozenset({"auth_key", "directory_url"})
 HIDDEN = "(set, not shown)"

@@ -25,8 +25,18 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvplug.errors import AgentError, Code, PeerAuthError, PeerError, PeerTimeoutError, PoolError, ProtocolError
+from kvplug.rdma import faults
 from kvplug.rdma import protocol as p
-from kvplug.rdma.auth import NO_KEY, Session, accept_tls, answer_knock, check_exposure, shared_key, tls_context
+from kvplug.rdma.auth import (
+    HANDSHAKE_S,
+    NO_KEY,
+    Session,
+    accept_tls,
+    answer_knock,
+    check_exposure,
+    shared_key,
+    tls_context,
+)
 from kvplug.rdma.blocks import Blocks, PinnedParts
 from kvplug.rdma.cachenode import CacheNode
 from kvplug.rdma.leases import LeaseTable
@@ -70,6 +80,7 @@ class Agent:
         ``peers``: the other hosts, which the caller closes. What is about to be evicted here is offered to the cache
         nodes among them; on a cache node, they may offer. Default: those of the settings.
         """
+        faults.arm_from_environment()
         self._blocks, self._config = blocks, config
         self._secret = shared_key(config) or NO_KEY
         self._tls = tls_context(config, server=True)
@@ -174,6 +185,9 @@ class Agent:
         """A connection's thread: prove each other, serve, clean up."""
         connection: Connection | None = None
         try:
+            if faults.armed and faults.meddle("accepted", b"", sock.close):
+                self._stopping.wait(HANDSHAKE_S)
+                raise PeerTimeoutError("nothing was said")
             connection = Connection(accept_tls(sock, self._tls))
             with self._mutex:
                 self._connections[connection] = threading.current_thread()
@@ -329,6 +343,8 @@ class Agent:
                 self._blocks.unpin(pinned.slots[:m])
                 codes[codes == 0] = Code.BUDGET
                 m = 0
+            if faults.armed:
+                faults.happen("lease granted")
         with self._mutex:
             self._counters["lookups"] += 1
             self._counters["keys_asked"] += len(keys)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from blake3 import blake3
 
 from kvplug.errors import AgentError, ConfigError, PeerAuthError, PeerError, PeerTimeoutError, ProtocolError
+from kvplug.rdma import faults
 from kvplug.rdma.protocol import (
     NONCE_BYTES,
     Challenge,
@@ -205,6 +206,9 @@ def dial(address: str, places: list[tuple[socket.AddressFamily, tuple[str, int]]
             if left <= 0:
                 raise TimeoutError
             sock.settimeout(left)
+            if faults.armed and faults.meddle("dial", b"", sock.close):
+                time.sleep(left)
+                raise TimeoutError
             sock.connect(place)
             if context is not None:
                 sock = context.wrap_socket(sock, server_hostname=split_address(address)[0])

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from kvplug.errors import Code, PeerError, PeerTimeoutError
+from kvplug.rdma import faults
 from kvplug.rdma.blocks import U8, Blocks
 from kvplug.rdma.datapath import DataPath, Wanted
 from kvplug.rdma.leases import HeldLease
@@ -264,6 +265,8 @@ class _Window:
         self._parts_at = self._targets[:, None] + self._part_at[None, :]
         self._parts_nbytes = np.broadcast_to(self._group.part_nbytes, self._parts_at.shape)
         self._result = np.full(len(ok), Code.TIMEOUT, np.int8)
+        if faults.armed:
+            faults.happen("reserved")
         wanted = Wanted(lease, self._index[ok], self._sources[ok], self._nbytes[ok], self._targets)
         landing = None
         try:
@@ -286,6 +289,8 @@ class _Window:
             self._peer._count("leases_run_out", len(which))
             return
         parts = self._parts_at.shape[1]
+        if faults.armed:
+            faults.meddle("check", self._blocks.memory[self._targets[which[0]] :][:1], lambda: None)
         sums = self._blocks.checksums(self._parts_at[which].ravel(), self._parts_nbytes[which].ravel())
         sums = sums.reshape(-1, parts)
         right = (sums == self._sums[which]).all(axis=1)
@@ -294,6 +299,8 @@ class _Window:
             self._result[which[~right]] = Code.CORRUPT
             which, sums = which[right], sums[right]
         codes = np.full(len(which), Code.OK, np.int8)
+        if faults.armed:
+            faults.happen("seal")
         for part in range(parts):
             codes = self._blocks.complete(
                 self._slots[which], self._gens[which], part, np.ascontiguousarray(sums[:, part])

@@ -148,6 +148,7 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "peer_timeout_s": "0.5",
         "peer_connections": "2",
         "agent_pin_share": "0.1",
+        "cache_node": "true",
         "peers": "10.0.0.8:9410, [::1]:9410",
         "directory_url": "redis://:only-for-tests@10.0.0.9",
         "directory_ttl_s": "3",
