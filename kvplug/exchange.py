@@ -117,12 +117,15 @@ class PoolExchange:
         """Nobody can write to these any more."""
         self.store.acknowledge(slots, gens)
 
-    def at_risk(self, most_bytes: int, most_blocks: int) -> tuple[U8, I64]:
-        """(keys, bytes of each): blocks worth keeping that will be evicted soon. For one thread; takes no lock."""
+    def at_risk(self, most_bytes: int, most_blocks: int, *, anew: bool) -> tuple[U8, I64]:
+        """(keys, bytes of each): blocks worth keeping that will be evicted soon. For one thread; takes no lock.
+
+        ``anew``: look at the whole pool; else the next of what the last look has found.
+        """
         if self._forecast is None:
             pool = self.store.pool
             self._forecast = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
-        found = self._forecast.look(most_bytes, most_blocks)
+        found = (self._forecast.look if anew else self._forecast.more)(most_bytes, most_blocks)
         return found.keys, found.nbytes
 
     def offered(self, which: npt.NDArray[np.bool_]) -> None:

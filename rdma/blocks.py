@@ -88,8 +88,11 @@ class Blocks(Protocol):
     def acknowledge(self, slots: I64, gens: I64) -> None:
         """Nobody can write to these any more."""
 
-    def at_risk(self, most_bytes: int, most_blocks: int) -> tuple[U8, I64]:
-        """(keys, bytes of each): blocks worth keeping that will be evicted soon, the most worth first."""
+    def at_risk(self, most_bytes: int, most_blocks: int, *, anew: bool) -> tuple[U8, I64]:
+        """(keys, bytes of each): blocks worth keeping that will be evicted soon, the most worth first.
+
+        ``anew``: look at the whole pool; else the next of what the last look has found.
+        """
 
     def offered(self, which: npt.NDArray[np.bool_]) -> None:
         """These of the last :meth:`at_risk` were offered, and are named again only once they were used."""

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvplug")
 
 OFFER_BYTES: Final = 64 << 20
-"""Blocks of one offer; the next follows when the node has answered and it was looked again."""
+"""Blocks of one offer; the next follows when the node has answered."""
 LOOK_S: Final = 0.1
-DECLINED_S: Final = 0.25
+STALE_S: Final = 2.0
+"""What a look has found is offered for so long; then it is looked anew."""
+DECLINED_S: Final = 0.1
 LOOKING_SHARE: Final = 0.05
-"""Of one core, at most: looking at a million slots takes some ten milliseconds."""
+"""Of one core, at most."""
 NO_NODE_S: Final = 30.0
 """A host that takes no offers is asked again after so long."""
 BACK_OFF_FIRST_S: Final = 0.5
@@ -97,21 +99,25 @@ class Offerer:
         if not peers:
             return LOOK_S
         began = time.monotonic()
-        keys, nbytes = self._blocks.at_risk(OFFER_BYTES, MAX_OFFER_KEYS)
+        keys, nbytes = self._blocks.at_risk(OFFER_BYTES, MAX_OFFER_KEYS, anew=True)
         self._count("looks", 1)
         pause = max(LOOK_S, (time.monotonic() - began) / LOOKING_SHARE)
-        node = self._node(peers) if len(keys) else None
-        if node is None:
-            return pause
-        offer = Offer(keys.tobytes(), raw(nbytes, np.int64), self._blocks.host, self._addresses)
-        codes = self._ask(node, offer, len(keys))
-        if codes is None:
-            return pause
-        settled = codes >= 0
-        self._blocks.offered(settled)
-        self._count("keys_offered_to_nodes", int(settled.sum()))
-        self._count("keys_wanted_by_nodes", int((codes == Code.OK).sum()))
-        return pause if settled.any() else max(pause, DECLINED_S)
+        while len(keys) and time.monotonic() < began + STALE_S and not self._stop.is_set():
+            node = self._node(peers)
+            if node is None:
+                break
+            offer = Offer(keys.tobytes(), raw(nbytes, np.int64), self._blocks.host, self._addresses)
+            codes = self._ask(node, offer, len(keys))
+            if codes is None:
+                break
+            if (codes == Code.BUDGET).any():
+                self._stop.wait(DECLINED_S)
+                continue
+            self._blocks.offered(codes >= 0)
+            self._count("keys_offered_to_nodes", len(codes))
+            self._count("keys_wanted_by_nodes", int((codes == Code.OK).sum()))
+            keys, nbytes = self._blocks.at_risk(OFFER_BYTES, MAX_OFFER_KEYS, anew=False)
+        return pause
 
     def _ask(self, node: _Node, offer: Offer, n: int) -> I8 | None:
         try:

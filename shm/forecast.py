@@ -136,7 +136,9 @@ class Forecast:
         self._seen = np.zeros(geometry.n_rows, np.int64)
         self._first_uses = WORTH_USES
         self._looked_at = (-1, -1)
+        self._rest = np.empty((3, 0), np.int64)
         self._last = AtRisk.nothing()
+        self._found_something = True
         self._slabs = max(1, WINDOW_SLOTS // geometry.rows_per_slab)
         self._buffers = np.empty((4, min(geometry.n_rows, self._slabs * geometry.rows_per_slab)), np.int64)
         g = geometry
@@ -155,30 +157,37 @@ class Forecast:
     def look(self, most_bytes: int, most_blocks: int) -> AtRisk:
         """What goes soon and is worth keeping, but for what was offered; at most so much, but one block at least."""
         now = int(self._T[lay.H_EVENT_SEQ]), int(self._T[lay.H_TICK])
-        if now != self._looked_at or len(self._last.keys):  # else nothing has changed, and nothing was left
+        self._rest = self._rest[:, :0]
+        if now != self._looked_at or self._found_something:  # else nothing has changed, and there was nothing
             self._looked_at = now
-            self._last = self._look(most_bytes, most_blocks)
+            self._rest = self._soon()
+            self._found_something = bool(self._rest.size)
+        return self.more(most_bytes, most_blocks)
+
+    def more(self, most_bytes: int, most_blocks: int) -> AtRisk:
+        """The next of what the last look has found, without looking anew; blocks that have gone since are left out."""
+        self._last = AtRisk.nothing()
+        while self._rest.size and not len(self._last.keys):
+            some, rest = self._rest[:, :most_blocks], self._rest[:, most_blocks:]
+            self._last, left = self._together(some, most_bytes, most_blocks)
+            self._rest = np.concatenate((some[:, left], rest), axis=1)
         return self._last
 
-    def _look(self, most_bytes: int, most_blocks: int) -> AtRisk:
+    def _soon(self) -> I64:
+        """(slots, words, whole size words) of what goes soon and is worth keeping, int64[3, N]."""
         short = int(self._geometry.data_bytes * AHEAD_SHARE) - self.free_bytes()
         found = self._windows(choosing=short > 0)
         self._first_uses = 0
         if short <= 0 or not len(found.slots):
-            return AtRisk.nothing()
+            return self._rest[:, :0]
         order = self._policy.choose(found, len(found.slots))
         soon = order[: int(np.searchsorted(np.cumsum(found.nbytes[order] & lay.SIZE_MASK), short)) + 1][::-1]
         seen = self._seen[found.slots[soon]]
         soon = soon[(seen & MOST_USES >= WORTH_USES) & (seen & OFFERED == 0)]
-        for at in range(0, len(soon), most_blocks):
-            some = soon[at : at + most_blocks]
-            whole = self._together(found.slots[some], found.words[some], found.nbytes[some], most_bytes, most_blocks)
-            if len(whole.keys):
-                return whole
-        return AtRisk.nothing()
+        return np.stack((found.slots[soon], found.words[soon], found.nbytes[soon]))
 
     def offered(self, which: npt.NDArray[np.bool_]) -> None:
-        """These of the last look were offered: none is named again until it is used, or stored anew."""
+        """These of what was named last were offered: none is named again until it is used, or stored anew."""
         blocks = self._last
         which = which & (blocks.slots >= 0)
         slots = blocks.slots[which]
@@ -196,16 +205,18 @@ class Forecast:
                 kept.append(self._buffers[:, self._policy.choose(some, max(1, n // SHARE_OF_WINDOW))])
         return Candidates(*np.ascontiguousarray(np.concatenate(kept, axis=1)))
 
-    def _together(self, slots: I64, words: I64, sizes: I64, most_bytes: int, most_blocks: int) -> AtRisk:
-        """Whole families, in the order of their first member: one that is not all there is worth nothing.
+    def _together(self, some: I64, most_bytes: int, most_blocks: int) -> tuple[AtRisk, npt.NDArray[np.bool_]]:
+        """Whole families, in the order of their first member, and which slots found no room among them.
 
-        Such a one is not looked at again until it is used: it must not stand before those that are whole.
+        A family that is not all there is worth nothing, and not looked at again until it is used.
         """
+        slots, words, sizes = some
         keys = self._rows[slots, lay.R_KEY : lay.R_KEY + 4]
         same = self._rows[slots, lay.R_WORD] == words  # else the key may be another block's
+        left = np.zeros(len(slots), np.bool_)
         slots, words, sizes, keys = slots[same], words[same], sizes[same], keys[same]
         if not len(slots):
-            return AtRisk.nothing()
+            return AtRisk.nothing(), left
         which = sizes >> lay.SIBLING_SHIFT
         number, count = which & lay.SIBLING_MASK, (which >> lay.SIBLING_BITS) + 1
         keys[:, 3] ^= number << lay.SIBLING_KEY_SHIFT
@@ -232,5 +243,6 @@ class Forecast:
         bytes_so_far = np.cumsum(np.where(whole, np.add.reduceat(nbytes, starts), 0))
         fits = (blocks_so_far <= most_blocks) & ((bytes_so_far <= most_bytes) | (np.cumsum(whole) == 1))
         take = np.repeat(whole & fits, count[first])
+        left[same] = (whole & ~fits)[family]
         named = np.ascontiguousarray(all_keys[take]).view(np.uint8).reshape(-1, 32)
-        return AtRisk(named, nbytes[take], all_slots[take], all_gens[take])
+        return AtRisk(named, nbytes[take], all_slots[take], all_gens[take]), left

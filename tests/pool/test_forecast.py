@@ -151,6 +151,23 @@ def test_bounds_are_kept_and_one_block_is_always_named(make_store: MakeStore) ->
         assert len(found.keys) == n
 
 
+def test_one_look_is_named_piece_by_piece_without_what_has_gone(make_store: MakeStore) -> None:
+    store = make_store(size="32mib")
+    of = fill(store, BLOCK, 1)
+    pool = store.pool
+    all_at_once = Forecast(pool.T, pool.L, pool.geometry, pool.policy).look(MANY, 1024)
+    forecast = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
+    first = forecast.look(MANY, 10)
+    assert named(first) == {key.tobytes() for key in all_at_once.keys[:10]}
+    assert (store.remove(all_at_once.keys[10:13]) == Code.OK).all()
+    second = forecast.more(4 * BLOCK, 1024)
+    assert [key.tobytes() for key in second.keys] == [key.tobytes() for key in all_at_once.keys[13:17]]
+    rest = forecast.more(MANY, 1024)
+    assert named(rest) == {key.tobytes() for key in all_at_once.keys[17:]}
+    assert not len(forecast.more(MANY, 1024).keys)
+    assert len(of) > len(all_at_once.keys)
+
+
 def test_siblings_are_named_together_or_not_at_all(make_store: MakeStore) -> None:
     store = make_store(size="32mib")
     whole, half = keys(10, 1), keys(10, 2)
