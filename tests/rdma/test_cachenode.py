@@ -83,6 +83,7 @@ class Family:
         """The node takes these, and then they go at their owner."""
         left = self.fill(of)
         until(lambda: self.node.store.exists(left).all(), LONG_S)
+        until(lambda: self.owner.store.stats().pinned_slots == 0)  # the node's lease is released
         self.pour(HOT + 8)
         assert not self.owner.store.exists(of).any(), "to be read by a node is no use"
 
@@ -313,6 +314,7 @@ def test_a_node_known_by_the_directory_is_found_by_it_too(make_host: MakeHost) -
         left = of[owner.store.exists(of)]
         assert len(left) >= HOT - 4
         wait_for(lambda: node.store.exists(left).all())
+        wait_for(lambda: owner.store.stats().pinned_slots == 0)
         pour(owner.store)
         assert not owner.store.exists(of).any()
         expected = {host_id(node.store): len(left)}
