@@ -60,7 +60,6 @@ class _Node:
     def failed(self) -> None:
         self.back_off_s = min(max(2 * self.back_off_s, BACK_OFF_FIRST_S), BACK_OFF_MOST_S)
         self.leave_alone(self.back_off_s)
-        self.link.close()
 
 
 class Offerer:
@@ -162,5 +161,6 @@ class Offerer:
             if node.link.welcome is not None and node.link.welcome.cache_node:
                 return node
             node.leave_alone(NO_NODE_S)
-            node.link.close()
+            node.link.close()  # not kept for nothing
+            node.link = Link(peer.address, self._config)
         return None
