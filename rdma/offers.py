@@ -70,6 +70,7 @@ class Offerer:
         self._blocks, self._config, self._peers, self._count = blocks, config, peers, count
         self._addresses: tuple[str, ...] = ()
         self._nodes: dict[str, _Node] = {}
+        self._has_seen_node = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvplug-offer", daemon=True)
 
@@ -95,8 +96,10 @@ class Offerer:
     def _round(self) -> float:
         """Look, and offer what was found. How long to wait before the next."""
         peers = self._peers.peers()
-        if not peers:
-            return LOOK_S
+        if not self._has_seen_node:  # from the first one on every look counts, also while there is none
+            self._has_seen_node = self._node(peers) is not None
+            if not self._has_seen_node:
+                return LOOK_S
         began = time.monotonic()
         keys, nbytes = self._blocks.at_risk(OFFER_BYTES, MAX_OFFER_KEYS, anew=True)
         self._count("looks", 1)
