@@ -51,6 +51,10 @@ MESSAGES = [
     p.ReadStart(1 << 40),
     p.Offer(b"k" * 64, p.raw(np.array([5, 6]), np.int64), b"h" * 16, ("10.0.0.7:9410",)),
     p.Offered(bytes(2)),
+    p.OpenQueue(p.QueueEnd(17, 1 << 23, b"g" * 16, 3, 5, 16), 1, (5, 6)),
+    p.QueueOpened(p.QueueEnd(18, 0, b"g" * 16, 0, 3, 1), 0, 0x7F12_3456_7000, 1 << 40, 1 << 25),
+    p.GetRegions(1, 7, p.raw(np.arange(3), np.uint32), 0.5),
+    p.RegionKeys(p.raw(np.array([True, False, True]), np.bool_), p.raw(np.arange(3), np.uint32)),
 ]
 
 
@@ -70,6 +74,7 @@ def test_the_largest_messages_fit_their_bounds() -> None:
     """Else a batch of the size that is offered could never be answered."""
     n, parts = p.MAX_KEYS, p.MAX_PARTS_A_REPLY
     big = 1 << 62
+    end = p.QueueEnd((1 << 24) - 1, (1 << 24) - 1, bytes(16), 65535, 5, 255)
     largest = [
         p.Lookup(bytes(n * 32), 600.0, True),
         p.Leased(
@@ -83,6 +88,10 @@ def test_the_largest_messages_fit_their_bounds() -> None:
             bytes(32 * p.MAX_OFFER_KEYS), bytes(8 * p.MAX_OFFER_KEYS), bytes(16), ("\u20ac" * 256,) * p.MAX_ADDRESSES
         ),
         p.Offered(bytes(p.MAX_OFFER_KEYS)),
+        p.OpenQueue(end, 255, ((1 << 24) - 1,) * p.MAX_QUEUES_A_READER),
+        p.QueueOpened(end, 255, big, big, big),
+        p.GetRegions(255, big, bytes(4 * p.MAX_REGIONS_A_REQUEST), 600.0),
+        p.RegionKeys(bytes(p.MAX_REGIONS_A_REQUEST), bytes(4 * p.MAX_REGIONS_A_REQUEST)),
     ]
     for message in largest:
         header, body = p.encode(message, (1 << 64) - 1)
@@ -129,6 +138,15 @@ def test_a_header_that_is_none_is_refused(header: bytes, says: str) -> None:
         (9, [[-1]]),
         (16, [1 << 63, b""]),
         (15, ["because"]),
+        (18, [[1 << 24, 0, b"g" * 16, 0, 1, 1], 0, []]),
+        (18, [[1, 0, b"g" * 15, 0, 1, 1], 0, []]),
+        (18, [[1, 0, b"g" * 16, 0, 6, 1], 0, []]),
+        (18, [[1, 0, b"g" * 16, 0, 1, 0], 0, []]),
+        (18, [[1, 0, b"g" * 16, 0, 1, 1], 0, [1] * 33]),
+        (19, [[1, 0, b"g" * 16, 0, 1, 1], 0, -1, 0, 1 << 25]),
+        (19, [[1, 0, b"g" * 16, 0, 1, 1], 0, 0, 0, 4096]),
+        (20, [0, 1, b"", -1.0]),
+        (20, [256, 1, b"", 1.0]),
     ],
 )
 def test_a_body_that_does_not_fit_is_refused(kind: int, fields: Any) -> None:
