@@ -13,7 +13,7 @@ from kvplug.rdma.peers import AllPeers, PeerSource, StaticPeers
 from kvplug.rdma.publisher import Publisher
 from kvplug.store import KvStore
 
-__all__ = ["directory_publisher", "directory_reader", "host_id", "known_peers"]
+__all__ = ["check_directory", "directory_publisher", "directory_reader", "host_id", "known_peers"]
 
 _WILDCARDS = ("0.0.0.0", "[::]", "::", "")  # noqa: S104 - compared with, not bound to
 
@@ -21,6 +21,12 @@ _WILDCARDS = ("0.0.0.0", "[::]", "::", "")  # noqa: S104 - compared with, not bo
 def host_id(store: KvStore) -> str:
     """What the directory calls this store's pool: the segment's own id, the same for all its processes."""
     return store.pool.segment.uuid.hex()
+
+
+def check_directory(config: Config) -> None:
+    """Refuse what the settings say of the directory if it can't work, before anything is begun. ConfigError."""
+    if config.directory_url is not None:
+        door(config)
 
 
 def directory_publisher(config: Config, store: KvStore, address: str) -> Publisher | None:
@@ -37,7 +43,13 @@ def directory_publisher(config: Config, store: KvStore, address: str) -> Publish
         )
     endpoint, names = door(config)
     return Publisher(
-        BlockFeed(store), endpoint, names, host_id=host_id(store), address=address, ttl_s=config.directory_ttl_s
+        BlockFeed(store),
+        endpoint,
+        names,
+        host_id=host_id(store),
+        address=address,
+        ttl_s=config.directory_ttl_s,
+        cache_node=config.cache_node,
     )
 
 

@@ -240,8 +240,8 @@ class Geometry:
                 return g
             n_slabs -= max(1, (g.segment_bytes - pool_bytes) // slab_bytes)
         raise ConfigError(
-            f"a pool of {pool_bytes} bytes has no room for one slab of {slab_bytes} bytes and its tables; set a smaller "
-            f"slab (KVPLUG_SLAB) or a larger KVPLUG_SIZE: the smallest size with this slab is "
+            f"a pool of {pool_bytes} bytes has no room for one slab of {slab_bytes} bytes and its tables; set a "
+            f"smaller slab (KVPLUG_SLAB) or a larger KVPLUG_SIZE: the smallest size with this slab is "
             f"{cls._lay_out(1, slab_bytes, min_block).segment_bytes} bytes"
         )
 

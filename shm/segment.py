@@ -107,6 +107,8 @@ class Segment:
     lock_fd: int
     inode: int
     uuid: bytes
+    is_new: bool = False
+    """Whether it was this attachment that made the pool."""
 
     def still_named(self) -> bool:
         """Whether the pool's name still leads to this segment."""

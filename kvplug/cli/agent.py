@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvplug.cli import output
 from kvplug.cli.pools import PoolName
 
+if TYPE_CHECKING:
+    from kvplug.config import Config
+    from kvplug.store import KvStore
+
 __all__ = ["agent"]
 
 
 def agent(
     pool: PoolName = None,
-    listen: Annotated[
-        str | None, typer.Option("--listen", help="host:port. Default: the setting agent_listen.")
-    ] = None,
+    listen: Annotated[str, typer.Option("--listen", help="host:port. Default: the setting agent_listen.")] = "",
+    cache_node: Annotated[
+        bool, typer.Option("--cache-node", help="Take over blocks that other hosts are about to evict.")
+    ] = False,
 ) -> None:
     """Serve the pool to other hosts until SIGTERM or Ctrl-C. Wider than loopback only with a key or TLS."""
     from kvplug.config import load
-    from kvplug.exchange import PoolExchange
-    from kvplug.peering import directory_publisher
-    from kvplug.rdma.agent import Agent
+    from kvplug.errors import PoolError
+    from kvplug.peering import check_directory
+    from kvplug.rdma.agent import check_settings
+    from kvplug.shm.segment import remove_pool
     from kvplug.store import KvStore
 
-    config = load(pool=pool, agent_listen=listen)
+    config = load(pool=pool, agent_listen=listen or None, cache_node=cache_node or None)
+    check_settings(config)
+    check_directory(config)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    has_begun = threading.Event()
     with KvStore(config=config) as store:
-        serving = Agent(PoolExchange(store), config)
-        announced = None
+        is_new = store.pool.segment.is_new
         try:
-            address = serving.start()
-            if announced := directory_publisher(config, store, address):
-                announced.start()
-            output.say(f"serving pool {config.pool} at {address}")
-            if serving.is_open:
-                output.complain("without KVPLUG_AUTH_KEY every user of this host can read the pool through the agent")
-            serving.serve(stop)
+            _serve(config, store, has_begun, stop)
         finally:
-            if announced:
-                announced.stop()
+            if is_new and not has_begun.is_set():  # a pool that nobody but this agent wanted
+                store.close()
+                with contextlib.suppress(PoolError):  # by now somebody else has it
+                    remove_pool(store.pool_name)
+
+
+def _serve(config: Config, store: KvStore, has_begun: threading.Event, stop: threading.Event) -> None:
+    from kvplug.exchange import PoolExchange
+    from kvplug.peering import directory_publisher, directory_reader, known_peers
+    from kvplug.rdma.agent import Agent
+
+    known = known_peers(config, directory_reader(config, store))
+    serving = announced = None
+    try:
+        serving = Agent(PoolExchange(store), config, known)
+        address = serving.start()
+        if announced := directory_publisher(config, store, address):
+            announced.start()
+        has_begun.set()
+        output.say(f"serving pool {config.pool}{', as a cache node,' if config.cache_node else ''} at {address}")
+        if serving.is_open:
+            output.complain("without KVPLUG_AUTH_KEY every user of this host can read the pool through the agent")
+        serving.serve(stop)
+    finally:
+        if announced:
+            announced.stop()
+        if serving:
             serving.close()
+        known.close()
