@@ -54,8 +54,8 @@ UNQUOTED = {
     "tls_key": "it must be the path of a PEM file",
     "tls_ca": "it must be the path of a PEM file",
 }
-"""What errors never quote, since a secret may have been put there, and what they say instead of the schema's own words,
-which may give away a length; where that is empty, the words are ours already."""
+"""What errors never quote, as a secret may stand there, and what they say instead of pydantic's words, which may give
+away a length; empty: the words are ours."""
 HIDDEN = "(set, not shown)"
 RESERVED_ENV_PREFIXES = ("KVPLUG_TEST_", "KVPLUG_BENCH_", "KVPLUG_DEMO_")
 _FOREIGN_ENV = re.compile(r"KVPLUG_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_\w+)?)")
@@ -256,8 +256,7 @@ class Config(BaseSettings):
             super().__init__(**values)
         except pydantic.ValidationError as error:
             sources = {n: e for n, e in (_sound(_from_file()) | _sound(_from_environment())).items() if n not in values}
-            detail = error.errors(include_url=False, include_context=False)[0]
-            raise ConfigError(_explained(detail, sources)) from None
+            raise ConfigError(_explained(error.errors()[0], sources)) from None
 
     @pydantic.field_validator("pool")
     @classmethod
@@ -483,10 +482,9 @@ def explain() -> tuple[list[Setting], list[str]]:
             config = _GivenOnly(**{name: value for name, (value, _) in good.items()})
             break
         except pydantic.ValidationError as error:
-            details = error.errors(include_url=False, include_context=False)
-            wrong += [_explained(detail, layers) for detail in details]
-            named = {str(detail["loc"][0]) for detail in details if detail["loc"]}
-            named = named or set(re.findall(r"\w+", " ".join(str(detail["msg"]) for detail in details)))
+            wrong += [_explained(detail, layers) for detail in error.errors()]
+            named = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
+            named = named or set(re.findall(r"\w+", str(error)))  # settings that don't go together
             if not named & good.keys():
                 raise
             bad |= named & good.keys()

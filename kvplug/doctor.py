@@ -8,6 +8,7 @@ left behind.
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -239,12 +240,11 @@ def _files_and_locks(around: _Surroundings) -> Iterator[Finding]:
         else:
             yield Finding("kernel locks", Status.OK, "flock and open file description locks exclude and can be probed")
     except OSError as error:
-        yield Finding(
-            "kernel locks",
-            Status.FAULT,
-            f"{error.strerror} (errno {error.errno}) on a file in {around.shm}",
-            "mount a tmpfs on /dev/shm",
-        )
+        found, mend = f"{error.strerror} (errno {error.errno}) on a file in {around.shm}", "mount a tmpfs on /dev/shm"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            found = f"{around.shm} is full: {error.strerror}"
+            mend = f"`kvplug rm` for pools that nobody uses, delete what else lies in {around.shm}, or make it larger"
+        yield Finding("kernel locks", Status.FAULT, found, mend)
     finally:
         os.close(fd)
         os.unlink(path)
@@ -281,7 +281,7 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
         ImportError,
         RuntimeError,
         OSError,
-    ) as error:  # numba says RuntimeError where it can't keep what it compiles
+    ) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield Finding(
             "pools",
@@ -309,7 +309,7 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
 
 
 def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
-    """Where numba keeps what it compiled, in its own order of places. With none, the pool's code can't be loaded."""
+    """Where numba keeps what it compiled, in its own order of places. With none, each process compiles it anew."""
     mend = "NUMBA_CACHE_DIR=... with a folder of this user's"
     asked = os.environ.get("NUMBA_CACHE_DIR")
     spec = importlib.util.find_spec("kvplug.shm")
@@ -330,7 +330,8 @@ def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
         else:
             yield Finding("numba cache", Status.OK, str(place))
         return
-    yield Finding("numba cache", Status.FAULT, "can't write to " + " or ".join(map(str, places)), mend)
+    found = f"can't write to {' or '.join(map(str, places))}: every start compiles the pool's code anew, for about 20 s"
+    yield Finding("numba cache", Status.WARNING, found, mend)
 
 
 def _huge_pages(around: _Surroundings) -> Iterator[Finding]:

@@ -413,11 +413,7 @@ class Pool:
             if not int(self.T[lay.H_RETIRED]) and not self.segment.still_named():
                 self.T[lay.H_RETIRED] = 1
             if int(self.T[lay.H_RETIRED]):
-                self.warn_once(
-                    "name",
-                    f"pool {self.name!r} was removed (`kvplug rm --force`): this process stores nothing more until it "
-                    f"is started again",
-                )
+                self.warn_once("name", f"pool {self.name!r} was removed: nothing is stored any more until a restart")
 
     def release_expired(self) -> int:
         """Free slots whose quarantine has run out. Their number."""

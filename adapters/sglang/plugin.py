@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.sglang import compat, flags
-from kvplug.errors import ConfigError
+from kvplug.errors import ConfigError, KvplugError
 
 if TYPE_CHECKING:
     from kvplug.adapters.sglang.engine import RankEngine
@@ -32,6 +32,8 @@ def register() -> None:
     """Entry point of ``sglang.srt.plugins``; may be called any number of times."""
     try:
         _register()
+    except KvplugError as error:
+        _say(f"kvplug: OFF: {error}")
     except Exception:
         logger.exception("kvplug: OFF, an error at start; the engine runs on without kvplug")
 

@@ -65,6 +65,8 @@ def worker_start(
             store = KvStore(config=configuration.load())
             opened.append(store)
             return _host(), store.token, None
+        except KvplugError as error:
+            return "", "", str(error)
         except Exception as error:  # noqa: BLE001 - the other workers wait for an answer
             return "", "", f"{type(error).__name__}: {error}"
 

@@ -30,6 +30,7 @@ from vllm.logger import init_logger
 from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.metrics import KvplugPromMetrics, KvplugStats
+from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
     from kvplug.adapters.vllm.boot import SchedulerStart
@@ -81,9 +82,11 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def _shielded(self, what: str, call: Callable[..., T], otherwise: T, *args: Any) -> T:
         try:
             return call(*args)
-        except Exception:
+        except Exception as error:
             self._errors += 1
-            if self._errors == 1:
+            if self._errors == 1 and isinstance(error, KvplugError):
+                logger.warning("kvplug: OFF: %s", error)
+            elif self._errors == 1:
                 logger.exception("kvplug: OFF, an error in %s; the engine runs on without kvplug", what)
             self._step_errors["hook_errors"] += 1
             if self._scheduler is not None:

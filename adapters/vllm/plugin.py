@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvplug import config as settings
 from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.started import STARTED_KEY, started_ns
+from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,6 +28,8 @@ def register() -> None:
     """Entry point of ``vllm.general_plugins``; may be called any number of times."""
     try:
         _register()
+    except KvplugError as error:
+        _say(f"kvplug: OFF: {error}")
     except Exception:
         logger.exception("kvplug: OFF, an error at start; the engine runs on without kvplug")
 
@@ -66,6 +69,8 @@ def switch_on(config: VllmConfig) -> None:
     """Names kvplug's connector in a configuration that is complete, unless something speaks against it."""
     try:
         _switch_on(config)
+    except KvplugError as error:
+        _say(f"kvplug: OFF: {error}")
     except Exception:
         logger.exception("kvplug: OFF, an error at start; the engine runs on without kvplug")
 

@@ -351,7 +351,9 @@ def test_a_pool_in_use_is_removed_only_by_force(make_store: MakeStore, pool_name
     assert not Path(segment.segment_path(pool_name)).exists()
 
 
-def test_clients_of_a_removed_pool_get_retired_and_new_ones_a_new_pool(make_store: MakeStore, pool_name: str) -> None:
+def test_clients_of_a_removed_pool_get_retired_and_new_ones_a_new_pool(
+    make_store: MakeStore, pool_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     old = make_store(size="8mib")
     old.put(KEYS[:1], BLOCKS[:1])
     reserved = old.reserve_batch(KEYS[1:], [100])
@@ -363,6 +365,11 @@ def test_clients_of_a_removed_pool_get_retired_and_new_ones_a_new_pool(make_stor
     assert old.remove(KEYS).tolist() == [Code.RETIRED] * 2
     assert old.complete(reserved.slots, reserved.gens, 0, np.zeros(1, np.uint64)).tolist() == [Code.RETIRED]
     out = np.zeros_like(BLOCKS)
+    old.pool.maintain()
+    old.pool.maintain()
+    assert [r.getMessage() for r in caplog.records if "was removed: nothing is stored" in r.getMessage()] == [
+        f"pool {pool_name!r} was removed: nothing is stored any more until a restart"
+    ], "said once, by the client that stores nothing more"
     old.get_into(KEYS, out)  # no crash: its own mapping is still there
     old.stats()
 

@@ -64,6 +64,21 @@ def test_naming_the_plugin_is_enough(wanted: None) -> None:
     assert transfer.is_kv_consumer
 
 
+@pytest.mark.parametrize("variable", ["KVPLUG_SIZ", "KVPLUG_SIZE"])
+def test_a_users_error_is_one_line_without_a_traceback(
+    variable: str, registered: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setenv("VLLM_PLUGINS", "kvplug")
+    monkeypatch.setenv(variable, "banana")
+    plugin.register()
+    (record,) = [record for record in caplog.records if "kvplug" in record.getMessage()]
+    assert record.getMessage().startswith("kvplug: OFF: ")
+    assert variable in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert record.exc_info is None
+
+
 def test_being_installed_is_not_enough(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With VLLM_PLUGINS unset the engine loads every plugin that there is; nobody has asked for kvplug then."""
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
