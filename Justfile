@@ -10,7 +10,8 @@ default:
     @{{ just_executable() }} --justfile {{ justfile() }} --list --unsorted
 
 # run two real engines on one pool, kill one, and print what was reused: just demo --engine sglang
-demo *ARGS: setup
+demo *ARGS:
+    @bash .ci/setup {{ if ARGS =~ 'sglang' { "sglang" } else { "vllm" } }}
     {{ py }} bench/demo.py {{ ARGS }}
 
 # everything: unit tests, the pool under fire, real vLLM, real SGLang
@@ -58,11 +59,11 @@ fmt: install
     {{ py }} -m ruff check --fix .
     {{ py }} -m ruff format .
 
-# kvplug with its development tools, and the test engines (vLLM and SGLang for the CPU, about 4.5 GB)
+# kvplug with its development tools, and the newest of the test engines (vLLM and SGLang for the CPU, about 4 GB)
 setup:
     @bash .ci/setup engine
 
-# the same, and it fails where SGLang can't be installed (g++ and OpenSSL's headers are needed)
+# the same with the older versions that the tests run; fails where SGLang can't be installed (g++ and OpenSSL's headers)
 engines:
     @bash .ci/setup engines
 

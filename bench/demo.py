@@ -48,6 +48,8 @@ T = TypeVar("T")
 SEAL_S = 30.0
 """Longest wait for a prompt's blocks to be stored behind the engine's back."""
 WARM_UP_TOKENS = 300
+QUIET_S = 20.0
+"""Where there is no terminal: how long a step may last before a line says that it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +86,17 @@ class Steps:
         spinner = Spinner("dots", text=what)
 
         def tell() -> None:
-            while not stop.wait(0.15):
+            while not stop.wait(0.15 if self._live else QUIET_S):
                 words = _last_words(log) if log else ""
-                spinner.update(text=Text.assemble(f"{what}  {time.monotonic() - began:.0f} s  ", (words, "dim")))
+                text = Text.assemble(f"{what}  {time.monotonic() - began:.0f} s  ", (words, "dim"))
+                if self._live:
+                    spinner.update(text=text)
+                else:
+                    self._console.print(Text.assemble("… ", text))
 
         if self._live:
             self._live.update(Group(*self._done, spinner))
-            threading.Thread(target=tell, daemon=True).start()
+        threading.Thread(target=tell, daemon=True).start()
         try:
             answer = call()
         finally:
@@ -175,7 +181,7 @@ def show(console: Console, rows: list[Row], stats: PoolStats, the: Show) -> None
     """The two tables."""
     control = rows[0] if the.exact else rows[1]
     table = Table(title=f"one prompt of {rows[0].answer.prompt_tokens} tokens", title_justify="left")
-    for heading in ("engine", "first token", "", "computed", "reused", "from", "equal"):
+    for heading in ("engine", "first token", "faster by", "computed", "reused", "from", "equal"):
         table.add_column(heading, justify="left" if heading in ("engine", "from", "equal") else "right")
     for row in rows:
         faster = rows[0].answer.ttft_s / row.answer.ttft_s

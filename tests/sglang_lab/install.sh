@@ -11,10 +11,11 @@
 set -euo pipefail
 
 VERSIONS=(0.5.23 0.5.22 0.5.21 0.5.20)
+if [ "${2:-}" = --no-matrix ]; then VERSIONS=("${VERSIONS[0]}"); fi
 DEPS=('orjson>=3.10')
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=${1:?usage: install.sh VENV}
+venv=${1:?usage: install.sh VENV [--no-matrix]}
 venv=$(cd "$venv" 2>/dev/null && pwd) || { echo "sglang lab: FAILED: there is no folder $1" >&2; exit 1; }
 py=$venv/bin/python
 log=$(mktemp "${TMPDIR:-/tmp}/sglang-lab-install.XXXXXX")

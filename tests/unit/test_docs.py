@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import pytest
 
@@ -81,7 +81,7 @@ def run(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 def remove_pool(name: str, tmp_path: Path) -> None:
     run(["kvplug", "rm", "--force", "--pool", name], tmp_path)
-    if name == POOL:  # nobody else knows this name, so its lock file can go
+    if name.startswith(POOL):  # nobody else knows this name, so its lock file can go
         Path(lock_path(name)).unlink(missing_ok=True)
 
 
@@ -98,14 +98,29 @@ def test_every_block_says_its_language(block: Block) -> None:
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_runs_as_printed(block: Block, tmp_path: Path) -> None:
-    pools = re.findall(r'KvStore\(\s*"([\w.-]+)"', block.text)
+    text, pools = under_own_names(block.text)
     try:
-        done = run([sys.executable, "-c", block.text], tmp_path)
+        done = run([sys.executable, "-c", text], tmp_path)
         assert done.returncode == 0, done.stderr
-        check_comments(block.text, done.stdout)
+        check_comments(text, done.stdout)
     finally:
         for name in {*pools, POOL}:
             remove_pool(name, tmp_path)
+
+
+def under_own_names(code: str) -> tuple[str, set[str]]:
+    """The code with other names for its pools, and those: who tries the example keeps the pool that it made."""
+    pools = set(re.findall(r'KvStore\(\s*"([\w.-]+)"', code))
+    for name in pools:
+        code = code.replace(f'"{name}"', f'"{POOL}-{name}"')
+    return code, {f"{POOL}-{name}" for name in pools}
+
+
+def test_an_example_that_somebody_runs_is_not_disturbed() -> None:
+    for block in PYTHON:
+        text, pools = under_own_names(block.text)
+        assert set(re.findall(r'KvStore\(\s*"([\w.-]+)"', text)) == pools
+        assert all(str(os.getpid()) in name for name in pools)
 
 
 def check_comments(code: str, output: str) -> None:
@@ -135,8 +150,10 @@ def test_commands_run_as_printed(block: Block, tmp_path: Path) -> None:
             continue
         words = shlex.split(command)
         assert words[0] == "kvplug", f"{block}: nobody runs {command!r}: run it here or give a reason in RUN_ELSEWHERE"
+        if "--pool" in words:
+            words[words.index("--pool") + 1] = POOL
         if words[1] in ("stat", "rm"):
-            make_pool(words[words.index("--pool") + 1] if "--pool" in words else POOL, tmp_path)
+            make_pool(POOL, tmp_path)
         done = run(words, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     remove_pool(POOL, tmp_path)
@@ -173,7 +190,9 @@ def settings_table() -> str:
     for name, field in Config.model_fields.items():
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         value = shown.get(name, "" if default is None else f"`{default}`")
-        lines.append(f"| `{name}` | `KVPLUG_{name.upper()}` | {value} | {field.description} |")
+        choices = [f"`{choice}`" for choice in get_args(field.annotation) if get_origin(field.annotation) is Literal]
+        meaning = f"{' or '.join(choices)}: {field.description}" if choices else field.description
+        lines.append(f"| `{name}` | `KVPLUG_{name.upper()}` | {value} | {meaning} |")
     return "\n".join(lines)
 
 

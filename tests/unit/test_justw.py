@@ -98,6 +98,50 @@ def test_the_recipes_that_the_readme_names_are_there() -> None:
     assert {"setup", "test", "test-fast", "demo", "bench", "stress", "lint", "fmt"} <= set(listed.stdout.split())
 
 
+def test_the_demo_installs_one_version_and_the_tests_the_rest(tmp_path: Path) -> None:
+    """Whatever comes first: each has what it needs, and nothing is installed twice."""
+    folder = tmp_path / "checkout"
+    calls = folder / "calls"
+    for lab in ("vllm", "sglang"):
+        (folder / "tests" / f"{lab}_lab").mkdir(parents=True)
+        (folder / "tests" / f"{lab}_lab" / "install.sh").write_text(
+            f'echo "{lab} ${{2:-all}}" >>"{calls}"; [ "$BROKEN" != {lab} ]\n'
+        )
+    (folder / ".ci").mkdir()
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "setup", folder / ".ci")
+    (folder / "pyproject.toml").write_text("x = 1\n")
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.11.0\nexit 0\n')
+    python.chmod(0o755)
+
+    def set_up(mode: str, broken: str = "") -> tuple[int, list[str]]:
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", folder / ".ci" / "setup", mode],
+            env={**os.environ, "BROKEN": broken},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return done.returncode, calls.read_text().splitlines()
+
+    assert set_up("vllm") == (0, ["vllm --no-matrix"])
+    assert set_up("vllm") == (0, [])
+    assert set_up("sglang", broken="sglang") == (1, ["sglang --no-matrix"])
+    assert set_up("engine", broken="sglang") == (0, ["sglang --no-matrix"]), "who needs both can do without this one"
+    assert set_up("sglang") == (0, ["sglang --no-matrix"])
+    assert set_up("engines", broken="vllm") == (1, ["vllm all"])
+    assert set_up("engines", broken="sglang") == (1, ["vllm all", "sglang all"])
+    assert set_up("engines") == (0, ["sglang all"])
+    for mode in ("engines", "engine", "sglang", "vllm", ""):
+        assert set_up(mode) == (0, []), mode
+    (folder / "tests" / "vllm_lab" / "install.sh").write_text(f'echo "vllm ${{2:-all}}, new" >>"{calls}"\n')
+    assert set_up("vllm") == (0, ["vllm --no-matrix, new"])
+    assert set_up("frobnicate")[0] == 1
+
+
 def test_set_up_a_second_time_does_nothing(tmp_path: Path) -> None:
     """The stamp is made of what decides the set-up; with it in place pip is never called."""
     folder = tmp_path / "checkout"

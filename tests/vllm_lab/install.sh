@@ -28,19 +28,29 @@ die() {
     exit 1
 }
 pip() { "$py" -m pip --disable-pip-version-check --no-input "$@" >>"$log" 2>&1; }
+# What pip is at: its latest line, or, in the minutes in which it unpacks and says nothing, how much there is by now.
+latest_words() {
+    local line
+    line=$(tail -n 1 "$log" | cut -c 1-90)
+    case $line in
+    *"Installing collected"* | *uninstall* | *Uninstall* | *"Found existing"*)
+        line="unpacking: the environment has $(du -sh "$venv" 2>/dev/null | cut -f 1)" ;;
+    esac
+    printf '%s' "$line"
+}
 # The same for what takes minutes: pip's latest words in one line that is written over, or now and then where there is
 # no terminal.
 pip_watched() {
-    local pid status=0 words ticks=0
+    local pid status=0 words="" ticks=0
     "$py" -m pip --disable-pip-version-check --no-input "$@" >>"$log" 2>&1 &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
         ticks=$((ticks + 1))
-        words=$(tail -n 1 "$log" | cut -c 1-90)
+        if [ $((ticks % 20)) = 1 ] || [ -t 1 ]; then words=$(latest_words); fi
         if [ -t 1 ]; then
             printf '\r\033[K  %ds  %s' $((SECONDS - started)) "$words"
-        elif [ $((ticks % 20)) = 0 ]; then
+        elif [ $((ticks % 20)) = 1 ]; then
             printf '  %ds  %s\n' $((SECONDS - started)) "$words"
         fi
     done
