@@ -484,7 +484,7 @@ def explain() -> tuple[list[Setting], list[str]]:
         except pydantic.ValidationError as error:
             wrong += [_explained(detail, layers) for detail in error.errors()]
             named = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
-            named = named or set(re.findall(r"\w+", str(error)))  # settings that don't go together
+            named = named or set(re.findall(r"\w+", wrong[-1]))  # settings that don't go together
             if not named & good.keys():
                 raise
             bad |= named & good.keys()
