@@ -24,6 +24,7 @@ import numpy as np
 
 from kvplug.errors import Code, PeerError, PeerTimeoutError
 from kvplug.rdma.blocks import U8, Blocks
+from kvplug.rdma.choice import ChosenPath
 from kvplug.rdma.datapath import DataPath, Wanted
 from kvplug.rdma.leases import HeldLease
 from kvplug.rdma.link import Link
@@ -44,7 +45,6 @@ from kvplug.rdma.protocol import (
     StatsReply,
     check_leased,
 )
-from kvplug.rdma.tcp import TcpPath
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -73,16 +73,14 @@ class Peer:
     """One other host's pool, to be fetched from. Thread-safe. A copy that a fork made fetches nothing: make another."""
 
     def __init__(self, address: str, blocks: Blocks, config: Config, *, path: DataPath | None = None) -> None:
-        """``address``: host:port of its agent. ``path``: another data path than TCP. Nothing is dialled yet."""
+        """``address``: host:port of its agent. ``path``: that data path, not as the settings say. Nothing is dialled."""
         self.address = address
         self._blocks, self._config = blocks, config
         self._link = Link(address, config)
-        self._path = path or TcpPath(
-            self._link, blocks.memory, connections=config.peer_connections, stall_s=config.peer_timeout_s
-        )
-        self._pid = os.getpid()
         self._mutex = threading.Lock()
         self._counters: Counter[str] = Counter()
+        self._path = path or ChosenPath(self._link, blocks.memory, config, self._count)
+        self._pid = os.getpid()
         self._back_off_s = 0.0
         self._down_until = 0.0
         self._warned = False
