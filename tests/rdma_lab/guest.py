@@ -90,7 +90,7 @@ class Guest:
         with console:
             # setpriv: the emulator dies with whoever started it, even if that is killed.
             self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "5", "qemu-system-x86_64",
+                ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64",
                  "-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-machine", "q35",
                  "-m", self._memory, "-smp", str(self._cpus),
                  "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",

@@ -23,7 +23,7 @@ from typing import Final
 from tests.rdma_lab.guest import Ended, Guest, Link
 from tests.rdma_lab.owner import PORT
 
-PATHS: Final = ("tcp",)
+PATHS: Final = ("tcp", "ibverbs", "pyverbs")
 DEADLINE_S: Final = 900.0
 """Of one boot and all that runs in it. A guest that has not ended by then never will."""
 
