@@ -24,9 +24,9 @@ from kvplug.rdma.binding import U32, Device, Region
 from kvplug.rdma.blocks import U8
 from kvplug.rdma.protocol import I64
 
-REGION_BYTES: Final = 64 << 20
-MAX_REGIONS: Final = 1 << 14
-"""64 MiB of each make 1 TiB."""
+REGION_BYTES: Final = 32 << 20
+MAX_REGIONS: Final = 1 << 15
+"""So many of 32 MiB make 1 TiB."""
 CLOSE_S: Final = 5.0
 
 

@@ -48,6 +48,7 @@ class SpreadPath(DataPath, Generic[L]):
         self._link, self._most = link, lanes
         self._mutex = threading.Lock()
         self._idle: list[L] = []
+        self._busy: set[L] = set()
         self._closed = False
         self._threads = ThreadPoolExecutor(lanes, f"kvplug-{self.name}")
 
@@ -74,16 +75,14 @@ class SpreadPath(DataPath, Generic[L]):
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shares) // shares)
         at_work: list[L] = []
         stuck: list[L] = []
+        jobs: list[Future[PeerError | None]] = []
+        closed = None
         try:
-            jobs = [
-                self._threads.submit(self._share, wanted, part, deadline, arrived, at_work, stuck)
-                for part in np.split(np.arange(len(wanted)), cuts)
-                if len(part)
-            ]
+            for part in np.split(np.arange(len(wanted)), cuts):
+                if len(part):
+                    jobs.append(self._threads.submit(self._share, wanted, part, deadline, arrived, at_work, stuck))
         except RuntimeError:
-            landing.error = PeerError("the path was closed")
-            landing.settle()
-            return landing
+            closed = PeerError("the path was closed")
         pending: set[Future[PeerError | None]] = wait(jobs, max(0.0, deadline - time.monotonic())).not_done
         if pending:
             with self._mutex:
@@ -98,7 +97,7 @@ class SpreadPath(DataPath, Generic[L]):
             landing.settle()
         for job in pending:
             job.add_done_callback(lambda _: self._count_down(remaining, stuck, landing))
-        landing.error = _first_error(jobs)
+        landing.error = closed or _first_error(jobs)
         return landing
 
     def _count_down(self, remaining: list[int], stuck: list[L], landing: Landing) -> None:
@@ -117,6 +116,9 @@ class SpreadPath(DataPath, Generic[L]):
             lane = self._take(deadline)
             with self._mutex:
                 at_work.append(lane)
+                self._busy.add(lane)
+                if self._closed:
+                    lane.interrupt()
             self._carry(lane, wanted, part, deadline, arrived)
             whole = True
         except PeerError as e:
@@ -125,6 +127,7 @@ class SpreadPath(DataPath, Generic[L]):
             if lane is not None:
                 with self._mutex:
                     at_work.remove(lane)
+                    self._busy.discard(lane)
                     keep = whole and not self._closed
                     if keep:
                         self._idle.append(lane)
@@ -151,6 +154,8 @@ class SpreadPath(DataPath, Generic[L]):
         with self._mutex:
             self._closed = True
             idle, self._idle = self._idle, []
+            for lane in self._busy:
+                lane.interrupt()
         for lane in idle:
             lane.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

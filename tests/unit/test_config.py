@@ -147,11 +147,15 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "lease_s": "5",
         "peer_timeout_s": "0.5",
         "peer_connections": "2",
+        "data_path": "tcp",
+        "verbs_binding": "ibverbs",
+        "verbs_device": "mlx5_0, mlx5_1",
         "agent_pin_share": "0.1",
         "peers": "10.0.0.8:9410, [::1]:9410",
         "directory_url": "redis://:only-for-tests@10.0.0.9",
         "directory_ttl_s": "3",
         "directory_timeout_s": "0.01",
+        "fetch_timeout_s": "0.7",
     }
     assert values.keys() == Config.model_fields.keys(), "a new setting has its line here"
     defaults = load()
