@@ -156,7 +156,7 @@ class Peer:
         return codes
 
     def holds(self, keys: U8, timeout_s: float) -> npt.NDArray[np.bool_] | None:
-        """Which of these blocks ((N, 32) uint8; beyond MAX_KEYS none is asked for) the peer has now, bool[N].
+        """Which of these blocks ((N, 32) uint8) the peer has now, bool[N].
 
         None: it did not answer. Raises nothing for whatever the peer does.
         """
@@ -166,11 +166,11 @@ class Peer:
             return None
         have = np.zeros(len(keys), np.bool_)
         try:
-            n = min(len(keys), MAX_KEYS)
-            answer = self._link.ask(Lookup(keys[:n].tobytes(), 0.0), Leased, deadline, again=True)
-            codes = check_leased(answer, n).codes
+            for at in range(0, len(keys), MAX_KEYS):
+                some = keys[at : at + MAX_KEYS]
+                answer = self._link.ask(Lookup(some.tobytes(), 0.0), Leased, deadline, again=True)
+                have[at : at + MAX_KEYS] = check_leased(answer, len(some)).codes == Code.BUDGET  # there, and not leased
             self.speed.note_round_trip(time.monotonic() - asked)
-            have[:n] = codes == Code.BUDGET  # there, and not leased
             self._is_well()
         except PeerError as e:
             self._failed(e)
