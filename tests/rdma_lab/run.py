@@ -35,8 +35,12 @@ class Tally:
     passed: int = 0
     failed: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, what: str, report: Path) -> None:
-        """Count one pytest run by the report that it left."""
+    def add(self, what: str, ended: Ended, report: Path) -> None:
+        """Count one pytest run, by how it ended and the report that it left."""
+        if ended.status is None:
+            self.failed.append(f"{what}: {ended.why}")
+        elif ended.status not in (0, 1):  # 1: some failed, and the report names them
+            self.failed.append(f"{what}: the run ended with status {ended.status}")
         if not report.exists():
             self.failed.append(f"{what}: the run left no report")
             return
@@ -103,9 +107,7 @@ def main() -> int:
             print(f"==== {name} guest{'s' if name == 'two' else ''}", flush=True)
             paths = arguments.path or list(PATHS)
             ended = (run_one if name == "one" else run_two)(folder / name, paths, arguments.k)
-            if ended.status is None:
-                tally.failed.append(f"{name}: {ended.why}")
-            tally.add(name, folder / name / "report.xml")
+            tally.add(name, ended, folder / name / "report.xml")
     finally:
         if arguments.keep is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -173,7 +173,11 @@ def test_a_queue_pair_that_cannot_be_destroyed_keeps_its_slots_out_of_use(
 
     pair = held_pair(stage)
 
+    closing = pair.close
+    kept: list[QueuePair] = []
+
     def refuse(self: QueuePair) -> None:
+        kept.append(self)
         raise VerbsError("told to")
 
     def spoil() -> None:
@@ -190,6 +194,8 @@ def test_a_queue_pair_that_cannot_be_destroyed_keeps_its_slots_out_of_use(
     time.sleep(3 * stage.reader.config.quarantine_grace_s)
     assert stats().quarantined_slots + stats().writing_slots == stage.n
     monkeypatch.undo()
+    for queue in set(kept):
+        closing(queue)
 
 
 def held_pair(stage: Stage) -> type[QueuePair]:
