@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SYSFS: Final = Path("/sys/class/infiniband")
 MAX_GIDS: Final = 1024
+EMPTY_GIDS: Final = 16
+"""So many empty places in a row end a port's table: what is in it stands at its beginning."""
 NO_GID: Final = bytes(16)
 
 
@@ -69,14 +71,19 @@ def devices_present(sysfs: Path = SYSFS) -> list[str]:
 def gids_of(port: Port, sysfs: Path = SYSFS) -> tuple[Gid, ...]:
     """The addresses that a port has."""
     folder = sysfs / port.device / "ports" / str(port.number)
-    found = []
+    found: list[Gid] = []
+    empty = 0
     for index in range(MAX_GIDS):
         try:
             raw = bytes.fromhex((folder / "gids" / str(index)).read_text().strip().replace(":", ""))
         except OSError:
             break
         if raw == NO_GID or len(raw) != len(NO_GID):
+            empty += 1
+            if empty == EMPTY_GIDS:
+                break
             continue
+        empty = 0
         kind = ""
         with contextlib.suppress(OSError):  # InfiniBand's have none
             kind = (folder / "gid_attrs" / "types" / str(index)).read_text().strip()

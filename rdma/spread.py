@@ -66,8 +66,9 @@ class SpreadPath(DataPath, Generic[L]):
         if not len(wanted):
             landing.settle()
             return landing
-        if not wanted.lease.holds():
-            landing.error = PeerTimeoutError("the lease had run out before the read began")
+        late = time.monotonic() >= deadline
+        if late or not wanted.lease.holds():
+            landing.error = PeerTimeoutError(f"the {'time' if late else 'lease'} had run out before the read began")
             landing.settle()
             return landing
         ends = np.cumsum(wanted.nbytes)
