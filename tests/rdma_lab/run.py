@@ -56,7 +56,7 @@ def command(paths: list[str], owner: str, select: str) -> str:
     """The bash line of the guest that runs the checks."""
     return (
         f"LAB_PATHS={','.join(paths)} LAB_OWNER={owner} PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "
-        "python -m pytest -p pytest_timeout -p no:cacheprovider --timeout=120 --timeout-method=signal -v --tb=short "
+        "python -m pytest -p pytest_timeout -p no:cacheprovider --timeout=240 --timeout-method=signal -v --tb=short "
         "-o python_files='check_*.py' -o console_output_style=count --no-header --durations=5 "
         "--junitxml=/out/report.xml "
         f"-k {shlex.quote(select)} tests/rdma_lab/checks"

@@ -11,16 +11,23 @@ from typing import Any
 import pytest
 
 from kvplug.errors import Code
-from kvplug.rdma import binding
+from kvplug.rdma import binding, reads
 from kvplug.rdma.binding import QueuePair
 from tests.pool.children import put
 from tests.rdma.hosts import Host, keys, until
-from tests.rdma_lab.checks.stage import MIB, NOTICED_S, SEED, Stage, same
+from tests.rdma_lab.checks.stage import KIB, NOTICED_S, SEED, Stage, same
 from tests.rdma_lab.far import Far
 from tests.rdma_lab.owner import netem
 
 pytestmark = [pytest.mark.verbs, pytest.mark.pair]
 LANDS_LATE_S = 4.0
+
+
+@pytest.fixture(autouse=True)
+def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An emulated link is a thousand times slower than a real one: READs in proportion, or none ends within a second."""
+    monkeypatch.setattr(reads, "READ_BYTES", 64 * KIB)
+    monkeypatch.setattr(reads, "SIGNAL_BYTES", 64 * KIB)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +40,7 @@ def _the_wire_is_mended(far: Far) -> Iterator[None]:
 @pytest.fixture
 def large(make_host: Callable[..., Host], far: Far, settings: dict[str, Any]) -> Stage:
     """A read that takes its time."""
-    return Stage(make_host, far, settings, n=16, nbytes=MIB)
+    return Stage(make_host, far, settings, n=128)
 
 
 def test_the_owner_is_killed_with_reads_in_flight(large: Stage) -> None:
@@ -69,8 +76,8 @@ def test_slots_that_are_written_over_with_reads_in_flight(large: Stage) -> None:
     """As if they had been reused: what came before is right, what came after is not taken."""
     large.on_arrival = large.fault(lambda: large.far.scribble(large.n, SEED, 0, large.n))
     came, codes = large.fetch_and_check(within_s=NOTICED_S + 10)  # nothing is broken but the bytes
-    assert set(codes.tolist()) <= {Code.OK, Code.CORRUPT}
     assert 0 < came < large.n
+    assert (codes == Code.CORRUPT).any()
     large.far.scribble(large.n, SEED, 0, large.n)
     large.works_again()
 
@@ -141,7 +148,7 @@ def test_it_would_be_seen_if_it_did(patient: Stage, monkeypatch: pytest.MonkeyPa
     (lane,) = patient.verbs._idle
     kept: list[QueuePair] = []
     closing = type(lane.queue).close
-    monkeypatch.setattr(type(lane.queue), "close", kept.append)
+    monkeypatch.setattr(type(lane.queue), "close", lambda self: kept.append(self))
     with pytest.raises(AssertionError, match="a hit gave other bytes"):
         late_read(patient)
     monkeypatch.undo()

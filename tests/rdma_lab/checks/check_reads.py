@@ -19,6 +19,7 @@ KIB, MIB = 1 << 10, 1 << 20
 def test_a_prefix_comes_over_with_every_byte(
     make_host: Callable[..., Host], far: Far, settings: dict[str, Any], path: str, n: int, nbytes: int
 ) -> None:
+    settings = settings | {"lease_s": 60.0, "peer_timeout_s": 20.0}
     reader = make_host(**settings)
     peer = reader.peer(far.begin(settings))
     assert far.put(n, 3, nbytes) == n
@@ -35,7 +36,7 @@ def test_by_itself_it_takes_verbs_between_hosts(
     make_host: Callable[..., Host], far: Far, settings: dict[str, Any]
 ) -> None:
     """And the device has carried what came."""
-    settings = settings | {"data_path": "auto"}
+    settings = settings | {"data_path": "auto", "lease_s": 60.0, "peer_timeout_s": 20.0}
     reader = make_host(**settings)
     peer = reader.peer(far.begin(settings))
     assert far.put(8, 5, 64 * KIB) == 8

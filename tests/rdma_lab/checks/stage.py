@@ -24,6 +24,10 @@ SEED, KIB, MIB = 11, 1 << 10, 1 << 20
 ENDINGS: Final = {Code.OK, Code.EXISTS, Code.MISSING, Code.TIMEOUT, Code.CORRUPT, Code.BUDGET}
 
 
+def _nothing() -> None:
+    return
+
+
 class Stage:
     """An owner with blocks, a reader with one lane, and hooks before a read's first byte and at its first blocks."""
 
@@ -46,23 +50,26 @@ class Stage:
         path = self.peer._path
         assert isinstance(path, ChosenPath)
         self.verbs: VerbsPath = path.verbs
-        self.before: Callable[[], object] = lambda: None
+        self.before: Callable[[], object] = _nothing
         """Runs between lease and read, once."""
-        self.on_arrival: Callable[[], object] = lambda: None
-        """Runs when the first blocks have arrived, on the lane's thread, once."""
+        self.on_arrival: Callable[[], object] = _nothing
+        """Runs when the first blocks have arrived, once, beside the read, which goes on meanwhile."""
+        self._happening: threading.Thread | None = None
         self.fault_at = 0.0
         """time.monotonic() of the fault: the hooks set it by :meth:`fault`."""
         reading = path.read
 
         def read(wanted: Wanted, deadline: float, arrived: Arrived) -> Landing:
             self.lease = wanted.lease
-            before, self.before = self.before, lambda: None
+            before, self.before = self.before, _nothing
             before()
 
             def noted(which: Any) -> None:
                 arrived(which)
-                happening, self.on_arrival = self.on_arrival, lambda: None
-                happening()
+                happening, self.on_arrival = self.on_arrival, _nothing
+                if happening is not _nothing:
+                    self._happening = threading.Thread(target=happening)
+                    self._happening.start()
 
             return reading(wanted, deadline, noted)
 
@@ -90,6 +97,7 @@ class Stage:
         self.fault_at = 0.0
         codes = self.fetch(timeout_s)
         ended = time.monotonic()
+        until(lambda: not self._happening or not self._happening.is_alive(), FETCH_S)
         assert self.fault_at, "the fault did not happen"
         took = ended - self.fault_at
         print(f"ended {took:.3f} s after the fault: {(codes >= 0).sum()} of {self.n} blocks came")
@@ -111,16 +119,9 @@ class Stage:
         def fetched() -> bool:
             return bool((self.fetch() >= 0).all())
 
-        until(fetched, 30)
+        until(fetched, SETS_UP_S)
         assert self.reader.holds(self.keys, self.nbytes) == self.n
         self.reader.store.check_integrity(deep=True)
-
-    def in_background(self) -> tuple[threading.Thread, list[Any]]:
-        """Fetch all on a thread: (thread, where its codes will be)."""
-        codes: list[Any] = []
-        thread = threading.Thread(target=lambda: codes.append(self.fetch()))
-        thread.start()
-        return thread, codes
 
     def other_keys(self, n: int) -> Any:
         """Keys that are nobody's."""
