@@ -24,7 +24,7 @@ from tests.rdma_lab.guest import Ended, Guest, Link
 from tests.rdma_lab.owner import PORT
 
 PATHS: Final = ("tcp", "ibverbs", "pyverbs")
-DEADLINE_S: Final = 900.0
+DEADLINE_S: Final = 1800.0
 """Of one boot and all that runs in it. A guest that has not ended by then never will."""
 
 

@@ -25,7 +25,7 @@ LANDS_LATE_S = 4.0
 
 @pytest.fixture(autouse=True)
 def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An emulated link is a thousand times slower than a real one: READs in proportion, or none ends within a second."""
+    """An emulated link is a thousand times slower than a real one: READs in proportion, or none ends in a second."""
     monkeypatch.setattr(reads, "READ_BYTES", 64 * KIB)
     monkeypatch.setattr(reads, "SIGNAL_BYTES", 64 * KIB)
 
@@ -53,7 +53,11 @@ def test_the_owner_is_killed_with_reads_in_flight(large: Stage) -> None:
 
 
 def test_the_link_is_cut_with_reads_in_flight(large: Stage) -> None:
-    large.on_arrival = large.fault(lambda: netem("loss 100%"))
+    def cut() -> None:
+        netem("loss 100%")  # takes effect as it ends, and takes its time to begin
+        large.fault_at = time.monotonic()
+
+    large.on_arrival = cut
     came, _ = large.fetch_and_check()
     assert came < large.n
     netem("")
@@ -63,8 +67,9 @@ def test_the_link_is_cut_with_reads_in_flight(large: Stage) -> None:
 def test_the_owner_is_stopped_with_reads_in_flight(large: Stage) -> None:
     """Those that are under way come all the same; what needs asking for does not, and is not waited for."""
     large.on_arrival = large.fault(lambda: large.far.signal_agent("SIGSTOP"))
-    came, _ = large.fetch_and_check(within_s=NOTICED_S + 5)  # the READs are good, and take their time
-    assert came > 0
+    codes = large.fetch()
+    assert time.monotonic() - max(large.fault_at, large.last_arrival) < NOTICED_S
+    assert large.check(codes) > 0
     began = time.monotonic()
     assert same(large.peer.fetch(large.other_keys(4)), Code.TIMEOUT)
     assert time.monotonic() - began < NOTICED_S
@@ -120,7 +125,7 @@ def late_read(stage: Stage) -> None:
     assert same(codes, Code.TIMEOUT)
     before = packets()
     put(stage.reader.store, others, stage.nbytes)  # whatever slot may be had is had
-    until(lambda: packets() >= before + stage.n * stage.nbytes // 4096, 60)
+    until(lambda: packets() >= before + 256, 60)  # of those that were asked for before it was given up
     now = -1
     while now != packets():  # until no more come
         now = packets()

@@ -54,6 +54,7 @@ class Stage:
         """Runs between lease and read, once."""
         self.on_arrival: Callable[[], object] = _nothing
         """Runs when the first blocks have arrived, once, beside the read, which goes on meanwhile."""
+        self.last_arrival = 0.0
         self._happening: threading.Thread | None = None
         self.fault_at = 0.0
         """time.monotonic() of the fault: the hooks set it by :meth:`fault`."""
@@ -66,6 +67,7 @@ class Stage:
 
             def noted(which: Any) -> None:
                 arrived(which)
+                self.last_arrival = time.monotonic()
                 happening, self.on_arrival = self.on_arrival, _nothing
                 if happening is not _nothing:
                     self._happening = threading.Thread(target=happening)
