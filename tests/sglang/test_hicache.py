@@ -193,8 +193,8 @@ def test_ranks_agree_when_one_ranks_page_is_gone(ranks: SglangServer, cases: lis
 
 
 def test_half_of_the_calls_fail_and_the_pool_is_too_small(boot: Boot, control: Control) -> None:
-    """50 requests for 15 prompts that neither SGLang's caches nor the pool can hold, four at a time; and more of them if
-    none of the calls that were left over has brought anything, since SGLang gives reads up that are slow."""
+    """50 requests for 15 prompts that neither SGLang's caches nor the pool can hold, four at a time; and more of them
+    while nothing was read, since SGLang gives up reads that are slow."""
     prompts = make_prompts(15, 72, tokens=PROMPT_TOKENS)
     with temporary_pool("hicache-small") as small:
         server = boot(
