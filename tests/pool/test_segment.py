@@ -269,68 +269,6 @@ def test_a_lock_file_that_is_a_symlink_is_not_followed(make_store: MakeStore, po
     assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
-def test_a_lock_file_that_another_user_left_is_not_in_the_way(pool_name: str) -> None:
-    """Of a pool that is gone; nobody but its owner could open or delete the file."""
-    with segment.name_lock(pool_name):
-        pass
-    os.chmod(segment.lock_path(pool_name), 0)
-    done = child(
-        """
-        import os, sys
-        from kvplug.shm import segment
-        owner = os.geteuid()
-        if owner == 0:
-            os.setuid(65534)
-        else:
-            os.geteuid = lambda: owner + 1
-        with segment.name_lock(sys.argv[1]):
-            print("locked")
-        """,
-        pool_name,
-    )
-    assert done.stdout == "locked\n", done.stderr
-
-
-def test_a_pool_that_another_user_made_at_the_same_time_is_refused(
-    make_store: MakeStore, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two users hold two locks: what keeps their pools apart is that a name is linked once."""
-    found = segment.open_segment
-
-    def not_yet(pool: str) -> segment.Segment:
-        monkeypatch.setattr(segment, "open_segment", found)
-        raise errors.PoolNotFoundError(pool)
-
-    monkeypatch.setattr(segment, "open_segment", not_yet)
-    before = look(made)
-    with pytest.raises(errors.PoolOwnerError, match="made by another user meanwhile"):
-        make_store(size="8mib")
-    assert look(made) == before
-
-
-def test_a_pool_that_can_not_be_mapped_is_a_typed_error_and_a_new_one_is_not_left(pool_name: str) -> None:
-    done = child(
-        """
-        import resource, sys
-        from kvplug.config import Config
-        from kvplug.errors import PoolSpaceError
-        from kvplug.shm.jit import warm_up
-        from kvplug.store import KvStore
-        warm_up()
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
-        try:
-            KvStore(config=Config(pool=sys.argv[1], size="256mib"))
-        except PoolSpaceError as e:
-            print(e)
-        """,
-        pool_name,
-    )
-    assert "ulimit -v" in done.stdout, done.stderr
-    assert "Raise that limit" in done.stdout
-    assert not Path(segment.segment_path(pool_name)).exists()
-
-
 def test_no_pool_is_made_where_none_was_asked_for(make_store: MakeStore, pool_name: str) -> None:
     with pytest.raises(errors.PoolNotFoundError, match=pool_name):
         make_store(create=False)
