@@ -216,9 +216,13 @@ class VerbsPath(SpreadPath[_Lane]):
             raise NotReadyError(f"this pool's memory can't be used for reading into: {e}") from None
         if not ready.all():
             raise RegisteringError(f"{int((~ready).sum())} regions of this pool are still being registered")
-        with self._asking:  # lanes want the same ones
+        if not self._asking.acquire(timeout=max(0.0, soon - time.monotonic())):  # lanes want the same ones
+            raise RegisteringError(f"another read asks {self._link.address} for the same regions")
+        try:
             while (missing := remote.missing(far)) and time.monotonic() < soon:
                 self._learn(lane, remote, missing[:MAX_REGIONS_A_REQUEST], lease, soon)
+        finally:
+            self._asking.release()
         if remote.missing(far):
             raise RegisteringError(f"regions of {self._link.address} are still being registered")
         return Reads(
