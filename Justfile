@@ -15,6 +15,7 @@ demo *ARGS: setup
 
 # everything: unit tests, the pool under fire, real vLLM, real SGLang
 test *ARGS: engines
+    @[ "$(id -u)" != 0 ] || bash tests/hosts/install.sh || true
     {{ py }} -m pytest tests {{ ARGS }}
 
 # unit tests only: no engine, a few minutes at most
@@ -29,6 +30,14 @@ test-rdma *ARGS: install
 # the figures of README, with ratios to memcpy
 bench *ARGS: setup
     {{ py }} -m pytest bench --benchmark-only -p no:cacheprovider {{ ARGS }}
+
+# CUDA copies on a real GPU: the conformance suite, races, a real pool; an error where there is no GPU
+test-gpu *ARGS:
+    @bash tests/devices/gpu.sh test {{ ARGS }}
+
+# CUDA copies beside the speed of the bus, measured in the same run
+bench-gpu:
+    @bash tests/devices/gpu.sh bench
 
 # kill processes at random instants and count what went wrong: just stress --kills 2000
 stress *ARGS: install
