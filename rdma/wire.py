@@ -50,6 +50,8 @@ class Connection:
         self.peer = address_text(sock.getpeername())
         self.local = address_text(sock.getsockname())
         self.is_tls = isinstance(sock, ssl.SSLSocket)
+        self.is_same_host = sock.getpeername()[0] == sock.getsockname()[0]
+        """Whether the other end has our own address: nothing leaves this host's kernel."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in zip(
