@@ -102,6 +102,9 @@ FIGURES: Final = (
     Figure("fetch_redhare", "the same, as fast as redhare over TCP; least of three sizes", "×", 1.0, True),
     Figure("fetch_mooncake", "the same, as fast as Mooncake over TCP; least of three sizes", "×", 1.0, True),
     Figure("fetch_lookup", "look up and lease 2048 keys at a peer, round trip", "ms", 3.0),
+    Figure(
+        "fetch_beside_python", "a thread of the reader that always runs Python: waits for a fetch beside it", "%", None
+    ),
     Figure("directory_publish", "directory: a million names written, a second", "thousand", 50.0, True),
     Figure("directory_lookup", "directory: 2048 keys of a million read in one round trip", "ms", 5.0),
     *_hit_rates(),

@@ -30,6 +30,7 @@ START_S = 30.0
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
+ENDS_WITH_US = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {SIGKILL}); os.execv(sys.argv[1], sys.argv[1:])"
 HOST = "127.0.0.1"
 WRITER = "writer"
 
@@ -50,9 +51,7 @@ def own_network() -> None:
 
 def start(*command: str, port: int) -> subprocess.Popen[bytes]:
     """Start a server that ends with this process, and wait until it accepts connections."""
-    made = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL)
-    )
+    made = subprocess.Popen([sys.executable, "-c", ENDS_WITH_US, *command], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -69,6 +68,11 @@ def pattern(block: int, rows: int) -> U8:
     out = np.tile(np.random.default_rng(block).integers(0, 256, block, np.uint8), (rows, 1))
     out[:, :8] = np.arange(rows, dtype=np.int64).view(np.uint8).reshape(rows, 8)
     return out
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far, by its clock (clock_getcpuclockid)."""
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 class Redhare:
@@ -90,7 +94,7 @@ class Redhare:
             client_id=role,
             data_plane_addr=f"{HOST}:{7400 + (role == WRITER)}",
             hostname=role,  # else the two count as one host
-            capacity=GIB if role == WRITER else GIB // 16,
+            capacity=GIB // 2 if role == WRITER else GIB // 16,
             transport="tcp",
         )
         self._store.register_buffer(address, BUFFER_BYTES)
@@ -127,7 +131,7 @@ class Mooncake:
         from mooncake.store import MooncakeDistributedStore
 
         self._store = MooncakeDistributedStore()
-        segment = GIB if role == WRITER else 0
+        segment = GIB // 2 if role == WRITER else 0
         master = f"{HOST}:{self.MASTER_PORT}"
         if self._store.setup(HOST, "P2PHANDSHAKE", segment, GIB // 4, "tcp", "", master):
             raise RuntimeError("Mooncake's setup failed")
@@ -157,7 +161,8 @@ SYSTEMS: dict[str, Any] = {"redhare": Redhare, "mooncake": Mooncake}
 class Hands:
     """One method per command. ``names`` are those of ``count`` blocks of ``block`` bytes."""
 
-    def __init__(self, system: str, role: str) -> None:
+    def __init__(self, system: str, role: str, others: list[subprocess.Popen[Any]]) -> None:
+        self._others = [other.pid for other in others]
         self._memory = np.zeros(BUFFER_BYTES, np.uint8)
         self._at = self._memory.ctypes.data
         self._store = SYSTEMS[system](role, self._at)
@@ -171,14 +176,18 @@ class Hands:
         return self._store.put(*self._batch(block, count), block)
 
     def get(self, block: int, count: int) -> dict[str, Any]:
-        """Read the batch: seconds, and whether every byte is right."""
+        """Read the batch: seconds, CPU seconds of all processes meanwhile, and whether every byte is right."""
         names, addresses = self._batch(block, count)
         into = self._memory[: block * count]
         into[:] = 0
-        began = time.perf_counter()
+        used, began = self._cpu_s(), time.perf_counter()
         ok = self._store.get(names, addresses, block)
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "right": bool(ok and (into.reshape(count, block) == pattern(block, count)).all())}
+        seconds, used = time.perf_counter() - began, self._cpu_s() - used
+        right = bool(ok and (into.reshape(count, block) == pattern(block, count)).all())
+        return {"seconds": seconds, "cpu_s": used, "right": right}
+
+    def _cpu_s(self) -> float:
+        return time.process_time() + sum(cpu_s(pid) for pid in self._others)
 
     def seen(self, block: int, count: int) -> bool:
         """Wait until this process knows of the batch: some tell others of what they have later."""
@@ -217,18 +226,21 @@ def main(system: str, redis_server: str, role: str = "reader") -> None:
     sys.stdout = os.fdopen(answers, "w")
     LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL)
     if role == WRITER:
-        hands = Hands(system, role)
+        hands = Hands(system, role, [])
         print("true", flush=True)
         answer_with(hands, {})
         os._exit(0)
     own_network()
     servers = SYSTEMS[system].servers(redis_server)
     writer = subprocess.Popen(
-        [sys.executable, __file__, system, redis_server, WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, system, redis_server, WRITER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if json.loads(writer.stdout.readline() or "false") is not True:
         raise RuntimeError("the process that stores did not start")
-    hands = Hands(system, role)
+    hands = Hands(system, role, [*servers, writer])
     print("true", flush=True)
     answer_with(hands, {"put": writer, "remove": writer})
     writer.kill()

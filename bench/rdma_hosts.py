@@ -14,13 +14,14 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from bench.harness import GIB, config, pool_name, remove_pool, wait_for_memory
+from bench.others import cpu_s
 from kvplug import KvStore, hostmem
 from kvplug.exchange import PoolExchange
 from kvplug.rdma.remote import Peer
@@ -93,4 +94,4 @@ class Hosts:
 
 def cpu(other: subprocess.Popen[Any]) -> float:
     """Seconds of CPU that this process and another one have used."""
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in (os.getpid(), other.pid))
+    return time.process_time() + cpu_s(other.pid)

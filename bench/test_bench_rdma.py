@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from kvplug.shm import segment
 
 READ_BYTES = 128 * MIB
 ROUNDS = 15
+BESIDE_ROUNDS = 5
+FETCH_S = 60.0
 Figure = Callable[..., None]
 
 
@@ -68,6 +72,65 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
     beside = "fetch {:.2f} GB/s, stream {:.2f} GB/s; CPU {:.2f} times the stream's".format(*speeds, cost)
     size = f"{block // KIB}KiB" if block < MIB else f"{block // MIB}MiB"
     figure(f"fetch_{size}", ratio, rounds=ROUNDS, beside=beside)
+
+
+class PythonLoop(threading.Thread):
+    """Runs Python without a pause, as a scheduler under load does."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            sum(i for i in range(100))
+
+    def waited_s(self) -> float:
+        """Seconds that it neither ran nor waited for a core: those in which it wanted the interpreter."""
+        ran, queued = map(int, Path(f"/proc/self/task/{self.native_id}/schedstat").read_text().split()[:2])
+        return time.perf_counter() - (ran + queued) / 1e9
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def test_beside_python(benchmark: Any, hosts: Hosts, figure: Figure) -> None:
+    """What a fetch takes from a thread of its process that always wants the interpreter, and that thread from it."""
+    shares: dict[str, float] = {}
+    speeds: dict[str, tuple[float, float]] = {}
+    for size, block in (("16 KiB", 16 * KIB), ("256 KiB", 256 * KIB), ("2 MiB", 2 * MIB)):
+        n = READ_BYTES // block
+        wanted = keys(n, block + 1)
+        assert not hosts.owner.put(wanted, np.ones((n, block), np.uint8)).any()
+        took: list[list[float]] = [[], []]
+        waited = 0.0
+        for loop in (None, PythonLoop()):
+            for _ in range(1 + BESIDE_ROUNDS):
+                hosts.reader.remove(wanted)
+                before, began = loop.waited_s() if loop else 0.0, time.perf_counter()
+                assert not hosts.peer.fetch(wanted, FETCH_S).any()
+                took[loop is not None].append(time.perf_counter() - began)
+                waited += loop.waited_s() - before if loop else 0.0
+            if loop:
+                loop.stop()
+        alone, beside = (READ_BYTES / statistics.median(some[1:]) / 1e9 for some in took)
+        shares[size], speeds[size] = waited / sum(took[1]) * 100, (alone, beside)
+        hosts.reader.remove(wanted)
+        if size != "2 MiB":
+            hosts.owner.remove(wanted)
+
+    def forget() -> None:
+        hosts.reader.remove(wanted)
+
+    benchmark.pedantic(lambda: hosts.peer.fetch(wanted), setup=forget, rounds=3)
+    forget()
+    hosts.owner.remove(wanted)
+    what = "; ".join(
+        f"{size}: {shares[size]:.0f} %, fetch {b:.2f} GB/s, {a:.2f} alone" for size, (a, b) in speeds.items()
+    )
+    figure("fetch_beside_python", max(shares.values()), rounds=BESIDE_ROUNDS, beside=what)
 
 
 def test_lookup_round_trip(benchmark: Any, hosts: Hosts, figure: Figure) -> None:

@@ -36,9 +36,10 @@ SEND_BYTES: Final = 4 << 20
 """Most that one call sends: the lease is looked at in between."""
 SEND_STALL_S: Final = 1.0
 IDLE_S: Final = 600.0
-PIECE_BYTES: Final = 2 << 20
-"""What is received before it is checked: fits the cache, and is worth the lock that sealing takes."""
-PIECE_BLOCKS: Final = 256
+PIECE_BYTES: Final = 8 << 20
+"""What is received before it is checked. For each piece the thread needs the interpreter three times, and where Python
+is busy it waits 5 ms each time: fewer pieces are worth more than that a piece is in the nearest cache."""
+PIECE_BLOCKS: Final = 480  # numpy lets go of the interpreter in operations on 500 and more, and would wait for it again
 SHARE_BYTES: Final = 2 << 20
 """A connection is not worth its thread for less."""
 LET_GO_S: Final = 0.5
