@@ -45,7 +45,6 @@ SHARE_BYTES: Final = 2 << 20
 LET_GO_S: Final = 0.5
 STALL_LOOKS: Final = 4
 """How often within a peer's time-out its connection is looked at: a stall is noticed a quarter late at most."""
-RECEIVE_BUFFER_BYTES: Final = 4 << 20
 
 
 # ---- the owner's end -------------------------------------------------------------------------------------------------
