@@ -120,6 +120,15 @@ class Connection:
         except OSError as e:
             raise PeerError(f"the connection with {self.peer} broke: {e}") from None
 
+    def wake_at(self, nbytes: int) -> None:
+        """For bytes without frames: let calls sleep until so many have come, or the time of one call is over."""
+        if self.is_tls:
+            return
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+        except OSError as e:
+            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+
     def interrupt(self) -> None:
         """From another thread: whoever waits on this connection stops waiting."""
         with contextlib.suppress(OSError):
