@@ -30,7 +30,11 @@ START_S = 30.0
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
-ENDS_WITH_US = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {SIGKILL}); os.execv(sys.argv[1], sys.argv[1:])"
+ENDS_WITH_US = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 HOST = "127.0.0.1"
 WRITER = "writer"
 

@@ -36,9 +36,12 @@ SEND_BYTES: Final = 4 << 20
 """Most that one call sends: the lease is looked at in between."""
 SEND_STALL_S: Final = 1.0
 IDLE_S: Final = 600.0
-PIECE_BYTES: Final = 8 << 20
-"""What is received before it is checked. For each piece the thread needs the interpreter three times, and where Python
-is busy it waits 5 ms each time: fewer pieces are worth more than that a piece is in the nearest cache."""
+PIECE_BYTES: Final = 2 << 20
+MOST_PIECE_BYTES: Final = 8 << 20
+"""What is received before it is checked, at first and at most. For each piece a thread needs the interpreter three
+times, and where Python is busy it waits 5 ms each time: that costs more than that a piece has left the nearest cache."""
+FAST_PIECE_S: Final = 0.05
+SLOW_PIECE_S: Final = 0.2
 PIECE_BLOCKS: Final = 480  # numpy lets go of the interpreter in operations on 500 and more, and would wait for it again
 WAKE_BYTES: Final = 1 << 20
 """The kernel wakes a thread that receives when so much is there: a quarter less CPU than for each segment."""
@@ -116,6 +119,7 @@ class TcpPath(DataPath):
         self._mutex = threading.Lock()
         self._idle: list[tuple[int, Connection]] = []
         self._closed = False
+        self._piece_bytes = PIECE_BYTES
         self._threads = ThreadPoolExecutor(connections, "kvplug-tcp")
 
     def read(self, wanted: Wanted, deadline: float, arrived: Arrived) -> Landing:
@@ -213,11 +217,11 @@ class TcpPath(DataPath):
             raise ProtocolError(f"{connection.peer} sends {answer} where {total} bytes were asked for")
         connection.block_with_timeout(self._stall_s / STALL_LOOKS)
         targets = wanted.targets[part]
-        most = max(1, min(PIECE_BLOCKS, PIECE_BYTES * len(part) // total))
-        each = -(-len(part) // -(-len(part) // most))  # all of one size
-        wake_at, left = 0, total
-        for first in range(0, len(part), each):
-            piece = slice(first, first + each)
+        first, wake_at, left = 0, 0, total
+        while first < len(part):
+            began = time.monotonic()
+            piece = slice(first, first + max(1, min(PIECE_BLOCKS, self._piece_bytes * len(part) // total)))
+            first = piece.stop
             firsts, lengths = runs(targets[piece], nbytes[piece])
             starts = targets[piece][firsts]
             views = [self._view[at : at + n] for at, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
@@ -228,6 +232,14 @@ class TcpPath(DataPath):
                 wake_at = wake
             self._fill(connection, views, deadline)
             arrived(part[piece])
+            self._resize_pieces(time.monotonic() - began)
+
+    def _resize_pieces(self, took_s: float) -> None:
+        """Large ones where they come fast, small ones where a deadline may find one half-way."""
+        if took_s < FAST_PIECE_S:
+            self._piece_bytes = min(self._piece_bytes * 2, MOST_PIECE_BYTES)
+        elif took_s > SLOW_PIECE_S:
+            self._piece_bytes = max(self._piece_bytes // 2, PIECE_BYTES)
 
     def _fill(self, connection: Connection, views: list[memoryview], deadline: float) -> None:
         sock = connection.sock
