@@ -21,6 +21,11 @@ test *ARGS: engines
 test-fast *ARGS: install
     {{ py }} -m pytest tests/unit {{ ARGS }}
 
+# real RDMA verbs, in emulated machines that this boots; Debian on x86-64, and root once, for QEMU: just test-rdma --guests two
+test-rdma *ARGS: install
+    @bash tests/rdma_lab/install.sh .venv
+    {{ py }} -m tests.rdma_lab.run {{ ARGS }}
+
 # the figures of README, with ratios to memcpy
 bench *ARGS: setup
     {{ py }} -m pytest bench --benchmark-only -p no:cacheprovider {{ ARGS }}

@@ -213,6 +213,13 @@ class Config(BaseSettings):
         default=0.05, ge=0.001, le=10, description="longest wait for the directory's answer; after that: a miss"
     )
 
+    fetch_timeout_s: float = Field(
+        default=1.5,
+        ge=0.01,
+        le=60,
+        description="how much later than without other hosts a request may be while its prefix is fetched from them",
+    )
+
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)

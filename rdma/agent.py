@@ -299,7 +299,7 @@ class Agent:
         found = len(pinned.slots)
         fits = np.cumsum(pinned.nbytes) <= self.leases.room(reader.number)
         fits &= np.cumsum(pinned.part_counts) <= p.MAX_PARTS_A_REPLY
-        m = int(fits.sum())
+        m = int(fits.sum()) if message.seconds else 0
         if m < found:
             self._blocks.unpin(pinned.slots[m:])
             codes[np.flatnonzero(codes == 0)[m:]] = Code.BUDGET

@@ -38,6 +38,7 @@ class Link:
         self._connection: Connection | None = None
         self._session: Session | None = None
         self._requests = 0
+        self._closed = False
         self._places: Places = []
         self._resolved = 0.0
         self.welcome: Welcome | None = None
@@ -53,6 +54,8 @@ class Link:
         """Whether the connection is a new one."""
         if self._connection is not None:
             return False
+        if self._closed:
+            raise PeerError(f"the link to {self.address} was closed")
         connection = dial(self.address, self._lookup_places(deadline), self._tls, deadline)
         try:
             session, welcome, challenge = knock(connection, self._secret, deadline)
@@ -145,6 +148,7 @@ class Link:
 
     def close(self) -> None:
         """Hang up: with it go the leases at the other end. Idempotent."""
+        self._closed = True
         connection = self._connection
         if connection is not None:
             connection.interrupt()

@@ -85,7 +85,10 @@ class Welcome(Message):
 
 
 class Lookup(Message):
-    """Reader: which of these keys have you? Keep those in place for me. ``keys``: N × 32 bytes."""
+    """Reader: which of these keys have you? Keep those in place for me. ``keys``: N × 32 bytes.
+
+    For no seconds: nothing is kept, and what is there has the code that says so (BUDGET).
+    """
 
     keys: Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
     seconds: Seconds

@@ -21,6 +21,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from kvplug.errors import Code, PeerError, PeerTimeoutError
 from kvplug.rdma.blocks import U8, Blocks
@@ -44,6 +45,7 @@ from kvplug.rdma.protocol import (
     StatsReply,
     check_leased,
 )
+from kvplug.rdma.speed import Speed
 from kvplug.rdma.tcp import TcpPath
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Peer:
     def __init__(self, address: str, blocks: Blocks, config: Config, *, path: DataPath | None = None) -> None:
         """``address``: host:port of its agent. ``path``: another data path than TCP. Nothing is dialled yet."""
         self.address = address
+        self.speed = Speed()
         self._blocks, self._config = blocks, config
         self._link = Link(address, config)
         self._path = path or TcpPath(
@@ -141,7 +144,8 @@ class Peer:
             self._is_well()
         except PeerError as e:
             codes[todo] = Code.TIMEOUT
-            if time.monotonic() < deadline or not (codes == Code.OK).any():
+            patient = timeout_s >= self._config.peer_timeout_s
+            if time.monotonic() < deadline or (patient and not (codes == Code.OK).any()):
                 self._failed(e)
             else:  # the peer does what it can: it was the caller who had no more time
                 self._count("out_of_time")
@@ -153,6 +157,28 @@ class Peer:
             self._counters["keys_fetched"] += int((codes == Code.OK).sum())
         return codes
 
+    def holds(self, keys: U8, timeout_s: float) -> npt.NDArray[np.bool_] | None:
+        """Which of these blocks ((N, 32) uint8; beyond MAX_KEYS none is asked for) the peer has now, bool[N].
+
+        None: it did not answer. Raises nothing for whatever the peer does.
+        """
+        keys = np.ascontiguousarray(keys, np.uint8).reshape(-1, KEY_BYTES)
+        asked, deadline = time.monotonic(), time.monotonic() + timeout_s
+        if os.getpid() != self._pid or self.is_down:
+            return None
+        have = np.zeros(len(keys), np.bool_)
+        try:
+            n = min(len(keys), MAX_KEYS)
+            answer = self._link.ask(Lookup(keys[:n].tobytes(), 0.0), Leased, deadline, again=True)
+            codes = check_leased(answer, n).codes
+            self.speed.note_round_trip(time.monotonic() - asked)
+            have[:n] = codes == Code.BUDGET  # there, and not leased
+            self._is_well()
+        except PeerError as e:
+            self._failed(e)
+            return None
+        return have
+
     def _fetch(self, keys: U8, now: I64, codes: I8, deadline: float, prefix: bool) -> I64:
         """One lookup and its reads; fills ``codes[now]``. Positions that are worth another lookup."""
         asked = time.monotonic()
@@ -162,6 +188,8 @@ class Peer:
             deadline,
             again=True,
         )
+        began = time.monotonic()
+        self.speed.note_round_trip(began - asked)
         leased = check_leased(answer, len(now))
         codes[now] = leased.codes
         if not answer.lease:
@@ -173,6 +201,8 @@ class Peer:
             for group in _groups(leased):
                 lease = self._read_group(keys, where, leased, group, lease, codes, deadline)
         finally:
+            arrived = codes[where] == Code.OK
+            self.speed.note_read(int(leased.nbytes[arrived].sum()), time.monotonic() - began)
             self._release(lease)
         got = bool((codes[where] >= 0).any())
         return now[leased.codes == Code.BUDGET] if got else now[:0]

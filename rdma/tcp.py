@@ -118,6 +118,7 @@ class TcpPath(DataPath):
         self._view = memory.data
         self._mutex = threading.Lock()
         self._idle: list[tuple[int, Connection]] = []
+        self._busy: set[Connection] = set()
         self._closed = False
         self._piece_bytes = PIECE_BYTES
         self._threads = ThreadPoolExecutor(connections, "kvplug-tcp")
@@ -132,16 +133,14 @@ class TcpPath(DataPath):
         shares = int(min(self._most, max(1, ends[-1] // SHARE_BYTES), len(wanted)))
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shares) // shares)
         at_work: list[Connection] = []
+        jobs: list[Future[PeerError | None]] = []
+        closed = None
         try:
-            jobs = [
-                self._threads.submit(self._share, wanted, part, deadline, arrived, at_work)
-                for part in np.split(np.arange(len(wanted)), cuts)
-                if len(part)
-            ]
+            for part in np.split(np.arange(len(wanted)), cuts):
+                if len(part):
+                    jobs.append(self._threads.submit(self._share, wanted, part, deadline, arrived, at_work))
         except RuntimeError:
-            landing.error = PeerError("the path was closed")
-            landing.settle()
-            return landing
+            closed = PeerError("the path was closed")
         pending: set[Future[PeerError | None]] = wait(jobs, max(0.0, deadline - time.monotonic())).not_done
         if pending:
             with self._mutex:
@@ -156,7 +155,7 @@ class TcpPath(DataPath):
             landing.settle()
         for job in pending:
             job.add_done_callback(lambda _: self._count_down(remaining, landing))
-        landing.error = _first_error(jobs)
+        landing.error = closed or _first_error(jobs)
         return landing
 
     def _count_down(self, remaining: list[int], landing: Landing) -> None:
@@ -174,22 +173,30 @@ class TcpPath(DataPath):
             generation, connection = self._take(deadline)
             with self._mutex:
                 at_work.append(connection)
+                self._busy.add(connection)
+                if self._closed:
+                    connection.interrupt()
             self._receive(connection, wanted, part, deadline, arrived)
         except PeerError as e:
-            if connection is not None:
-                connection.close()
+            self._hang_up(connection)
             return e
         except BaseException:
-            if connection is not None:
-                connection.close()
+            self._hang_up(connection)
             raise
         with self._mutex:
             at_work.remove(connection)
+            self._busy.discard(connection)
             if not self._closed:
                 self._idle.append((generation, connection))
                 return None
         connection.close()
         return None
+
+    def _hang_up(self, connection: Connection | None) -> None:
+        if connection is not None:
+            with self._mutex:
+                self._busy.discard(connection)
+            connection.close()
 
     def _take(self, deadline: float) -> tuple[int, Connection]:
         """A connection that belongs to the link as it is now."""
@@ -274,6 +281,8 @@ class TcpPath(DataPath):
         with self._mutex:
             self._closed = True
             idle, self._idle = self._idle, []
+            for connection in self._busy:
+                connection.interrupt()
         for _, connection in idle:
             connection.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

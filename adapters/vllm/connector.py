@@ -10,6 +10,7 @@ copy a byte. So what brings in compiled kernels is imported when a side begins i
 from __future__ import annotations
 
 import atexit
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvplug")
 T = TypeVar("T")
+
+EMPTY_STEP_S = 0.001
+"""How long a step that runs no model lasts while requests wait for other hosts: an engine in one's own process does
+not pause between steps, and would take the interpreter from the threads that it waits for."""
 
 
 class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
@@ -112,12 +117,12 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = self._shielded("start", begin, None)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens beyond the engine's own that the pool can give; loaded while other requests go on."""
+        """Tokens beyond the engine's own that the pool can give; loaded while other requests go on. None: ask again."""
         side = self._scheduler
         if side is None or side.off:
             return 0, False
         count = self._shielded("a lookup", side.matched_tokens, 0, request, num_computed_tokens)
-        return count, count > 0
+        return count, bool(count)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Blocks were allocated; a load of ``num_external_tokens`` tokens is now owed to the request."""
@@ -254,6 +259,8 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         loaded: list[LoadResult] | None = []
         if self._worker is not None:
             loaded = self._shielded("a load's end", self._take_loaded, None, not runs_model)
+            if not runs_model and not loaded and isinstance(meta, StepMetadata) and meta.waits:
+                time.sleep(EMPTY_STEP_S)
             if loaded is None:
                 self._shielded("a load's end", self._give_up_loads, None)
         finished, self._orphans = self._orphans, set()
@@ -285,6 +292,10 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             report.done.update(self._orphan_jobs)
             report.failed |= self._orphan_jobs
             self._orphan_jobs = set()
+        meta = self._connector_metadata
+        if isinstance(meta, StepMetadata) and meta.timed:
+            report = report or WorkerReport()
+            report.ran = meta.step
         return report
 
     def weight_changes_seen(self) -> int:
@@ -300,6 +311,8 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> KvplugStats | None:
         """Counts since the last call; only the scheduler's side has any, workers send theirs there."""
         side = self._scheduler
+        if side is not None and side.fetches is not None:
+            side.fetches.gather_counts()
         if self.role != KVConnectorRole.SCHEDULER or not (
             self._step_errors or (side is not None and side.state.counts)
         ):

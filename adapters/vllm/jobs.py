@@ -90,6 +90,10 @@ class StepMetadata(KVConnectorMetadata):
     step: int
     runs_model: bool
     """False for an empty step, which on some versions ends without wait_for_save."""
+    timed: bool = False
+    """Whether the scheduler wants to know when its results were there."""
+    waits: bool = False
+    """Whether requests wait for other hosts: an empty step need not be over at once."""
     plan: Plan | None = None
     """Only with jobs."""
     loads: tuple[Job, ...] = ()
@@ -110,6 +114,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """Weight changes seen, the most of any rank."""
     counts: Counter[str] = field(default_factory=Counter)
     """What to add to kvplug's counters."""
+    ran: int = 0
+    """The step whose results come with this, if it is timed."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Adds another rank's report to this one."""
@@ -120,6 +126,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.bad | other.bad,
             max(self.changed, other.changed),
             self.counts + other.counts,
+            max(self.ran, other.ran),
         )
 
 

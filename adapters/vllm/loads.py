@@ -63,7 +63,8 @@ class Loads:
         self._offers[record.request.request_id] = record
         return hit - local
 
-    def _keys(self, record: Record, local: int, limit: int) -> list[KeyArray]:
+    def keys(self, record: Record, local: int, limit: int) -> list[KeyArray]:
+        """Per group the keys of the blocks from token ``local`` to token ``limit``, (N, 32) uint8."""
         state = self._state
         steps = record.step_keys(limit)
         return [
@@ -74,7 +75,7 @@ class Loads:
     def _search(self, record: Record, local: int, limit: int) -> tuple[int, list[GroupPins]] | None:
         """The longest hit and its pins; nothing stays pinned if there is none."""
         rules, store = self._state.rules, self._state.store
-        keys = self._keys(record, local, limit)
+        keys = self.keys(record, local, limit)
         pins: dict[int, Any] = {}
         present: list[Any] = [None] * len(rules)
         bound = limit
@@ -174,7 +175,7 @@ class Loads:
         keys: list[KeyArray] = []
         hopeless = offer is None or offer.local + num_tokens != offer.tokens
         if offer is not None and not hopeless:
-            all_keys = self._keys(record, offer.local, offer.tokens)
+            all_keys = self.keys(record, offer.local, offer.tokens)
             for group, (rule, pins) in enumerate(zip(state.rules, offer.pins, strict=True)):
                 wanted = range(offer.local // rule.span, offer.tokens // rule.span)
                 real = [i for i in wanted if i < len(blocks[group]) and not blocks[group][i].is_null]

@@ -31,10 +31,19 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "steps_without_room": ("steps_without_room", "Steps after which nothing was stored: too many blocks are held."),
     "seals_queued": ("seals_queued", "Seals that had to wait for a busy pool lock."),
     "weight_changes": ("weight_changes", "Changes of weights in the living engine."),
+    "fetches": ("fetches", "Fetches begun from another host."),
+    "fetched_blocks": ("fetched_blocks", "Blocks that came from other hosts."),
+    "fetched_bytes": ("fetched_bytes", "Bytes that came from other hosts."),
+    "fetched_tokens": ("fetched_tokens", "Tokens by which hits have grown with what came from other hosts."),
+    "fetch_misses": ("fetch_misses", "Prefixes of which no other host had more."),
+    "fetch_timeouts": ("fetch_timeouts", "Fetches that their deadline ended."),
+    "fetch_not_worth_it": ("fetch_not_worth_it", "Prefixes that were computed because that is faster than fetching."),
+    "fetch_no_room": ("fetch_no_room", "Fetches that ended because the pool had no room."),
+    "fetch_errors": ("fetch_errors", "Errors inside a fetch."),
     "rotations": ("rotations", "Times that this engine's namespace was rotated by a cache reset."),
 }
 NOT_STORED = "not_stored:"
-SECONDS = {"load_ns": "load", "store_ns": "store"}
+SECONDS = {"load_ns": "load", "store_ns": "store", "fetch_ns": "fetch"}
 
 
 @dataclass

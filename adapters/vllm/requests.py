@@ -15,6 +15,7 @@ from kvplug.adapters.devices.base import Int64s
 from kvplug.adapters.vllm import compat
 from kvplug.errors import NamespaceError
 from kvplug.extras import encode_extras
+from kvplug.fetching import Fetch
 from kvplug.keys import KeyChain
 
 if TYPE_CHECKING:
@@ -65,12 +66,22 @@ class Record:
     """Loads issued; one for each time that the engine admits the request, so that a load that fails is not repeated."""
     load_failed: bool = False
     """A load failed once; the pool is not asked again for this request."""
+    fetch: Fetch | None = None
+    """What is being fetched for it from other hosts."""
+    fetch_tried: bool = False
+    """Other hosts were asked once; they are not asked again for this request."""
     refused: bool = False
     """What decides the bytes of its blocks can't be identified."""
     stored: list[int] = field(default_factory=list)
     """Per group, blocks from the front that need no more storing."""
     next_at: int = 0
     """Computed tokens at which the next block of any group is full."""
+
+    def drop_fetch(self) -> None:
+        """Lets go of what is being or was fetched for it."""
+        fetch, self.fetch = self.fetch, None
+        if fetch is not None:
+            fetch.release()
 
     def step_keys(self, num_tokens: int) -> npt.NDArray[np.uint8]:
         """Keys of all whole steps within the first ``num_tokens`` tokens: (n, 32) uint8."""

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.vllm import compat, namespace
+from kvplug.adapters.vllm.fetches import Fetches
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
 from kvplug.adapters.vllm.requests import LoraIdentities, Record, open_chain
 from kvplug.adapters.vllm.state import EngineState, part_sizes
 from kvplug.adapters.vllm.stores import Stores
 from kvplug.config import Config
-from kvplug.errors import KeyFormatError, KvplugError, NamespaceError, UnsupportedEngineError
+from kvplug.errors import ConfigError, KeyFormatError, KvplugError, NamespaceError, UnsupportedEngineError
+from kvplug.fetching import Fetcher
 from kvplug.keys import block_keys
 from kvplug.namespace import Namespace
 from kvplug.sizes import format_size
@@ -80,6 +82,7 @@ class SchedulerSide:
         self.state.on_namespace = self._announce
         self.loads = Loads(self.state)
         self.stores = Stores(self.state)
+        self.fetches = self._fetches(store)
         self._adapters: dict[str, AdapterProbe] = {}
         self._adapters_seen_ns: dict[str, int] = {}
         self._lora = LoraIdentities(self._adapter_identity)
@@ -90,6 +93,15 @@ class SchedulerSide:
             self._say(
                 f"kvplug: ON, pool {store.pool_name}; the weights are being identified, nothing is cached until then"
             )
+
+    def _fetches(self, store: KvStore) -> Fetches | None:
+        """What asks other hosts; None where the settings name none."""
+        try:
+            fetcher = Fetcher.configured(store, self._config)
+        except ConfigError as error:
+            self._say(f"kvplug: nothing is read from other hosts: {error}")
+            return None
+        return None if fetcher is None else Fetches(self.state, self.loads, fetcher)
 
     # -- identity ----------------------------------------------------------------------------------------------------
 
@@ -139,22 +151,22 @@ class SchedulerSide:
         self.state.weights_changed()
         self.state.worker_changes = max(self.state.worker_changes, seen or 0)
         for record in self.state.records.values():
-            self.loads.give_back(record)
+            self._let_go(record)
         if why:
             self.state.counts["weight_changes"] += 1
             self._say(f"kvplug: weights changed ({why}); nothing is cached until the engine's prefix cache is reset")
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def matched_tokens(self, request: Request, local: int) -> int:
-        """Tokens beyond the engine's own that the pool can give; pinned."""
+    def matched_tokens(self, request: Request, local: int) -> int | None:
+        """Tokens beyond the engine's own that the pool can give; pinned. None: ask again, more may be on its way."""
         record = self._record(request)
         if record.chain is None or record.load_failed or request.skip_reading_prefix_cache:
             return 0
         if record.loads > request.num_preemptions:  # it was admitted with a load, and is here again: that load failed
             return 0
         try:
-            return self.loads.lookup(record, local)
+            return (self.fetches or self.loads).lookup(record, local)
         except KeyFormatError as error:
             self._refuse(record, error)
             return 0
@@ -166,7 +178,7 @@ class SchedulerSide:
         record = state.records.get(request.request_id)
         if record is None or (record.epoch != state.epoch and request.num_computed_tokens == 0):
             if record is not None:
-                self.loads.give_back(record)
+                self._let_go(record)
             tokens = request._all_token_ids
             record = Record(request, None, tokens, state.step_tokens, state.epoch, stored=[0] * len(state.rules))
             state.records[request.request_id] = record
@@ -194,13 +206,18 @@ class SchedulerSide:
 
     def _refuse(self, record: Record, error: KvplugError) -> None:
         """This request is not cached; each reason is said once."""
-        self.loads.give_back(record)
+        self._let_go(record)
         record.chain, record.refused, record.next_at = None, True, NEVER
         self.state.counts["requests_refused"] += 1
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyFormatError) else str(error)
         if reason not in self._refusals and len(self._refusals) < MAX_REASONS_SAID:
             self._refusals.add(reason)
             self._say(f"kvplug: a request is not cached: {reason}")
+
+    def _let_go(self, record: Record) -> None:
+        """The request uses neither what it was offered nor what is being fetched for it."""
+        record.drop_fetch()
+        self.loads.give_back(record)
 
     def allocated(self, request: Request, blocks: tuple[Any, ...], num_tokens: int) -> None:
         """The engine has given the request its blocks, ``num_tokens`` of them to be loaded."""
@@ -215,7 +232,7 @@ class SchedulerSide:
         record = self.state.records.pop(request.request_id, None)
         if record is None:
             return
-        self.loads.give_back(record)
+        self._let_go(record)
         if record.chain is None or record.epoch != self.state.epoch:
             return
         for group, rule in enumerate(self.state.rules):
@@ -248,9 +265,15 @@ class SchedulerSide:
         job = self.stores.plan(due) if due else None
         loads, self.loads.queued = tuple(self.loads.queued), []
         stores: tuple[Job, ...] = (job,) if job is not None else ()
+        timed = waits = False
+        if self.fetches is not None:
+            timed = self.fetches.speed.began(self._step, sum(scheduled.values()))
+            waits, self.fetches.waiting = self.fetches.waiting > 0, 0
         return StepMetadata(
             step=self._step,
             runs_model=bool(scheduled),
+            timed=timed,
+            waits=waits,
             plan=state.plan if loads or stores else None,
             loads=loads,
             stores=stores,
@@ -266,6 +289,8 @@ class SchedulerSide:
         """What the workers have to say after a step."""
         state = self.state
         state.counts.update(report.counts)
+        if report.ran and self.fetches is not None:
+            self.fetches.speed.ended(report.ran)
         if report.changed > state.worker_changes:
             state.worker_changes = report.changed
             self.weights_changed("in the workers")
@@ -299,7 +324,7 @@ class SchedulerSide:
     def reset(self) -> None:
         """The engine's user wants nothing that was cached so far to be used again."""
         for record in self.state.records.values():
-            self.loads.give_back(record)
+            self._let_go(record)
         self.state.rotate()
 
     def switch_off(self) -> None:
@@ -310,14 +335,16 @@ class SchedulerSide:
         self.state.root = None
         for record in self.state.records.values():
             try:
-                self.loads.give_back(record)
+                self._let_go(record)
             except Exception:  # noqa: BLE001 - this is what an error has led to; the pool takes the pin back with the session
                 self.state.counts["hook_errors"] += 1
 
     def close(self) -> None:
         """Lets go of everything."""
         for record in list(self.state.records.values()):
-            self.loads.give_back(record)
+            self._let_go(record)
+        if self.fetches is not None:
+            self.fetches.close()
         if self._probe is not None:
             self._probe.stop()
         for probe in self._adapters.values():

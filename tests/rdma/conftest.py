@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from kvplug.fetching import Fetcher
 from kvplug.shm.jit import warm_up
 from tests.pool.conftest import leave_nothing
+from tests.rdma.fetch_parts import END_S, MakeFetcher
 from tests.rdma.hosts import Host, Proxy, certificates
 from tests.rdma.knocking import opened
 
@@ -44,6 +46,21 @@ def make_host() -> Iterator[Callable[..., Host]]:
         host.close()
     for host in made:
         leave_nothing(host.config.pool)
+
+
+@pytest.fixture
+def make_fetcher() -> Iterator[MakeFetcher]:
+    """``make_fetcher(host, *addresses, **settings)``: for the host's store; closed before the hosts are."""
+    made: list[Fetcher] = []
+
+    def make(host: Host, *addresses: str, **settings: Any) -> Fetcher:
+        settings = {"fetch_timeout_s": END_S} | settings
+        made.append(Fetcher(host.store, host.config.with_changes(peers=addresses, **settings)))
+        return made[-1]
+
+    yield make
+    for fetcher in made:
+        fetcher.close()
 
 
 @pytest.fixture

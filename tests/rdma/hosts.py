@@ -122,8 +122,10 @@ class Host:
 class Fault:
     """What a link does at one byte: ``cut``, ``stall`` (nothing passes any more), ``flip`` (a bit), ``delay``."""
 
-    def __init__(self, kind: str, connection: int, to_agent: bool, at: int) -> None:
-        self.kind, self.connection, self.to_agent, self.at = kind, connection, to_agent, at
+    def __init__(
+        self, kind: str, connection: int, to_agent: bool, at: int, act: Callable[[], object] | None = None
+    ) -> None:
+        self.kind, self.connection, self.to_agent, self.at, self.act = kind, connection, to_agent, at, act
         self.happened = threading.Event()
 
     def __repr__(self) -> str:
@@ -203,6 +205,8 @@ class Proxy:
                     data[at] ^= 0x10
                 if fault.kind == "delay":
                     time.sleep(0.1)
+                if fault.act is not None:
+                    fault.act()
         target.sendall(data)
         return True
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,12 +38,21 @@ def binaries() -> list[str]:
 class RedisServer:
     """One server process. Its data lives in memory only, so a restart is an empty one."""
 
-    def __init__(self, binary: str | None = None, *arguments: str, password: str | None = None) -> None:
+    def __init__(
+        self,
+        binary: str | None = None,
+        *arguments: str,
+        password: str | None = None,
+        inside: Sequence[str] = (),
+        address: str = "127.0.0.1",
+    ) -> None:
+        """``inside``: a command that the server's own is appended to; ``address``: where it listens there."""
         if binary is None:
             there = binaries()
             assert there, MISSING
             binary = there[0]
         self._binary, self._password = binary, password
+        self._inside, self._address = list(inside), address
         self._arguments = (*arguments, "--requirepass", password) if password else arguments
         self._folder = tempfile.mkdtemp(prefix="kvplug-redis-")
         self.socket_path = os.path.join(self._folder, "socket")
@@ -55,7 +64,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://{self._address}:{self.port}/0"
 
     @property
     def pid(self) -> int:
@@ -64,11 +73,12 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, empty, and wait until it answers."""
-        command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self._folder]
+        command = [self._binary, "--port", str(self.port), "--bind", self._address, "--dir", self._folder]
         command += ["--unixsocket", self.socket_path, "--save", "", "--appendonly", "no", "--loglevel", "warning"]
         command += ["--enable-debug-command", "local", *self._arguments]
         if setpriv := shutil.which("setpriv"):  # goes with a test process that is killed
             command = [setpriv, "--pdeathsig", "KILL", *command]
+        command = [*self._inside, *command]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
@@ -82,7 +92,8 @@ class RedisServer:
 
     def witness(self, **options: Any) -> redis.Redis:
         """Somebody else's client, to look with at what ours did."""
-        return redis.Redis(port=self.port, password=self._password, socket_timeout=10, **options)
+        where = {"unix_socket_path": self.socket_path} if self._inside else {"port": self.port}
+        return redis.Redis(**where, password=self._password, socket_timeout=10, **options)
 
     def kill(self) -> None:
         """SIGKILL."""

@@ -152,6 +152,7 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "directory_url": "redis://:only-for-tests@10.0.0.9",
         "directory_ttl_s": "3",
         "directory_timeout_s": "0.01",
+        "fetch_timeout_s": "0.7",
     }
     assert values.keys() == Config.model_fields.keys(), "a new setting has its line here"
     defaults = load()

@@ -1,0 +1,107 @@
+"""Who has blocks that are missing here: the directory's word, or the peers' own where there is none that answers.
+
+Every answer is a hint. It comes within the deadline whatever the others do: a host that does not answer in time has
+nothing this time, and one that is left alone just now (:attr:`kvplug.rdma.remote.Peer.is_down`) is not asked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvplug.config import Config
+from kvplug.exchange import PoolExchange
+from kvplug.peering import directory_reader, known_peers
+from kvplug.rdma.remote import Peer
+
+__all__ = ["Holders"]
+
+U8 = npt.NDArray[np.uint8]
+Bools = npt.NDArray[np.bool_]
+
+MAX_ASKED: Final = 8
+"""Peers that are asked directly for one prefix. If there are more, the next ones come with the next question."""
+ASK_S: Final = 0.25
+"""Longest wait for the answers of peers that are asked directly."""
+MAX_OPEN_PEERS: Final = 64
+"""Peers with connections of their own; beyond it the one that was not used for longest hangs up."""
+
+
+class Holders:
+    """The other hosts as one store sees them. Thread-safe."""
+
+    def __init__(self, exchange: PoolExchange, config: Config) -> None:
+        """``config`` names peers, a directory, or both. Raises ConfigError for what can't be a directory."""
+        self._exchange, self._config = exchange, config
+        self._directory = directory_reader(config, exchange.store)
+        self._listed = known_peers(config)
+        self._mutex = threading.Lock()
+        self._open: OrderedDict[str, Peer] = OrderedDict()
+        self._turn = 0
+        self._closed = False
+        self._threads = ThreadPoolExecutor(MAX_ASKED, "kvplug-ask")
+
+    def who_has(self, keys: U8, deadline: float) -> list[tuple[Peer, Bools]]:
+        """Peers that have some of these keys ((N, 32) uint8), each with bool[N]; ``deadline``: of time.monotonic()."""
+        found: list[tuple[str, Bools]] = []
+        addresses = [peer.address for peer in self._listed.peers()]
+        if self._directory is not None:
+            left = deadline - time.monotonic()
+            hits = self._directory.lookup(keys, min(self._config.directory_timeout_s, max(0.0, left)))
+            found = [(peer.address, have) for peer, have in zip(hits.peers, hits.have, strict=True)]
+            if not hits.known:  # the members known last can still be asked themselves
+                addresses += [peer.address for peer in self._directory.peers()]
+        answered = {address for address, _ in found}
+        rest = [address for address in dict.fromkeys(addresses) if address not in answered]
+        peers = [(peer, have) for address, have in found if have.any() and (peer := self._peer(address)) is not None]
+        return peers + self._ask(rest, keys, deadline)
+
+    def _ask(self, addresses: list[str], keys: U8, deadline: float) -> list[tuple[Peer, Bools]]:
+        """The peers' own answers, all asked at once."""
+        with self._mutex:
+            self._turn += MAX_ASKED
+            at = self._turn % max(1, len(addresses))
+        in_turn = addresses[at:] + addresses[:at] if len(addresses) > MAX_ASKED else addresses
+        peers = [peer for address in in_turn if (peer := self._peer(address)) is not None and not peer.is_down]
+        asked: dict[Future[Bools | None], Peer] = {}
+        try:
+            for peer in peers[:MAX_ASKED]:
+                asked[self._threads.submit(peer.holds, keys, self._config.peer_timeout_s)] = peer
+        except RuntimeError:  # closed meanwhile, or no thread is left
+            pass
+        done = wait(asked, max(0.0, min(ASK_S, deadline - time.monotonic()))).done
+        answers = [(peer, future.result()) for future, peer in asked.items() if future in done]
+        return [(peer, have) for peer, have in answers if have is not None and have.any()]
+
+    def _peer(self, address: str) -> Peer | None:
+        """The peer at this address; None if that is this host itself, or everything is closed."""
+        dropped = None
+        with self._mutex:
+            if self._closed:
+                return None
+            peer = self._open.get(address)
+            if peer is None:
+                peer = self._open[address] = Peer(address, self._exchange, self._config)
+                if len(self._open) > MAX_OPEN_PEERS:
+                    dropped = self._open.popitem(last=False)[1]
+            self._open.move_to_end(address)
+        if dropped is not None:
+            dropped.close()
+        return peer if peer.link.host != self._exchange.host else None
+
+    def close(self) -> None:
+        """Hang up on everybody; reads under way end. Idempotent."""
+        with self._mutex:
+            self._closed = True
+            peers = list(self._open.values())
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for peer in peers:
+            peer.close()
+        if self._directory is not None:
+            self._directory.close()
