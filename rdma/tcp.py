@@ -38,8 +38,8 @@ SEND_STALL_S: Final = 1.0
 IDLE_S: Final = 600.0
 PIECE_BYTES: Final = 2 << 20
 MOST_PIECE_BYTES: Final = 8 << 20
-"""What is received before it is checked, at first and at most. For each piece a thread needs the interpreter three
-times, and where Python is busy it waits 5 ms each time: that costs more than that a piece has left the nearest cache."""
+"""What is received before it is checked, at first and at most. A thread needs the interpreter three times for a piece,
+and waits 5 ms each time where Python is busy: that costs more than that a piece has left the nearest cache."""
 FAST_PIECE_S: Final = 0.05
 SLOW_PIECE_S: Final = 0.2
 PIECE_BLOCKS: Final = 480  # numpy lets go of the interpreter in operations on 500 and more, and would wait for it again
