@@ -39,9 +39,9 @@ class Stream:
             self.process = subprocess.Popen([sys.executable, SENDER, path, str(listener.getsockname()[1])])
             self._sock, _ = listener.accept()
 
-    def receive(self, at: int, into: memoryview) -> None:
-        """The bytes of the file from ``at`` on."""
-        self._sock.sendall(struct.pack("<qq", at, len(into)))
+    def receive(self, at: int, into: memoryview, *, copies: bool = False) -> None:
+        """The bytes of the file from ``at`` on. ``copies``: sent by `send`, not by `sendfile`."""
+        self._sock.sendall(struct.pack("<qqq", at, len(into), copies))
         got = 0
         while got < len(into):
             got += self._sock.recv_into(into[got:])

@@ -46,6 +46,7 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
     start = hosts.owner.pool.geometry.data_offset
     into = stream.target(READ_BYTES)
     stream_s: list[float] = []
+    copies_s: list[float] = []
     cpu_s = {"fetch": 0.0, "stream": 0.0}
 
     def setup() -> None:
@@ -54,6 +55,9 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
         stream.receive(start, into)
         stream_s.append(time.perf_counter() - began)
         cpu_s["stream"] += cpu(stream.process) - used
+        began = time.perf_counter()
+        stream.receive(start, into, copies=True)
+        copies_s.append(time.perf_counter() - began)
 
     def fetch() -> None:
         used = cpu(hosts.agent)
@@ -67,9 +71,9 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
     stream.close()
     hosts.reader.remove(wanted)
     hosts.owner.remove(wanted)
-    speeds = [READ_BYTES / statistics.median(s) / 1e9 for s in (fetch_s, stream_s)]
+    speeds = [READ_BYTES / statistics.median(s) / 1e9 for s in (fetch_s, stream_s, copies_s)]
     cost = cpu_s["fetch"] / cpu_s["stream"]
-    beside = "fetch {:.2f} GB/s, stream {:.2f} GB/s; CPU {:.2f} times the stream's".format(*speeds, cost)
+    beside = "fetch {:.2f} GB/s, stream {:.2f} (by send {:.2f}); CPU {:.2f} times the stream's".format(*speeds, cost)
     size = f"{block // KIB}KiB" if block < MIB else f"{block // MIB}MiB"
     figure(f"fetch_{size}", ratio, rounds=ROUNDS, beside=beside)
 
