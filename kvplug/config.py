@@ -197,6 +197,18 @@ class Config(BaseSettings):
     peer_connections: int = Field(
         default=4, ge=1, le=16, description="connections that one read of a peer spreads over"
     )
+    data_path: Literal["auto", "tcp", "verbs"] = Field(
+        default="auto",
+        description="how blocks come from a peer; auto: RDMA verbs where both hosts have a device, else TCP",
+    )
+    verbs_binding: Literal["auto", "pyverbs", "ibverbs"] = Field(
+        default="auto", description="what speaks verbs; auto: pyverbs if it can be imported, else ibverbs"
+    )
+    verbs_device: Annotated[tuple[str, ...], BeforeValidator(_addresses)] = Field(
+        default=(),
+        max_length=64,
+        description="RDMA devices to use, separated by commas; none: all with a port up",
+    )
     agent_pin_share: Share = Field(default=0.25, description="share of the pool's bytes that leases may keep in place")
 
     peers: Annotated[tuple[Address, ...], BeforeValidator(_addresses)] = Field(

@@ -33,6 +33,7 @@ __all__ = [
     "ProtocolError",
     "StoreClosedError",
     "UnsupportedEngineError",
+    "VerbsError",
 ]
 
 
@@ -153,3 +154,7 @@ class ProtocolError(PeerError):
 
 class DirectoryError(KvplugError):
     """The directory's server answered with an error, or with what no Redis or Valkey answers; callers take a miss."""
+
+
+class VerbsError(KvplugError):
+    """RDMA can't be had here, or a device did not do what it was told; who reads takes TCP or a miss instead."""

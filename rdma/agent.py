@@ -24,13 +24,23 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvplug.errors import AgentError, Code, PeerAuthError, PeerError, PeerTimeoutError, PoolError, ProtocolError
+from kvplug.errors import (
+    AgentError,
+    Code,
+    PeerAuthError,
+    PeerError,
+    PeerTimeoutError,
+    PoolError,
+    ProtocolError,
+    VerbsError,
+)
 from kvplug.rdma import protocol as p
 from kvplug.rdma.auth import NO_KEY, Session, accept_tls, answer_knock, check_exposure, shared_key, tls_context
 from kvplug.rdma.blocks import Blocks, PinnedParts
 from kvplug.rdma.leases import LeaseTable
+from kvplug.rdma.queues import QueueServer
 from kvplug.rdma.tcp import IDLE_S, Sender
-from kvplug.rdma.wire import ClosedError, Connection, address_text, resolve
+from kvplug.rdma.wire import ClosedError, Connection, address_text, is_loopback, resolve, split_address
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -75,7 +85,13 @@ class Agent:
             raise AgentError("another agent serves this pool already: there is one per pool")
         self.leases = LeaseTable(blocks.unpin, most_bytes=max(1, int(blocks.data_bytes * config.agent_pin_share)))
         self._sender = Sender(self.leases, self._fd, blocks.memory, self.count)
-        self._welcome = p.Welcome(config.lease_s, p.MAX_KEYS, ("tcp",))
+        self._queues = None if config.data_path == "tcp" else QueueServer(config, blocks.memory, self.count)
+        if self._queues is not None and config.data_path == "verbs":
+            try:
+                self._queues.open_devices()
+            except VerbsError as e:
+                os.close(self._fd)
+                raise AgentError(f"data_path = verbs, but {e}") from None
         self._counters: Counter[str] = Counter()
         self._mutex = threading.Lock()
         self._readers: dict[int, _Reader] = {}
@@ -124,9 +140,16 @@ class Agent:
             raise AgentError(f"cannot listen on {listen}: {e.strerror}") from None
         self._names = frozenset(names)
         self.address = address_text(listener.getsockname())
+        if self._config.data_path == "auto" and is_loopback(split_address(self.address)[0]):
+            self._queues = None  # who comes over loopback takes TCP
+        self._welcome()  # devices are opened now, not while a reader waits
         self._acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvplug-accept", daemon=True)
         self._acceptor.start()
         return self.address
+
+    def _welcome(self) -> p.Welcome:
+        verbs = self._queues is not None and self._queues.offered()
+        return p.Welcome(self._config.lease_s, p.MAX_KEYS, ("tcp", "verbs") if verbs else ("tcp",))
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._stopping.is_set():
@@ -199,7 +222,7 @@ class Agent:
 
         try:
             answer_knock(
-                connection, self._secret_of, admit=admit, host=self._blocks.host, names=names, welcome=self._welcome
+                connection, self._secret_of, admit=admit, host=self._blocks.host, names=names, welcome=self._welcome()
             )
             assert reader is not None
             if role == "control":
@@ -251,13 +274,15 @@ class Agent:
         for one in data:
             one.interrupt()
         self.leases.release_reader(reader.number)
+        if self._queues is not None:
+            self._queues.forget(reader.number)
 
     def _serve_control(self, connection: Connection, reader: _Reader) -> None:
         while not self._stopping.is_set():
             message, request, _ = connection.receive(0, idle_deadline=time.monotonic() + IDLE_S)
-            connection.send(self._answer(reader, message), request, time.monotonic() + ANSWER_S)
+            connection.send(self._answer(reader, message, connection), request, time.monotonic() + ANSWER_S)
 
-    def _answer(self, reader: _Reader, message: p.Message) -> p.Message:
+    def _answer(self, reader: _Reader, message: p.Message, connection: Connection) -> p.Message:
         if isinstance(message, p.Lookup):
             return self._lookup(reader, message)
         if isinstance(message, p.Release):
@@ -267,6 +292,11 @@ class Agent:
             return p.Extended(seconds if self.leases.extend(message.lease, reader.number, seconds) else 0.0)
         if isinstance(message, p.GetTicket):
             return self._ticket(reader)
+        if isinstance(message, p.OpenQueue | p.GetRegions):
+            if self._queues is None:
+                return p.Failed("request")
+            lease = self.leases.of(message.lease, reader.number) if isinstance(message, p.GetRegions) else None
+            return self._queues.answer(message, reader.number, split_address(connection.local)[0], lease)
         if isinstance(message, p.Stats):
             return p.StatsReply(self.counters(), *self.leases.held())
         raise ProtocolError(f"a {type(message).__name__} is no request")
@@ -345,6 +375,8 @@ class Agent:
                 connection.interrupt()
                 thread.join(0.05)
         self.leases.release_all()
+        if self._queues is not None:
+            self._queues.close()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
 from kvplug.rdma.auth import REFUSALS, Session, dial, knock, shared_key, tls_context
 from kvplug.rdma.protocol import Challenge, Failed, GetTicket, Message, Ticket, Welcome, expect
-from kvplug.rdma.wire import Connection, resolve
+from kvplug.rdma.wire import Connection, resolve, split_address
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -38,12 +38,18 @@ class Link:
         self._connection: Connection | None = None
         self._session: Session | None = None
         self._requests = 0
+        self._ends = ("", "")
         self._closed = False
         self._places: Places = []
         self._resolved = 0.0
         self.welcome: Welcome | None = None
         self.host = b""
         """Identity of the pool at the other end."""
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """IP addresses of this end and the other, as of the last connection; empty before it."""
+        return self._ends
 
     def connect(self, deadline: float) -> None:
         """Be connected. Raises PeerError or one of its kinds."""
@@ -63,6 +69,7 @@ class Link:
             connection.close()
             raise
         self._connection, self._session = connection, session
+        self._ends = split_address(connection.local)[0], split_address(connection.peer)[0]
         self.welcome, self.host = welcome, _host_of(challenge)
         self.generation += 1
         return True
@@ -95,18 +102,22 @@ class Link:
         ``again``: a connection that had broken while it was idle is dialled anew, and the request sent once more.
         Raises RefusedError, PeerTimeoutError, PeerError.
         """
+        return self.ask_here(message, wanted, deadline, again=again)[1]
+
+    def ask_here(self, message: Message, wanted: type[M], deadline: float, *, again: bool = False) -> tuple[int, M]:
+        """The same, and of which generation the connection was that it was asked on."""
         with _held(self._mutex, deadline):
             soon = min(deadline, time.monotonic() + self._timeout_s)
             fresh = self._connect(soon)
             try:
-                return self._ask(message, wanted, soon)
+                return self.generation, self._ask(message, wanted, soon)
             except (PeerTimeoutError, ProtocolError, RefusedError):
                 raise
             except PeerError:
                 if fresh or not again:
                     raise
             self._connect(soon)
-            return self._ask(message, wanted, soon)
+            return self.generation, self._ask(message, wanted, soon)
 
     def _ask(self, message: Message, wanted: type[M], deadline: float) -> M:
         assert self._connection is not None

@@ -10,7 +10,8 @@ The kind stands in the header, so that a length is held against its own kind's b
 Arrays travel as little-endian bytes; what a message claims about them is checked by :func:`check_leased`.
 
 A reader sends Hello, the agent Challenge, the reader Proof (its first frame with a MAC), the agent Welcome. On a
-control connection then come requests and one answer to each; on a data connection :class:`Read`, answered by
+control connection then come requests and one answer to each, among them those that prepare reads by verbs (OpenQueue,
+GetRegions); such reads themselves pass both processes by. On a data connection comes :class:`Read`, answered by
 :class:`ReadStart` and the bytes themselves, which no frame surrounds.
 """
 
@@ -37,6 +38,8 @@ MAX_KEYS: Final = 4096  # in one lookup
 MAX_PARTS: Final = 62  # of one block, as in the pool
 MAX_PARTS_A_REPLY: Final = 1 << 15
 MAX_LEASES_A_REQUEST: Final = 256
+MAX_QUEUES_A_READER: Final = 32
+MAX_REGIONS_A_REQUEST: Final = 2048
 MAX_BLOCK_BYTES: Final = 1 << 34
 MAX_LEASE_S: Final = 600.0
 PART_ALIGN_BYTES: Final = 64  # parts of a block begin at multiples of this, as in the pool
@@ -52,6 +55,17 @@ Seconds = Annotated[float, Meta(ge=0, le=MAX_LEASE_S)]
 
 class Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """Root of all messages."""
+
+
+class QueueEnd(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """One end of a reliable connection of the verbs."""
+
+    qpn: Annotated[int, Meta(ge=0, lt=1 << 24)]
+    psn: Annotated[int, Meta(ge=0, lt=1 << 24)]
+    gid: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    lid: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    mtu: Annotated[int, Meta(ge=1, le=5)]  # 256 bytes << (mtu - 1)
+    reads: Annotated[int, Meta(ge=1, le=255)]  # at once, on the wire
 
 
 class Hello(Message):
@@ -156,6 +170,43 @@ class Ticket(Message):
     ticket: Annotated[bytes, Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
 
 
+class OpenQueue(Message):
+    """Reader: here is a queue pair of mine, make one that it can read from. ``rail``: number of my device.
+
+    ``instead``: queue pairs of yours whose other end is gone.
+    """
+
+    queue: QueueEnd
+    rail: Annotated[int, Meta(ge=0, le=255)]
+    instead: Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 24)], ...], Meta(max_length=MAX_QUEUES_A_READER)] = ()
+
+
+class QueueOpened(Message):
+    """Agent: it is connected with this one. The segment's memory is known to ``device`` under these addresses."""
+
+    queue: QueueEnd
+    device: Annotated[int, Meta(ge=0, le=255)]
+    base: Id  # address of the segment
+    nbytes: Id
+    region_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 62)]  # the last region may be shorter
+
+
+class GetRegions(Message):
+    """Reader: the keys of these regions, in which blocks of my lease lie. Wait for them no longer than that."""
+
+    device: Annotated[int, Meta(ge=0, le=255)]
+    lease: Id
+    regions: Annotated[bytes, Meta(max_length=MAX_REGIONS_A_REQUEST * 4)]  # uint32[K]
+    seconds: Seconds
+
+
+class RegionKeys(Message):
+    """Agent: which of them can be read by now, and by which key."""
+
+    ready: Annotated[bytes, Meta(max_length=MAX_REGIONS_A_REQUEST)]  # bool[K]
+    rkeys: Annotated[bytes, Meta(max_length=MAX_REGIONS_A_REQUEST * 4)]  # uint32[K]
+
+
 class Failed(Message):
     """Agent: not done, and why: a code that the reader knows a sentence for."""
 
@@ -193,6 +244,10 @@ KINDS: Final[dict[int, tuple[type[Message], int]]] = {
     15: (Failed, 32),
     16: (Read, MAX_KEYS * 4 + 64),
     17: (ReadStart, 64),
+    18: (OpenQueue, 256),
+    19: (QueueOpened, 128),
+    20: (GetRegions, MAX_REGIONS_A_REQUEST * 4 + 64),
+    21: (RegionKeys, MAX_REGIONS_A_REQUEST * 5 + 64),
 }
 """Kind: (message, most bytes of its body)."""
 _KIND_OF: Final = {message: kind for kind, (message, _) in KINDS.items()}

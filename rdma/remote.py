@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from kvplug.errors import Code, PeerError, PeerTimeoutError
 from kvplug.rdma.blocks import U8, Blocks
+from kvplug.rdma.choice import ChosenPath
 from kvplug.rdma.datapath import DataPath, Wanted
 from kvplug.rdma.leases import HeldLease
 from kvplug.rdma.link import Link
@@ -46,7 +47,6 @@ from kvplug.rdma.protocol import (
     check_leased,
 )
 from kvplug.rdma.speed import Speed
-from kvplug.rdma.tcp import TcpPath
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -75,17 +75,15 @@ class Peer:
     """One other host's pool, to be fetched from. Thread-safe. A copy that a fork made fetches nothing: make another."""
 
     def __init__(self, address: str, blocks: Blocks, config: Config, *, path: DataPath | None = None) -> None:
-        """``address``: host:port of its agent. ``path``: another data path than TCP. Nothing is dialled yet."""
+        """``address``: host:port of its agent. ``path``: that one, not as the settings say. Nothing is dialled yet."""
         self.address = address
         self.speed = Speed()
         self._blocks, self._config = blocks, config
         self._link = Link(address, config)
-        self._path = path or TcpPath(
-            self._link, blocks.memory, connections=config.peer_connections, stall_s=config.peer_timeout_s
-        )
-        self._pid = os.getpid()
         self._mutex = threading.Lock()
         self._counters: Counter[str] = Counter()
+        self._path = path or ChosenPath(self._link, blocks.memory, config, self._count)
+        self._pid = os.getpid()
         self._back_off_s = 0.0
         self._down_until = 0.0
         self._warned = False
@@ -158,7 +156,7 @@ class Peer:
         return codes
 
     def holds(self, keys: U8, timeout_s: float) -> npt.NDArray[np.bool_] | None:
-        """Which of these blocks ((N, 32) uint8; beyond MAX_KEYS none is asked for) the peer has now, bool[N].
+        """Which of these blocks ((N, 32) uint8) the peer has now, bool[N].
 
         None: it did not answer. Raises nothing for whatever the peer does.
         """
@@ -168,11 +166,11 @@ class Peer:
             return None
         have = np.zeros(len(keys), np.bool_)
         try:
-            n = min(len(keys), MAX_KEYS)
-            answer = self._link.ask(Lookup(keys[:n].tobytes(), 0.0), Leased, deadline, again=True)
-            codes = check_leased(answer, n).codes
+            for at in range(0, len(keys), MAX_KEYS):
+                some = keys[at : at + MAX_KEYS]
+                answer = self._link.ask(Lookup(some.tobytes(), 0.0), Leased, deadline, again=True)
+                have[at : at + MAX_KEYS] = check_leased(answer, len(some)).codes == Code.BUDGET  # there, and not leased
             self.speed.note_round_trip(time.monotonic() - asked)
-            have[:n] = codes == Code.BUDGET  # there, and not leased
             self._is_well()
         except PeerError as e:
             self._failed(e)

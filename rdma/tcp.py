@@ -14,22 +14,22 @@ Over TLS both ends go through the cipher, a range at a time, from and to the sam
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final
 
 import numpy as np
 
 from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
 from kvplug.rdma.blocks import U8
-from kvplug.rdma.datapath import Arrived, DataPath, Landing, Wanted, runs
+from kvplug.rdma.datapath import Arrived, Wanted, runs
 from kvplug.rdma.leases import Lease, LeaseTable
 from kvplug.rdma.link import Link
 from kvplug.rdma.protocol import I64, Failed, Read, ReadStart, array, expect, raw
+from kvplug.rdma.spread import SpreadPath
 from kvplug.rdma.wire import ClosedError, Connection
 
 SEND_BYTES: Final = 4 << 20
@@ -45,9 +45,6 @@ SLOW_PIECE_S: Final = 0.2
 PIECE_BLOCKS: Final = 480  # numpy lets go of the interpreter in operations on 500 and more, and would wait for it again
 WAKE_BYTES: Final = 1 << 20
 """The kernel wakes a thread that receives when so much is there: a quarter less CPU than for each segment."""
-SHARE_BYTES: Final = 2 << 20
-"""A connection is not worth its thread for less."""
-LET_GO_S: Final = 0.5
 STALL_LOOKS: Final = 4
 """How often within a peer's time-out its connection is looked at: a stall is noticed a quarter late at most."""
 
@@ -108,111 +105,36 @@ class Sender:
 # ---- the reader's end ------------------------------------------------------------------------------------------------
 
 
-class TcpPath(DataPath):
-    """Reads over up to ``connections`` connections, opened when they are first needed."""
+@dataclasses.dataclass(slots=True, eq=False)
+class _Lane:
+    generation: int
+    connection: Connection
+
+    def interrupt(self) -> None:
+        self.connection.interrupt()
+
+    def close(self) -> bool:
+        self.connection.close()
+        return True
+
+
+class TcpPath(SpreadPath[_Lane]):
+    """Reads over up to ``connections`` connections."""
 
     name = "tcp"
 
     def __init__(self, link: Link, memory: U8, *, connections: int, stall_s: float) -> None:
-        self._link, self._most, self._stall_s = link, connections, stall_s
+        super().__init__(link, connections)
+        self._stall_s = stall_s
         self._view = memory.data
-        self._mutex = threading.Lock()
-        self._idle: list[tuple[int, Connection]] = []
-        self._busy: set[Connection] = set()
-        self._closed = False
         self._piece_bytes = PIECE_BYTES
-        self._threads = ThreadPoolExecutor(connections, "kvplug-tcp")
 
-    def read(self, wanted: Wanted, deadline: float, arrived: Arrived) -> Landing:
-        """As the interface says. A share of the blocks goes to each connection, in order."""
-        landing = Landing()
-        if not len(wanted):
-            landing.settle()
-            return landing
-        ends = np.cumsum(wanted.nbytes)
-        shares = int(min(self._most, max(1, ends[-1] // SHARE_BYTES), len(wanted)))
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shares) // shares)
-        at_work: list[Connection] = []
-        jobs: list[Future[PeerError | None]] = []
-        closed = None
-        try:
-            for part in np.split(np.arange(len(wanted)), cuts):
-                if len(part):
-                    jobs.append(self._threads.submit(self._share, wanted, part, deadline, arrived, at_work))
-        except RuntimeError:
-            closed = PeerError("the path was closed")
-        pending: set[Future[PeerError | None]] = wait(jobs, max(0.0, deadline - time.monotonic())).not_done
-        if pending:
-            with self._mutex:
-                for connection in at_work:
-                    connection.interrupt()
-            for job in pending:
-                job.cancel()
-            pending = wait(pending, LET_GO_S).not_done
-        # A job that is done can't write; one that is not has an interrupted connection and a deadline.
-        remaining = [len(pending)]
-        if not pending:
-            landing.settle()
-        for job in pending:
-            job.add_done_callback(lambda _: self._count_down(remaining, landing))
-        landing.error = closed or _first_error(jobs)
-        return landing
+    def _open_lane(self, deadline: float) -> _Lane:
+        generation, connection = self._link.dial_data(min(deadline, time.monotonic() + self._stall_s))
+        return _Lane(generation, connection)
 
-    def _count_down(self, remaining: list[int], landing: Landing) -> None:
-        with self._mutex:
-            remaining[0] -= 1
-            last = remaining[0] == 0
-        if last:
-            landing.settle()
-
-    def _share(
-        self, wanted: Wanted, part: I64, deadline: float, arrived: Arrived, at_work: list[Connection]
-    ) -> PeerError | None:
-        connection: Connection | None = None
-        try:
-            generation, connection = self._take(deadline)
-            with self._mutex:
-                at_work.append(connection)
-                self._busy.add(connection)
-                if self._closed:
-                    connection.interrupt()
-            self._receive(connection, wanted, part, deadline, arrived)
-        except PeerError as e:
-            self._hang_up(connection)
-            return e
-        except BaseException:
-            self._hang_up(connection)
-            raise
-        with self._mutex:
-            at_work.remove(connection)
-            self._busy.discard(connection)
-            if not self._closed:
-                self._idle.append((generation, connection))
-                return None
-        connection.close()
-        return None
-
-    def _hang_up(self, connection: Connection | None) -> None:
-        if connection is not None:
-            with self._mutex:
-                self._busy.discard(connection)
-            connection.close()
-
-    def _take(self, deadline: float) -> tuple[int, Connection]:
-        """A connection that belongs to the link as it is now."""
-        while True:
-            with self._mutex:
-                if self._closed:
-                    raise PeerError("the path was closed")
-                if not self._idle:
-                    break
-                generation, connection = self._idle.pop()
-            if generation == self._link.generation:
-                return generation, connection
-            connection.close()
-        return self._link.dial_data(min(deadline, time.monotonic() + self._stall_s))
-
-    def _receive(self, connection: Connection, wanted: Wanted, part: I64, deadline: float, arrived: Arrived) -> None:
+    def _carry(self, lane: _Lane, wanted: Wanted, part: I64, deadline: float, arrived: Arrived) -> None:
+        connection = lane.connection
         soon = min(deadline, time.monotonic() + self._stall_s)
         connection.send(Read(wanted.lease.id, raw(wanted.index[part], np.uint32)), 0, soon)
         answer = connection.receive(soon)[0]
@@ -275,24 +197,3 @@ class TcpPath(DataPath):
                 n -= len(views.pop(0))
             if n:
                 views[0] = views[0][n:]
-
-    def close(self) -> None:
-        """Close all connections; threads that receive end at once."""
-        with self._mutex:
-            self._closed = True
-            idle, self._idle = self._idle, []
-            for connection in self._busy:
-                connection.interrupt()
-        for _, connection in idle:
-            connection.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _first_error(jobs: list[Future[PeerError | None]]) -> PeerError | None:
-    for job in jobs:
-        if job.cancelled() or not job.done():
-            return PeerTimeoutError("the blocks had not arrived at the deadline")
-        error = job.result()
-        if error is not None:
-            return error
-    return None

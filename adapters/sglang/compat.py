@@ -35,6 +35,7 @@ CREATE_TREE_CACHE = _SRT + "mem_cache.registry.create_tree_cache"
 FLUSH_CACHE = _SRT + "managers.scheduler.Scheduler.flush_cache"
 NAMESPACE_SEED = _SRT + "mem_cache.utils.storage_namespace_seed"
 RELEASE_REQUEST = _WRAPPER + "release_request"
+ADMIT = _SRT + "managers.schedule_policy.PrefillAdder.add_one_req"
 REQUEST = _SRT + "managers.schedule_batch.Req.__init__"
 TOKENIZE = _SRT + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
 WEIGHT_CHANGES = tuple(
@@ -66,6 +67,7 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     FLUSH_CACHE: ("self", "empty_cache"),
     NAMESPACE_SEED: ("extra_key", "cache_salt"),
     RELEASE_REQUEST: ("self", "rid"),
+    ADMIT: ("self", "req", "has_chunked_req", "truncation_align_size"),
     REQUEST: ("self", "rid"),
     TOKENIZE: ("self", "obj"),
     **dict.fromkeys(CALLED, ()),
@@ -102,7 +104,7 @@ def has_linker() -> bool:
 def scheduler_targets() -> tuple[str, ...]:
     """What is hooked in the processes of an engine that uses kvplug."""
     optional = [target for target in SESSION_CHANGES if _resolve(target) is not None]
-    linker = (RELEASE_REQUEST,) if has_linker() else ()
+    linker = (RELEASE_REQUEST, ADMIT) if has_linker() else ()
     return (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *LORA_LOADS, *WEIGHT_CHANGES, *optional, *linker)
 
 
@@ -387,6 +389,24 @@ def dummy_seed() -> int:
     from sglang.srt.model_loader.weight_utils import initialize_dummy_weights
 
     return int(inspect.signature(initialize_dummy_weights).parameters["seed"].default)
+
+
+def not_now() -> Any:
+    """What SGLang's :data:`ADMIT` answers for a request that is not to be part of this batch, while others may be."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    return AddReqResult.CONTINUE
+
+
+def linker_of(adder: Any) -> Any:
+    """The cache linker behind what puts a batch together (``PrefillAdder``); None if there is none."""
+    return getattr(getattr(adder.tree_cache, "linker", None), "cache_linker", None)
+
+
+def runs_nothing(adder: Any) -> bool:
+    """Whether there is nothing to compute but what is going to be admitted."""
+    running = getattr(adder, "running_batch", None)
+    return not adder.can_run_list and (running is None or running.is_empty())
 
 
 def metrics_enabled(server: dict[str, Any]) -> bool:

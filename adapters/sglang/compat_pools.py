@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvplug.adapters.sglang.devicepools import KV, MAMBA, SOURCES, SWA, DevicePools, LayerBuffer, lay_out
@@ -70,17 +70,23 @@ def device_pages(params: Any) -> int:
 
 
 def watch_hits() -> None:
-    """From now on a linker is told where SGLang keeps its hits (``attached``), and of each match (``matched``).
+    """From now on a linker is told where SGLang keeps its hits and how ranks agree (``attached``), and of each match
+    (``matched``).
 
     SGLang tells a linker of what it looks up and of what it loads, not of hits that it drops. To be called before it
     puts its wrapper around the linker. UnsupportedEngineError if that wrapper is not the one that kvplug knows.
     """
     from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper as Wrapper
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache as Tree
 
     if getattr(Wrapper, _WATCHED, False):
         return
-    made, match = Wrapper.__init__, Wrapper.match
-    for function, names in ((made, ("self", "cache", "cache_linker")), (match, ("self", "key", "req", "result"))):
+    made, match, reduce = Wrapper.__init__, Wrapper.match, Tree._all_reduce_attn_groups
+    for function, names in (
+        (made, ("self", "cache", "cache_linker")),
+        (match, ("self", "key", "req", "result")),
+        (reduce, ("self", "tensor", "op")),
+    ):
         found = tuple(inspect.signature(function).parameters)
         if found != names:
             raise UnsupportedEngineError(f"SGLang's {function.__qualname__} takes {found}, not {names}")
@@ -89,17 +95,27 @@ def watch_hits() -> None:
     def watched_init(self: Any, cache: Any, cache_linker: Any) -> None:
         made(self, cache, cache_linker)
         if hasattr(cache_linker, "attached"):
-            cache_linker.attached(self.hit_markers)
+            cache_linker.attached(self.hit_markers, functools.partial(_agree, cache))
 
     @functools.wraps(match)
     def watched_match(self: Any, key: Any, req: Any, result: Any) -> Any:
         out = match(self, key, req, result)
         if hasattr(self.cache_linker, "matched"):
-            self.cache_linker.matched(req.rid)
+            marker = self.hit_markers.get(req.rid)
+            self.cache_linker.matched(req.rid, len(marker.tail_hashes) if marker is not None else 0)
         return out
 
     Wrapper.__init__, Wrapper.match = watched_init, watched_match
     setattr(Wrapper, _WATCHED, True)
+
+
+def _agree(cache: Any, statements: Sequence[bool]) -> list[bool]:
+    """For each statement whether it holds on all ranks that schedule alike, which all have to ask at the same time."""
+    import torch
+
+    held = torch.tensor([int(each) for each in statements], dtype=torch.int)
+    cache._all_reduce_attn_groups(held, torch.distributed.ReduceOp.MIN)
+    return [bool(each) for each in held.tolist()]
 
 
 def _without_drafts(drafts: list[str]) -> None:

@@ -26,6 +26,7 @@ from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
 from kvplug.canonical import Value
 from kvplug.config import Config
 from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
+from kvplug.fetching import Fetcher
 from kvplug.namespace import Namespace
 from kvplug.store import KvStore
 
@@ -54,6 +55,8 @@ class RankEngine:
         self.off_reason: str | None = None
         self.epoch = 0
         self.store: KvStore | None = None
+        self.fetcher: Fetcher | None = None
+        """What asks other hosts; None where the settings name none."""
         self.config: Config = Config.defaults()
         self.shard = Shard(0, 1)
         self.replicated_shard = Shard(0, 1)
@@ -105,7 +108,8 @@ class RankEngine:
         self.replicated_shard = Shard(pp * cps + cp, pps * cps)
         self.store = KvStore(config=self.config)
         self.hub_cache = self.facts.download_dir
-        self._publisher = Publisher(self.counts, self.facts.server)
+        self.fetcher = Fetcher.configured(self.store, self.config)
+        self._publisher = Publisher(self.counts, self.facts.server, self.gather_counts)
 
     # -- what the modes call -----------------------------------------------------------------------------------------
 
@@ -145,6 +149,11 @@ class RankEngine:
         """(count, index) of the parts that a page has on all ranks, for :meth:`KvStore.reserve_batch`."""
         shard = self.replicated_shard if replicated else self.shard
         return shard.count, shard.index
+
+    def gather_counts(self) -> None:
+        """Adds what the fetcher has counted to :attr:`counts`."""
+        if self.fetcher is not None:
+            self.counts.update(self.fetcher.take_counts())
 
     def wait_identified(self, timeout_s: float) -> bool:
         """Whether the weights are known, or never will be, within this time. For tests and the demo."""
@@ -188,6 +197,8 @@ class RankEngine:
             self.off_reason = self.off_reason or "closed"
             self._forget()
             store, self.store = self.store, None
+        if self.fetcher is not None:
+            self.fetcher.close()
         if self._publisher is not None:
             self._publisher.close()
         if store is not None:

@@ -10,7 +10,7 @@ ordered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -48,6 +48,8 @@ class HostPages:
     """Every tensor-parallel rank holds the same bytes, and one of them stores them."""
     logical: bool
     """The pool only counts pages; their bytes are in the pools beside it."""
+    page_nbytes: int = 0
+    """Bytes of a page; 0 where the pool only counts them."""
 
     def fragments(self, indices: Any, pages: int) -> tuple[Int64s, Int64s]:
         """Where the bytes of these pages lie.
@@ -108,12 +110,13 @@ def host_pages(name: str, pool: Any, *, replicated: bool) -> HostPages:
         import torch
 
         try:
-            pages.fragments(torch.arange(page_size, dtype=torch.int64), 1)
+            _, nbytes = pages.fragments(torch.arange(page_size, dtype=torch.int64), 1)
         except Exception as error:
             raise UnsupportedEngineError(
                 f"host pool {name} ({type(pool).__name__}, layout {layout}) gives no addresses of its pages: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        pages = replace(pages, page_nbytes=int(nbytes.sum()))
     return pages
 
 

@@ -13,7 +13,7 @@ is a miss. A linker that can't work is off: it finds nothing and stores nothing,
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
@@ -22,11 +22,15 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from kvplug.adapters.devices import for_device
 from kvplug.adapters.sglang import compat_pools, engine
 from kvplug.adapters.sglang.devicepools import KV, MAMBA, DevicePools
+from kvplug.adapters.sglang.hostpages import ALL_PAGES, TRAILING_PAGES
 from kvplug.adapters.sglang.loads import NO_LOAD, LayerCounter, Loads, QueuedLoad
 from kvplug.adapters.sglang.offloads import Ledger, Offload, Offloads, Pages, refuse
 from kvplug.adapters.sglang.pins import Pins
+from kvplug.adapters.sglang.waits import Waits
+from kvplug.adapters.sglang.wants import Part, wanted
 from kvplug.config import Config
 from kvplug.errors import KvplugError, UnsupportedEngineError
+from kvplug.fetching import Fetch
 
 DEVICE_PAGES_IF_UNKNOWN = 1024
 
@@ -76,13 +80,18 @@ class KvplugLinker(UnifiedCacheLinker):
         self.engine = engine.start("linker", extra_config or {})
         self.pools: dict[PoolName, object] = {}
         self._works: _Works | None = None
+        self._waits: Waits | None = None
+        self._asked: tuple[str, list[str], dict[str, int]] | None = None
+        # A request that is matched has its state's slot already where there are such: it must not wait with that.
+        components = tuple(components)
+        self._may_wait = all(getattr(component, "name", "") != "MAMBA" for component in components)
         self._ledger = Ledger(_most_held(params, self.engine.config))
         self.layer_done_counter = LayerCounter(0)
-        if self.engine.off_reason is not None:
-            return
         try:
+            compat_pools.watch_hits()  # also where it is off: ranks that are on count on this one
+            if self.engine.off_reason is not None:
+                return
             pools = compat_pools.device_pools(params, components)
-            compat_pools.watch_hits()
             works = _Works(self.engine, pools, self._ledger)
             if MAMBA in pools.sources:  # its states do not go through the page pool that SGLang registers this with
                 params.req_to_token_pool.register_layer_transfer_counter(works.loads.counter)
@@ -102,34 +111,74 @@ class KvplugLinker(UnifiedCacheLinker):
         """Whether anything can be found or stored."""
         return self._works is not None
 
-    def attached(self, markers: Container[str]) -> None:
-        """``markers``: where SGLang keeps, at any time, the requests for which it holds a hit."""
-        if self._works is not None:
-            self._works.pins.markers = markers
+    def attached(self, markers: Container[str], agree: Callable[[Sequence[bool]], list[bool]]) -> None:
+        """SGLang has taken the linker.
 
-    def matched(self, rid: str) -> None:
-        """SGLang has matched a request's prefix, with or without a lookup."""
+        Args:
+            markers: where it keeps, at any time, the requests for which it holds a hit.
+            agree: for each of some statements, whether it holds on all ranks, which all ask at the same time.
+        """
+        works = self._works
+        self._waits = Waits(
+            agree, can_fetch=works is not None and self.engine.fetcher is not None, may_wait=self._may_wait
+        )
+        if works is not None:
+            works.pins.markers = markers
+
+    def matched(self, rid: str, hit_pages: int) -> None:
+        """SGLang has matched a request's prefix, with or without a lookup, and has settled on so many pages."""
+        asked, self._asked = self._asked, None
         if self._works is not None:
             try:
                 self._works.pins.matched(rid)
             except Exception as error:  # noqa: BLE001
                 self.engine.caught("releasing pins", error)
+        if self._waits is not None:
+            lacks = asked is not None and asked[0] == rid and hit_pages < len(asked[1])
+            self._waits.matched(rid, lacks, lambda: self._fetch(hit_pages, *asked[1:]) if asked is not None else None)
+
+    def _fetch(self, hit_pages: int, hashes: list[str], windows: dict[str, int]) -> Fetch | None:
+        """Begins to fetch what of these pages is not there."""
+        works, fetcher = self._works, self.engine.fetcher
+        if works is None or fetcher is None:
+            return None
+        try:
+            parts = []
+            for source, pool in works.pools.sources.items():
+                keys = self.engine.keys(source, hashes, works.replicated)
+                if keys is None:
+                    return None
+                window = windows.get(source)
+                policy = {} if window is None else {"policy": TRAILING_PAGES, "trailing": window}
+                parts.append(Part(keys, pool.block_nbytes, **policy))
+            parts.sort(key=lambda part: part.policy != ALL_PAGES)
+            return fetcher.start(
+                wanted(parts, hit_pages, self.engine.facts.page_size), timeout_s=self.engine.config.fetch_timeout_s
+            )
+        except Exception as error:  # noqa: BLE001
+            self.engine.caught("a fetch", error)
+            return None
+
+    def holds_back(self, rid: str, idle: bool) -> bool:
+        """Whether SGLang must not admit this request yet; ``idle``: it has nothing else to run."""
+        return self._waits is not None and self._waits.holds_back(rid, idle)
 
     # -- lookup ------------------------------------------------------------------------------------------------------
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every prefix length, in pages, that can be restored in full; what they need is pinned on return."""
         works = self._works
+        by_source = {str(transfer.name.value): transfer.keys or [] for transfer in transfers}
+        hashes = by_source.pop(KV, [])
+        self._asked = rid, hashes, {name: len(keys) for name, keys in by_source.items()}
         if works is None:
             return []
         try:
-            by_source = {str(transfer.name.value): transfer.keys or [] for transfer in transfers}
-            hashes = by_source.pop(KV, [])
             if not hashes or by_source.keys() | {KV} != works.pools.sources.keys():
                 return []
             counts = self.engine.counts
             counts["lookups"] += 1
-            lengths = works.pins.lookup(rid, hashes, {name: len(keys) for name, keys in by_source.items()})
+            lengths = works.pins.lookup(rid, hashes, self._asked[2])
             counts["corrupt_pages"], counts["pins_swept"] = works.pins.corrupt, works.pins.swept
         except Exception as error:  # noqa: BLE001
             self.engine.caught("a lookup", error)
@@ -178,6 +227,8 @@ class KvplugLinker(UnifiedCacheLinker):
         """SGLang has forgotten what it found for a request."""
         if self._works is not None:
             self._works.pins.release(rid)
+        if self._waits is not None:
+            self._waits.release(rid)
 
     # -- offloads ----------------------------------------------------------------------------------------------------
 
@@ -236,6 +287,8 @@ class KvplugLinker(UnifiedCacheLinker):
     def reset(self) -> None:
         """SGLang empties its cache: nothing is promised, queued or copied any more."""
         self._ledger.give_up()
+        if self._waits is not None:
+            self._waits.clear()
         works = self._works
         if works is None:
             return

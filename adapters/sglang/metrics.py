@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from kvplug.adapters.sglang import compat
@@ -24,10 +25,19 @@ COUNTERS = {
     "weight_changes": "Changes of weights in the living engine.",
     "rotations": "Times that this engine's pages so far were hidden from it.",
     "errors": "Errors that were kept from the engine.",
+    "fetches": "Fetches begun from another host.",
+    "fetched_blocks": "Pages that came from other hosts.",
+    "fetched_bytes": "Bytes that came from other hosts.",
+    "fetched_tokens": "Tokens by which hits have grown with what came from other hosts.",
+    "fetch_misses": "Prompts of which no other host had more.",
+    "fetch_timeouts": "Fetches that their deadline ended.",
+    "fetch_not_worth_it": "Prompts that were computed because that is faster than fetching.",
+    "fetch_no_room": "Fetches that ended because the pool had no room.",
+    "fetch_errors": "Errors inside a fetch.",
 }
 NOT_STORED = "not_stored:"
 """Counts of this prefix: pages that were not stored, by reason."""
-SECONDS = {"load_ns": "load", "store_ns": "store"}
+SECONDS = {"load_ns": "load", "store_ns": "store", "fetch_ns": "fetch"}
 
 
 @functools.cache
@@ -44,8 +54,10 @@ def _counters() -> tuple[dict[str, Any], Any, Any]:
 class Publisher:
     """Adds what was counted since the last time to Prometheus counters, once a second, on a thread of its own."""
 
-    def __init__(self, counts: Counter[str], server: dict[str, Any]) -> None:
+    def __init__(self, counts: Counter[str], server: dict[str, Any], gather: Callable[[], None] | None = None) -> None:
+        """``gather``: called before each time, to bring ``counts`` up to date."""
         self._counts = counts
+        self._gather = gather
         self._told: Counter[str] = Counter()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -65,6 +77,8 @@ class Publisher:
 
     def publish(self) -> None:
         """Adds what is new."""
+        if self._gather is not None:
+            self._gather()
         for name, value in list(self._counts.items()):
             new = value - self._told[name]
             if new <= 0:

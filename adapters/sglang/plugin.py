@@ -83,6 +83,7 @@ def register_scheduler_hooks() -> None:
             compat.hook(target, functools.partial(before_weight_change, name), "before")
     if compat.has_linker():
         compat.hook(compat.RELEASE_REQUEST, after_release_request, "after")
+        compat.hook(compat.ADMIT, around_admission, "around")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -308,6 +309,14 @@ def after_release_request(_result: Any, wrapper: Any, rid: str, *_args: Any, **_
     release = getattr(wrapper.cache_linker, "release_request", None)
     if release is not None:
         release(rid)
+
+
+def around_admission(plain: _Hook, adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around what adds a request to the next batch: one that waits for another host stays in the queue."""
+    holds_back = getattr(compat.linker_of(adder), "holds_back", None)
+    if holds_back is not None and holds_back(req.rid, compat.runs_nothing(adder)):
+        return compat.not_now()
+    return plain(adder, req, *args, **kwargs)
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,7 @@ draft) have a block for each, under keys of their own.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -21,7 +21,9 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolName, PoolT
 from kvplug.adapters.sglang import compat, engine, hostpages
 from kvplug.adapters.sglang.hostpages import KV, Bools, HostPages, Int64s, plain_name
 from kvplug.adapters.sglang.pagekeys import Keys
+from kvplug.adapters.sglang.wants import Part, wanted
 from kvplug.errors import Code, UnsupportedEngineError
+from kvplug.fetching import Fetch, Outcome
 
 T = TypeVar("T")
 
@@ -29,6 +31,8 @@ FLAT = " flat"
 """In the name of pages that SGLang hands over as one tensor each: their bytes can be in another order."""
 MAX_STATS = 1024
 """Transfers of which SGLang has not asked the figures are forgotten beyond so many."""
+MAX_WAITED_FOR = 64
+"""Fetches that wait to be read by SGLang; beyond it the oldest one's pins are released."""
 _GB = 1e9
 
 
@@ -45,6 +49,7 @@ class KvplugStorage(HiCacheStorage):
         extra = dict(getattr(storage_config, "extra_config", None) or {})
         self._flat = not extra.get("interface_v1")
         self._measured = bool(getattr(storage_config, "enable_storage_metrics", False))
+        self._waited_for: OrderedDict[bytes, Fetch] = OrderedDict()
         self._engine = engine.start("hicache", extra)
         self._shielded("start", self._check, None)
 
@@ -113,6 +118,8 @@ class KvplugStorage(HiCacheStorage):
         if keys is None or store is None:
             return 0
         hits = store.match_prefix(keys)
+        if self._fetched([Part(keys, pages.page_nbytes)], hits, pages.page_size):
+            hits = store.match_prefix(keys)
         self._count_lookup(hits)
         return hits
 
@@ -128,10 +135,17 @@ class KvplugStorage(HiCacheStorage):
         return self._shielded("lookup", self._restorable, nothing, keys, pool_transfers or [])
 
     def _restorable(self, hashes: list[str], transfers: list[Any]) -> PoolTransferResult:
-        nothing = PoolTransferResult(0, {}, [])
         pages = self._pools.get(KV)
         if pages is None:
-            return nothing
+            return PoolTransferResult(0, {}, [])
+        out = self._restorable_now(pages, hashes, transfers)
+        parts = self._parts(pages, hashes, transfers) if self._engine.fetcher is not None else []
+        if parts and self._fetched(parts, out.kv_hit_pages, pages.page_size):
+            out = self._restorable_now(pages, hashes, transfers)
+        self._count_lookup(out.kv_hit_pages)
+        return out
+
+    def _restorable_now(self, pages: HostPages, hashes: list[str], transfers: list[Any]) -> PoolTransferResult:
         if not pages.logical:
             found = self._found(pages, hashes)
             kv = 0 if found is None else hostpages.leading(found)
@@ -144,21 +158,47 @@ class KvplugStorage(HiCacheStorage):
                 break
             side = self._pools.get(plain_name(transfer.name))
             found = None if side is None else self._found(side, hashes[:kv])
-            said = hostpages.verdict(
-                plain_name(transfer.hit_policy),
-                np.zeros(kv, np.bool_) if found is None else found,
-                trailing=len(transfer.keys or ()),
-                block_pages=int(getattr(transfer, "block_pages", 0)),
-                group_pages=int(getattr(transfer, "group_pages", 0)),
-            )
+            said = hostpages.verdict(found=np.zeros(kv, np.bool_) if found is None else found, **_policy(transfer))
             if said.covered:
                 hits[transfer.name] = said.covered
             if said.restorable is not None:
                 restorable &= said.restorable
         ends = (np.flatnonzero(restorable) + 1).tolist()
-        longest = ends[-1] if ends else 0
-        self._count_lookup(longest)
-        return PoolTransferResult(longest, hits, ends)
+        return PoolTransferResult(ends[-1] if ends else 0, hits, ends)
+
+    def _parts(self, pages: HostPages, hashes: list[str], transfers: list[Any]) -> list[Part]:
+        """What would have to be there for all pages; empty where that can't be named."""
+        parts = []
+        for side, transfer in [(pages, None), *((self._pools.get(plain_name(t.name)), t) for t in transfers)]:
+            if side is None or side.logical:
+                if side is None:
+                    return []
+                continue
+            keys = self._keys(side, hashes)
+            if keys is None:
+                return []
+            parts.append(Part(keys, side.page_nbytes, **({} if transfer is None else _policy(transfer))))
+        return parts
+
+    def _fetched(self, parts: list[Part], hits: int, page_tokens: int) -> bool:
+        """Asks other hosts for what is missing beyond ``hits`` pages and waits for it; whether anything has come.
+
+        This is SGLang's prefetch thread: the scheduler goes on, and gives the request up to be computed when it likes.
+        """
+        fetcher = self._engine.fetcher
+        if fetcher is None or hits >= len(parts[0].keys):
+            return False
+        fetch = fetcher.start(wanted(parts, hits, page_tokens), timeout_s=self._engine.config.fetch_timeout_s)
+        fetch.wait(self._engine.config.fetch_timeout_s)
+        if fetch.outcome is None:  # goes on, for whoever asks next
+            return fetch.tokens > 0
+        if fetch.tokens or fetch.outcome is Outcome.PRESENT:
+            self._waited_for[parts[0].keys[0].tobytes()] = fetch  # pinned until it is read, or a moment has passed
+            while len(self._waited_for) > MAX_WAITED_FOR:
+                self._waited_for.popitem(last=False)[1].release()
+            return True
+        fetch.release()
+        return False
 
     def _found(self, pages: HostPages, hashes: list[str]) -> Bools | None:
         keys = self._keys(pages, hashes)
@@ -205,7 +245,10 @@ class KvplugStorage(HiCacheStorage):
             return [False] * len(hashes)
         if pages.logical:
             return [True] * len(hashes)
-        return self._get_fragments(keys, *pages.fragments(indices, len(hashes)), epoch).tolist()
+        done = self._get_fragments(keys, *pages.fragments(indices, len(hashes)), epoch).tolist()
+        if (fetch := self._waited_for.pop(keys[0].tobytes(), None)) is not None:
+            fetch.release()
+        return done
 
     def _set(self, name: str, hashes: list[str], indices: Any) -> list[bool]:
         pages, epoch = self._pools.get(name), self._engine.epoch
@@ -343,6 +386,16 @@ class KvplugStorage(HiCacheStorage):
         except Exception as error:  # noqa: BLE001 - SGLang's threads must not end by it
             self._engine.caught(where, error)
             return otherwise
+
+
+def _policy(transfer: Any) -> dict[str, Any]:
+    """What a side pool must have for a prefix, as :func:`~kvplug.adapters.sglang.hostpages.verdict` takes it."""
+    return {
+        "policy": plain_name(transfer.hit_policy),
+        "trailing": len(transfer.keys or ()),
+        "block_pages": int(getattr(transfer, "block_pages", 0)),
+        "group_pages": int(getattr(transfer, "group_pages", 0)),
+    }
 
 
 def _drain(values: deque[Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from kvplug.adapters.vllm.state import EngineState
 from kvplug.fetching import Fetcher, Plan, Planner, Wanted
 
 TELLING_TOKENS = 64
-"""A step of fewer tokens says more about the cost of a step than about prefill."""
+"""A step that computes less of prompts says more about the cost of a step than about prefill."""
+CHUNK_TOKENS = 16
+"""A request of which a step computes fewer tokens is generating."""
 SPEED_WEIGHT = 0.3
 """Of the newest step in the average."""
 
@@ -116,9 +119,13 @@ class PrefillSpeed:
         self._steps: deque[tuple[int, float, int]] = deque()
         self._last_end = 0.0
 
-    def began(self, step: int, tokens: int) -> bool:
-        """A step was scheduled; whether its end is of interest."""
-        if tokens < TELLING_TOKENS:
+    def began(self, step: int, scheduled: Iterable[int]) -> bool:
+        """A step was scheduled, with so many tokens of each request; whether its end is of interest."""
+        prompts = tokens = 0
+        for n in scheduled:
+            tokens += n
+            prompts += n if n >= CHUNK_TOKENS else 0
+        if prompts < TELLING_TOKENS or 2 * prompts < tokens:
             return False
         self._steps.append((step, time.monotonic(), tokens))
         return True

@@ -267,7 +267,7 @@ class SchedulerSide:
         stores: tuple[Job, ...] = (job,) if job is not None else ()
         timed = waits = False
         if self.fetches is not None:
-            timed = self.fetches.speed.began(self._step, sum(scheduled.values()))
+            timed = self.fetches.speed.began(self._step, scheduled.values())
             waits, self.fetches.waiting = self.fetches.waiting > 0, 0
         return StepMetadata(
             step=self._step,

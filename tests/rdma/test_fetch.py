@@ -149,6 +149,22 @@ def test_more_keys_than_one_lookup_takes(make_host: MakeHost) -> None:
     assert reader.holds(of, 4096) == 5000
 
 
+def test_who_asks_only_what_there_is_is_told_all_of_it_and_holds_nothing(make_host: MakeHost) -> None:
+    """More than one look-up takes, and more than a lease may keep in place."""
+    owner, reader = make_host(size="128mib", min_block=4096), make_host()
+    agent = owner.agent()
+    peer = reader.peer(agent.address)
+    of = keys(5000, 15)
+    put(owner.store, np.delete(of, [7, 4500], axis=0), 4096, batch=500)
+    have = peer.holds(of, 10.0)
+    assert have is not None
+    assert np.flatnonzero(~have).tolist() == [7, 4500]
+    assert agent.leases.held() == (0, 0)
+    assert owner.store.stats().pinned_slots == 0
+    agent.close()
+    assert peer.holds(of, 1.0) is None
+
+
 def test_a_key_asked_for_twice_is_fetched_once(pair: tuple[Host, Host, Peer]) -> None:
     owner, _, peer = pair
     of = keys(4, 6)

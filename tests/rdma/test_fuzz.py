@@ -28,6 +28,7 @@ GROWTH_BYTES = 64 << 20
 def some_message(rng: random.Random) -> p.Message:
     """One of the protocol's, with what a fuzzer puts into it."""
     number = rng.choice([0, 1, 7, 1 << 31, 1 << 62])
+    end = p.QueueEnd(rng.randrange(1 << 24), rng.randrange(1 << 24), rng.randbytes(16), 0, rng.randrange(1, 6), 16)
     return rng.choice(
         [
             p.Hello("control", True, rng.randbytes(32), "127.0.0.1:1"),
@@ -43,6 +44,10 @@ def some_message(rng: random.Random) -> p.Message:
             p.GetTicket(),
             p.Read(number, rng.randbytes(rng.choice([0, 3, 4, 40]))),
             p.ReadStart(number),
+            p.OpenQueue(end, rng.randrange(256), tuple(rng.randrange(1 << 24) for _ in range(rng.randrange(4)))),
+            p.QueueOpened(end, 0, number, number, 1 << 25),
+            p.GetRegions(rng.randrange(3), number, rng.randbytes(rng.choice([0, 3, 4, 40])), 600.0),
+            p.RegionKeys(rng.randbytes(3), rng.randbytes(12)),
             p.Failed("busy"),
         ]
     )

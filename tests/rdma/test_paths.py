@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from kvplug.rdma.choice import ChosenPath
+from kvplug.rdma.protocol import Release, Released
 from tests.rdma.conformance import Conformance, Wire
 from tests.rdma.hosts import Host
 
@@ -16,7 +18,8 @@ def tcp(make_host: Callable[..., Host], ours: dict[str, Any], theirs: dict[str, 
     share = {"agent_pin_share": 1.0, "pin_budget_share": 1.0}
     owner, reader = make_host(**ours, **share), make_host(**theirs, **share)
     peer = reader.peer(owner.agent().address)
-    return Wire(owner, reader, peer, peer._path)
+    assert isinstance(peer._path, ChosenPath)
+    return Wire(owner, reader, peer, peer._path.tcp)
 
 
 class TestTcp(Conformance):
@@ -25,6 +28,27 @@ class TestTcp(Conformance):
     @pytest.fixture
     def wire(self, make_host: Callable[..., Host]) -> Wire:
         return tcp(make_host, {}, {})
+
+    def test_a_lease_that_was_released_reads_nothing(self, wire: Wire) -> None:
+        """The owner is asked here; by verbs it is not, and the reader's clock alone says so."""
+        lease, leased = wire.lease()
+        slots = wire.slots(leased)
+        assert wire.peer.link.ask(Release((lease.id,)), Released, time.monotonic() + 5).count == 1
+        seen: list[Any] = []
+        landing = wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + 5, seen.append)
+        assert landing.error is not None
+        assert landing.wait_settled(2)
+        assert not seen
+
+
+class TestChosen(Conformance):
+    """As the settings' defaults choose it."""
+
+    @pytest.fixture
+    def wire(self, make_host: Callable[..., Host]) -> Wire:
+        wire = tcp(make_host, {}, {})
+        wire.path = wire.peer._path
+        return wire
 
 
 class TestTcpByReference(Conformance):

@@ -49,6 +49,10 @@ MESSAGES = [
     p.Failed("lease"),
     p.Read(7, p.raw(np.arange(5), np.uint32)),
     p.ReadStart(1 << 40),
+    p.OpenQueue(p.QueueEnd(17, 1 << 23, b"g" * 16, 3, 5, 16), 1, (5, 6)),
+    p.QueueOpened(p.QueueEnd(18, 0, b"g" * 16, 0, 3, 1), 0, 0x7F12_3456_7000, 1 << 40, 1 << 25),
+    p.GetRegions(1, 7, p.raw(np.arange(3), np.uint32), 0.5),
+    p.RegionKeys(p.raw(np.array([True, False, True]), np.bool_), p.raw(np.arange(3), np.uint32)),
 ]
 
 
@@ -68,6 +72,7 @@ def test_the_largest_messages_fit_their_bounds() -> None:
     """Else a batch of the size that is offered could never be answered."""
     n, parts = p.MAX_KEYS, p.MAX_PARTS_A_REPLY
     big = 1 << 62
+    end = p.QueueEnd((1 << 24) - 1, (1 << 24) - 1, bytes(16), 65535, 5, 255)
     largest = [
         p.Lookup(bytes(n * 32), 600.0, True),
         p.Leased(
@@ -77,6 +82,10 @@ def test_the_largest_messages_fit_their_bounds() -> None:
         p.Read(big, bytes(4 * n)),
         p.StatsReply({f"{i:064d}": big for i in range(64)}, big, big),
         p.Hello("control", True, bytes(32), "x" * 256, bytes(16)),
+        p.OpenQueue(end, 255, ((1 << 24) - 1,) * p.MAX_QUEUES_A_READER),
+        p.QueueOpened(end, 255, big, big, big),
+        p.GetRegions(255, big, bytes(4 * p.MAX_REGIONS_A_REQUEST), 600.0),
+        p.RegionKeys(bytes(p.MAX_REGIONS_A_REQUEST), bytes(4 * p.MAX_REGIONS_A_REQUEST)),
     ]
     for message in largest:
         header, body = p.encode(message, (1 << 64) - 1)
@@ -123,6 +132,15 @@ def test_a_header_that_is_none_is_refused(header: bytes, says: str) -> None:
         (9, [[-1]]),
         (16, [1 << 63, b""]),
         (15, ["because"]),
+        (18, [[1 << 24, 0, b"g" * 16, 0, 1, 1], 0, []]),
+        (18, [[1, 0, b"g" * 15, 0, 1, 1], 0, []]),
+        (18, [[1, 0, b"g" * 16, 0, 6, 1], 0, []]),
+        (18, [[1, 0, b"g" * 16, 0, 1, 0], 0, []]),
+        (18, [[1, 0, b"g" * 16, 0, 1, 1], 0, [1] * 33]),
+        (19, [[1, 0, b"g" * 16, 0, 1, 1], 0, -1, 0, 1 << 25]),
+        (19, [[1, 0, b"g" * 16, 0, 1, 1], 0, 0, 0, 4096]),
+        (20, [0, 1, b"", -1.0]),
+        (20, [256, 1, b"", 1.0]),
     ],
 )
 def test_a_body_that_does_not_fit_is_refused(kind: int, fields: Any) -> None:

@@ -30,3 +30,12 @@ def page_names(scheduler: Any) -> dict[str, Any]:
         "key": None if keys is None else keys.tobytes().hex(),
         "counts": dict(rank.counts),
     }
+
+
+def counts_now(scheduler: Any) -> dict[str, int]:
+    """kvplug's counters on this rank, those of its fetches included."""
+    from kvplug.adapters.sglang import engine
+
+    (rank,) = engine.engines()
+    rank.gather_counts()
+    return dict(rank.counts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import traceback
 from typing import Any
 
 
@@ -27,3 +29,9 @@ def modules(scheduler: Any, prefix: str) -> list[str]:
 def fail(scheduler: Any, message: str) -> None:
     """Raises, for the test of what becomes of that."""
     raise RuntimeError(message)
+
+
+def stacks(scheduler: Any) -> dict[str, str]:
+    """Where each thread of this rank's scheduler stands, by its name."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return {names.get(i, str(i)): "".join(traceback.format_stack(at)) for i, at in sys._current_frames().items()}

@@ -166,6 +166,7 @@ def settings_table() -> str:
         "min_block": "`16kib`",
         "slab": "`auto`",
         "peers": "",
+        "verbs_device": "",
     }
     lines = []
     for name, field in Config.model_fields.items():
