@@ -15,6 +15,7 @@ demo *ARGS: setup
 
 # everything: unit tests, the pool under fire, real vLLM, real SGLang
 test *ARGS: engines
+    @[ "$(id -u)" != 0 ] || bash tests/hosts/install.sh || true
     {{ py }} -m pytest tests {{ ARGS }}
 
 # unit tests only: no engine, a few minutes at most

@@ -27,8 +27,8 @@ Bools = npt.NDArray[np.bool_]
 
 MAX_ASKED: Final = 8
 """Peers that are asked directly for one prefix. If there are more, the next ones come with the next question."""
-ASK_S: Final = 0.25
-"""Longest wait for the answers of peers that are asked directly."""
+ASK_SHARE: Final = 0.5
+"""Of peer_timeout_s: longest wait for the answers of peers that are asked directly."""
 MAX_OPEN_PEERS: Final = 64
 """Peers with connections of their own; beyond it the one that was not used for longest hangs up."""
 
@@ -75,7 +75,7 @@ class Holders:
                 asked[self._threads.submit(peer.holds, keys, self._config.peer_timeout_s)] = peer
         except RuntimeError:  # closed meanwhile, or no thread is left
             pass
-        done = wait(asked, max(0.0, min(ASK_S, deadline - time.monotonic()))).done
+        done = wait(asked, max(0.0, min(ASK_SHARE * self._config.peer_timeout_s, deadline - time.monotonic()))).done
         answers = [(peer, future.result()) for future, peer in asked.items() if future in done]
         return [(peer, have) for peer, have in answers if have is not None and have.any()]
 

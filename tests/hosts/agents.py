@@ -1,17 +1,26 @@
-"""``kvplug agent`` as it is run, on a host of a test."""
+"""``kvplug agent`` as it is run, on a host of a test; and blocks that go from one host to another without an engine."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from kvplug.blockfeed import BlockFeed
+from kvplug.config import load
+from kvplug.errors import Code
+from kvplug.exchange import PoolExchange
+from kvplug.rdma.agent import Agent
+from kvplug.rdma.remote import Peer
+from kvplug.store import KvStore
 from tests.vllm.common import eventually
-from tests.vllm_lab.env import ROOT, base_env
+from tests.vllm_lab.env import ROOT, base_env, free_port
 
+KEY = "a key for the tests of kvplug"
 START_S = 90.0
 
 
@@ -44,3 +53,51 @@ class AgentProcess:
         """SIGKILL."""
         self.signal(signal.SIGKILL)
         self.process.wait(20)
+
+
+@dataclasses.dataclass
+class OtherHost:
+    """A pool that no engine uses, its agent, and an engine's settings that name it."""
+
+    pool: str
+    agent: AgentProcess
+    settings: dict[str, str | None]
+
+
+@contextlib.contextmanager
+def other_host(pool: str, log: Path) -> Iterator[OtherHost]:
+    """One on loopback, which is gone afterwards."""
+    address = f"127.0.0.1:{free_port()}"
+    agent = AgentProcess(pool, log, {"KVPLUG_AGENT_LISTEN": address, "KVPLUG_AUTH_KEY": KEY})
+    try:
+        agent.ready()
+        yield OtherHost(
+            pool,
+            agent,
+            {
+                "KVPLUG_PEERS": address,
+                "KVPLUG_AUTH_KEY": KEY,
+                "KVPLUG_PEER_TIMEOUT_S": "6",
+                "KVPLUG_FETCH_TIMEOUT_S": "20",
+            },
+        )
+    finally:
+        agent.close()
+
+
+def move_blocks(source: str, target: str) -> int:
+    """All blocks of one pool are in the other one afterwards, and not in the first. How many there were."""
+    config = load(auth_key=KEY, agent_listen="127.0.0.1:0", agent_pin_share=1.0, peer_timeout_s=60.0)
+    with KvStore(source, config=config, create=False) as there, KvStore(target, config=config, create=False) as here:
+        keys = BlockFeed(there).scan()
+        agent = Agent(PoolExchange(there), config)
+        peer = Peer(agent.start(), PoolExchange(here), config)
+        try:
+            codes = peer.fetch(keys, START_S)
+            assert (codes >= 0).all(), codes.tolist()
+        finally:
+            peer.close()
+            agent.close()
+        eventually("nobody pins them", lambda: not (there.remove(keys) == Code.PINNED).any())
+        assert not there.exists(keys).any()
+    return len(keys)

@@ -151,6 +151,7 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "verbs_binding": "ibverbs",
         "verbs_device": "mlx5_0, mlx5_1",
         "agent_pin_share": "0.1",
+        "cache_node": "true",
         "peers": "10.0.0.8:9410, [::1]:9410",
         "directory_url": "redis://:only-for-tests@10.0.0.9",
         "directory_ttl_s": "3",

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.hosts import agents
+from tests.hosts.agents import OtherHost
 from tests.vllm.common import Control
 from tests.vllm_lab.engine import InProcess, LabProcess, Server, temporary_pool
 from tests.vllm_lab.models import LLAMA, ModelSpec, model_dir
@@ -41,6 +43,16 @@ def pool() -> Iterator[str]:
     """A pool of this module's own. Engines of the module are closed before it goes."""
     with temporary_pool("vllmtest") as name:
         yield name
+
+
+@pytest.fixture(scope="module")
+def other_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtherHost]:
+    """Another host of this module's, without an engine."""
+    with (
+        temporary_pool("vllmaside") as name,
+        agents.other_host(name, tmp_path_factory.mktemp("agent") / "agent.log") as host,
+    ):
+        yield host
 
 
 @pytest.fixture(scope="module")

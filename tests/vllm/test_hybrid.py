@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.hosts.agents import OtherHost, move_blocks
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
 from tests.vllm_lab.models import GEMMA3
@@ -20,8 +21,8 @@ def witness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
 
 
 @pytest.fixture(scope="module")
-def engines(start: Callable[..., InProcess], witness: Control) -> dict[str, InProcess]:
-    out = {"cold": start("cold", GEMMA3), "warm": start("warm", GEMMA3)}
+def engines(start: Callable[..., InProcess], witness: Control, other_host: OtherHost) -> dict[str, InProcess]:
+    out = {"cold": start("cold", GEMMA3), "warm": start("warm", GEMMA3, env=other_host.settings)}
     assert witness.engine
     for engine in out.values():
         engine.ready()
@@ -91,6 +92,26 @@ def test_batches_of_hybrid_requests_answer_right(
         records = warm.generate(requests(cases))
         agree(cases, records)
         assert sum(r["external"] for r in records) > 0
+
+
+def test_another_host_gives_what_each_group_needs_and_no_more(
+    engines: dict[str, InProcess], cases: list[Case], filled: list[Any], pool: str, other_host: OtherHost
+) -> None:
+    """All blocks were moved there; of windowed groups only the last window of a hit comes back."""
+    warm = engines["warm"]
+    moved = move_blocks(pool, other_host.pool)
+    warm.do("reset")
+    before = warm.do("metrics")
+    long = max(cases, key=lambda case: len(case.prompt))
+    (record,) = warm.each([long.request()])
+    agree([long], [record])
+    assert record["external"] == storable(len(long.prompt))
+    fetched = warm.do("metrics")["kvplug_fetched_blocks_total"] - before["kvplug_fetched_blocks_total"]
+    full = storable(len(long.prompt)) // BLOCK
+    window = -(-GEMMA3.window // BLOCK) + 1
+    assert full < fetched <= full + 2 * window < moved
+    warm.do("reset")
+    agree(cases, warm.each(requests(cases)))
 
 
 def test_a_hybrid_engine_under_preemption_answers_right(

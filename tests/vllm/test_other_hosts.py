@@ -13,12 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.hosts.agents import AgentProcess
+from tests.hosts.agents import other_host
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess, temporary_pool
-from tests.vllm_lab.env import free_port
-
-KEY = "a key for the tests of kvplug"
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +24,18 @@ def hosts(
 ) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("agents")
     with temporary_pool("vllmfar") as far_pool, contextlib.ExitStack() as stack:
-        near = start("near")
-        near.ready()
-        address = f"127.0.0.1:{free_port()}"
-        served = {"KVPLUG_AGENT_LISTEN": address, "KVPLUG_AUTH_KEY": KEY}
-        agent = AgentProcess(pool, folder / "agent.log", served)
-        stack.callback(agent.close)
-        settings = {"KVPLUG_PEERS": address, "KVPLUG_AUTH_KEY": KEY, "KVPLUG_FETCH_TIMEOUT_S": "10"}
-        far = start("far", pool=far_pool, env=settings)
+        near = start("near").ready()
+        host = stack.enter_context(other_host(pool, folder / "agent.log"))
+        far = start("far", pool=far_pool, env=host.settings)
         assert control.engine
         far.ready()
-        agent.ready()
-        yield {"near": near, "far": far, "agent": agent, "far_pool": far_pool}
+        yield {"near": near, "far": far, "agent": host.agent, "far_pool": far_pool}
         far.close()
 
 
 @pytest.fixture(scope="module")
 def cases(control: Control) -> list[Case]:
-    return control.pick(make_prompts(12, 71, tokens=(600, 1200)), 10)
+    return control.pick(make_prompts(14, 71, tokens=(600, 1200)), 12)
 
 
 def fill(hosts: dict[str, Any], cases: list[Case], pool: str) -> None:
@@ -116,9 +107,7 @@ def test_a_request_that_is_aborted_while_it_waits_leaves_nothing(
     nothing_left(hosts)
 
 
-def test_a_stopped_agent_and_a_killed_one_cost_time_and_nothing_else(
-    hosts: dict[str, Any], cases: list[Case], pool: str
-) -> None:
+def test_a_stopped_agent_costs_time_and_nothing_else(hosts: dict[str, Any], cases: list[Case], pool: str) -> None:
     mine = cases[7:8]
     fill(hosts, mine, pool)
     far, agent = hosts["far"], hosts["agent"]
@@ -127,7 +116,34 @@ def test_a_stopped_agent_and_a_killed_one_cost_time_and_nothing_else(
     records = far.each(requests(mine))
     agree(mine, records)
     assert records[0]["external"] == 0
-    far.do("reset")
-    agent.close()
-    agree(cases[8:], far.each(requests(cases[8:])))
+    nothing_left(hosts)
+    agent.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("what", ["reset", "weights"])
+def test_what_is_no_longer_right_is_not_waited_for(
+    hosts: dict[str, Any], cases: list[Case], pool: str, what: str
+) -> None:
+    """The near host has it, and while the far one waits for it, it must not use it any more."""
+    far, agent, case = hosts["far"], hosts["agent"], cases[10 if what == "reset" else 11]
+    fill(hosts, [case], pool)
+    agent.signal(signal.SIGSTOP)
+    try:
+        names = far.do("add", requests=requests([case]))
+        assert far.do("step") == 1
+        if what == "reset":
+            far.do("reset", external=True)
+        else:
+            far.do("set_weight_version", version="2")
+    finally:
+        agent.signal(signal.SIGCONT)
+    (record,) = far.do("wait", names=names)
+    agree([case], [record])
+    assert record["external"] == 0
+    nothing_left(hosts)
+
+
+def test_an_agent_that_is_killed_is_a_miss(hosts: dict[str, Any], cases: list[Case]) -> None:
+    hosts["agent"].close()
+    agree(cases[8:10], hosts["far"].each(requests(cases[8:10])))
     nothing_left(hosts)

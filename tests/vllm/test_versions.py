@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.vllm.common import Control, agree, attached, eventually, make_prompts, requests, storable
+from tests.hosts.agents import OtherHost, move_blocks
+from tests.vllm.common import BLOCK, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import EngineError, InProcess, matrix_path
 
 VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
@@ -26,9 +28,9 @@ def matrix(version: str) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def engines(start: Callable[..., InProcess]) -> dict[str, InProcess]:
+def engines(start: Callable[..., InProcess], other_host: OtherHost) -> dict[str, InProcess]:
     """One engine per version, all at once. They share a pool, though never a block: the version is in the namespace."""
-    return {version: start(version, matrix=matrix(version)) for version in VERSIONS}
+    return {version: start(version, matrix=matrix(version), env=other_host.settings) for version in VERSIONS}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -80,6 +82,37 @@ def disguised(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (package / entry.name).symlink_to(entry)
     (package / "_version.py").write_text("__version__ = '0.29.5'\n__version_tuple__ = (0, 29, 5)\n")
     return package.parent
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_supported_version_waits_for_other_hosts_and_uses_what_they_have(
+    engines: dict[str, InProcess],
+    control: Control,
+    pool: str,
+    other_host: OtherHost,
+    version: str,
+) -> None:
+    """Its own blocks, which were moved to another host meanwhile. Then that host does not answer."""
+    cases = control.pick(make_prompts(6, 61, tokens=(300, 600)), 4)
+    engine = engines[version].ready()
+    agree(cases, engine.each(requests(cases)))
+    with attached(pool) as store:
+        eventually("all is sealed", lambda: store.stats().writing_slots == 0)
+    assert move_blocks(pool, other_host.pool) > 0
+    assert engine.do("reset")
+    before = engine.do("metrics")
+    records = engine.each(requests(cases[:2]))
+    agree(cases[:2], records)
+    assert [r["external"] for r in records] == [storable(len(case.prompt)) for case in cases[:2]]
+    blocks = sum(storable(len(case.prompt)) // BLOCK for case in cases[:2])
+    assert engine.do("metrics")["kvplug_fetched_blocks_total"] - before["kvplug_fetched_blocks_total"] == blocks
+    other_host.agent.signal(signal.SIGSTOP)
+    try:
+        records = engine.generate(requests(cases[2:]))
+        agree(cases[2:], records)
+        assert [r["external"] for r in records] == [0, 0]
+    finally:
+        other_host.agent.signal(signal.SIGCONT)
 
 
 def test_an_unsupported_version_is_refused_with_a_line_and_runs_on(
