@@ -171,6 +171,10 @@ class Config(BaseSettings):
     unsupported_engine_ok: bool = Field(
         default=False, description="try an engine version that kvplug was not tested with"
     )
+    cuda: Literal["off", "on"] = Field(
+        default="off",
+        description="copies for NVIDIA GPUs, which have not been run on one yet; on: used if a check at start passes",
+    )
 
     # Between hosts.
     agent_listen: Address = Field(

@@ -138,6 +138,7 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "weights_id": "llama@1",
         "trust_mm_ids": "1",
         "unsupported_engine_ok": "yes",
+        "cuda": "on",
         "agent_listen": "10.0.0.7:9411",
         "agent_advertise": "[2001:db8::7]:9411",
         "auth_key": "only-for-tests-of-kvplug",
