@@ -31,6 +31,14 @@ test-rdma *ARGS: install
 bench *ARGS: setup
     {{ py }} -m pytest bench --benchmark-only -p no:cacheprovider {{ ARGS }}
 
+# CUDA copies on a real GPU: the conformance suite, races, a real pool; an error where there is no GPU
+test-gpu *ARGS:
+    @bash tests/devices/gpu.sh test {{ ARGS }}
+
+# CUDA copies beside the speed of the bus, measured in the same run
+bench-gpu:
+    @bash tests/devices/gpu.sh bench
+
 # kill processes at random instants and count what went wrong: just stress --kills 2000
 stress *ARGS: install
     {{ py }} tests/stress/run.py {{ ARGS }}

@@ -43,7 +43,7 @@ __all__ = [
 
 ENV_PREFIX = "KVPLUG_"
 PATH_ENV = "KVPLUG_CONFIG"
-RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT"})
+RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT", "KVPLUG_PEER_FAULT"})
 """Variables that are read elsewhere and are not settings of the schema."""
 SECRETS = frozenset({"auth_key", "directory_url"})
 HIDDEN = "(set, not shown)"
@@ -171,6 +171,10 @@ class Config(BaseSettings):
     unsupported_engine_ok: bool = Field(
         default=False, description="try an engine version that kvplug was not tested with"
     )
+    cuda: Literal["off", "on"] = Field(
+        default="off",
+        description="copies for NVIDIA GPUs, which have not been run on one yet; on: used if a check at start passes",
+    )
 
     # Between hosts.
     agent_listen: Address = Field(
@@ -210,6 +214,10 @@ class Config(BaseSettings):
         description="RDMA devices to use, separated by commas; none: all with a port up",
     )
     agent_pin_share: Share = Field(default=0.25, description="share of the pool's bytes that leases may keep in place")
+    cache_node: bool = Field(
+        default=False,
+        description="lend this host's pool to the others: its agent takes over blocks that they are about to evict",
+    )
 
     peers: Annotated[tuple[Address, ...], BeforeValidator(_addresses)] = Field(
         default=(), max_length=1024, description="agents of other hosts, host:port, separated by commas"

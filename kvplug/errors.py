@@ -16,6 +16,7 @@ __all__ = [
     "ClientLimitError",
     "Code",
     "ConfigError",
+    "DeviceCopyError",
     "DirectoryError",
     "IntegrityError",
     "KeyFormatError",
@@ -130,6 +131,10 @@ class NamespaceError(KvplugError):
 
 class UnsupportedEngineError(KvplugError):
     """The engine's version or shape is not one that kvplug knows; the engine runs on without kvplug."""
+
+
+class DeviceCopyError(KvplugError):
+    """A copy between device memory and the pool failed, or brought other bytes; the engine runs on without it."""
 
 
 class AgentError(KvplugError):

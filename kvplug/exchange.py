@@ -14,6 +14,7 @@ from kvplug.errors import BlockTooLargeError, Code, PoolError
 from kvplug.rdma.blocks import PinnedParts, Reserved
 from kvplug.shm import copy as copies
 from kvplug.shm import layout as lay
+from kvplug.shm.forecast import Forecast
 from kvplug.store import KvStore
 
 __all__ = ["PoolExchange"]
@@ -28,6 +29,7 @@ class PoolExchange:
 
     def __init__(self, store: KvStore) -> None:
         self.store = store
+        self._forecast: Forecast | None = None
 
     @property
     def host(self) -> bytes:
@@ -64,9 +66,9 @@ class PoolExchange:
         """Whether each key has a sealed block here, bool[N]."""
         return self.store.exists(keys)
 
-    def pin(self, keys: U8, *, prefix: bool) -> PinnedParts:
-        """Pin these blocks ((N, 32) uint8; ``prefix``: the leading ones) and tell their parts."""
-        b = self.store.pin_batch(keys, prefix=prefix)
+    def pin(self, keys: U8, *, prefix: bool, touch: bool = True) -> PinnedParts:
+        """Pin these blocks ((N, 32) uint8; ``prefix``: the leading ones; ``touch``: date them) and tell their parts."""
+        b = self.store.pin_batch(keys, prefix=prefix, touch=touch)
         ok = np.flatnonzero(b.codes == Code.OK)
         T, o_part = self.store.pool.T, self.store.pool.geometry.o_part
         slots = b.slots[ok]
@@ -114,6 +116,22 @@ class PoolExchange:
     def acknowledge(self, slots: I64, gens: I64) -> None:
         """Nobody can write to these any more."""
         self.store.acknowledge(slots, gens)
+
+    def at_risk(self, most_bytes: int, most_blocks: int, *, anew: bool) -> tuple[U8, I64]:
+        """(keys, bytes of each): blocks worth keeping that will be evicted soon. For one thread; takes no lock.
+
+        ``anew``: look at the whole pool; else the next of what the last look has found.
+        """
+        if self._forecast is None:
+            pool = self.store.pool
+            self._forecast = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
+        found = (self._forecast.look if anew else self._forecast.more)(most_bytes, most_blocks)
+        return found.keys, found.nbytes
+
+    def offered(self, which: npt.NDArray[np.bool_]) -> None:
+        """These of the last :meth:`at_risk` were offered, and are named again only once they were used."""
+        if self._forecast is not None:
+            self._forecast.offered(which)
 
     def checksums(self, offsets: I64, nbytes: I64) -> I64:
         """XXH3 (its bits) of ranges of the segment: offsets from its start and bytes, int64[N]."""

@@ -37,7 +37,13 @@ def directory_publisher(config: Config, store: KvStore, address: str) -> Publish
         )
     endpoint, names = door(config)
     return Publisher(
-        BlockFeed(store), endpoint, names, host_id=host_id(store), address=address, ttl_s=config.directory_ttl_s
+        BlockFeed(store),
+        endpoint,
+        names,
+        host_id=host_id(store),
+        address=address,
+        ttl_s=config.directory_ttl_s,
+        cache_node=config.cache_node,
     )
 
 

@@ -248,9 +248,12 @@ class KvStore:
 
     # ---- what adapters use -------------------------------------------------------------------------------------------
 
-    def pin_batch(self, keys: Keys, *, prefix: bool = False) -> SlotBatch:
-        """Pin and locate blocks; ``prefix``: only the leading hits. Release by :meth:`unpin`."""
-        return self._pool.pin(_words(keys), prefix=prefix)
+    def pin_batch(self, keys: Keys, *, prefix: bool = False, touch: bool = True) -> SlotBatch:
+        """Pin and locate blocks; ``prefix``: only the leading hits. Release by :meth:`unpin`.
+
+        Without ``touch`` it is no use of them: their turn to be evicted stays what it was.
+        """
+        return self._pool.pin(_words(keys), prefix=prefix, touch=touch)
 
     def unpin(self, slots: I64, gens: I64 | None = None) -> None:
         """Release one pin of each slot (negative entries are passed over). Never blocks: queued if the lock is busy."""

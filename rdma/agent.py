@@ -34,10 +34,23 @@ from kvplug.errors import (
     ProtocolError,
     VerbsError,
 )
+from kvplug.rdma import faults
 from kvplug.rdma import protocol as p
-from kvplug.rdma.auth import NO_KEY, Session, accept_tls, answer_knock, check_exposure, shared_key, tls_context
+from kvplug.rdma.auth import (
+    HANDSHAKE_S,
+    NO_KEY,
+    Session,
+    accept_tls,
+    answer_knock,
+    check_exposure,
+    shared_key,
+    tls_context,
+)
 from kvplug.rdma.blocks import Blocks, PinnedParts
+from kvplug.rdma.cachenode import CacheNode
 from kvplug.rdma.leases import LeaseTable
+from kvplug.rdma.offers import Offerer
+from kvplug.rdma.peers import PeerSource, StaticPeers
 from kvplug.rdma.queues import QueueServer
 from kvplug.rdma.tcp import IDLE_S, Sender
 from kvplug.rdma.wire import ClosedError, Connection, address_text, is_loopback, resolve, split_address
@@ -71,8 +84,13 @@ class _Reader:
 class Agent:
     """Serves one pool. ``start`` listens, ``serve`` keeps house until it is told to stop, ``close`` ends it."""
 
-    def __init__(self, blocks: Blocks, config: Config) -> None:
-        """Take the pool's agent lock and read keys and certificates. Raises AgentError, ConfigError, PoolError."""
+    def __init__(self, blocks: Blocks, config: Config, peers: PeerSource | None = None) -> None:
+        """Take the pool's agent lock and read keys and certificates. Raises AgentError, ConfigError, PoolError.
+
+        ``peers``: the other hosts, which the caller closes. What is about to be evicted here is offered to the cache
+        nodes among them; on a cache node, they may offer. Default: those of the settings.
+        """
+        faults.arm_from_environment()
         self._blocks, self._config = blocks, config
         self._secret = shared_key(config) or NO_KEY
         self._tls = tls_context(config, server=True)
@@ -100,6 +118,9 @@ class Agent:
         self._open = 0
         self._next_reader = 1
         self._stopping = threading.Event()
+        peers = StaticPeers(config.peers, own_address=config.agent_listen) if peers is None else peers
+        self._node = CacheNode(blocks, config, peers, self.count) if config.cache_node else None
+        self._offerer = None if config.cache_node else Offerer(blocks, config, peers, self.count)
         self._listeners: list[socket.socket] = []
         self._acceptor: threading.Thread | None = None
         self._names: frozenset[str] = frozenset()
@@ -145,11 +166,17 @@ class Agent:
         self._welcome()  # devices are opened now, not while a reader waits
         self._acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvplug-accept", daemon=True)
         self._acceptor.start()
+        if self._node is not None:
+            self._node.start()
+        if self._offerer is not None:
+            ours = dict.fromkeys(filter(None, (self._config.agent_advertise, listen, *sorted(names))))
+            self._offerer.start(tuple(ours)[: p.MAX_ADDRESSES])
         return self.address
 
     def _welcome(self) -> p.Welcome:
         verbs = self._queues is not None and self._queues.offered()
-        return p.Welcome(self._config.lease_s, p.MAX_KEYS, ("tcp", "verbs") if verbs else ("tcp",))
+        paths = ("tcp", "verbs") if verbs else ("tcp",)
+        return p.Welcome(self._config.lease_s, p.MAX_KEYS, paths, self._config.cache_node)
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._stopping.is_set():
@@ -182,6 +209,9 @@ class Agent:
         """A connection's thread: prove each other, serve, clean up."""
         connection: Connection | None = None
         try:
+            if faults.armed and faults.meddle("accepted", b"", sock.close):
+                self._stopping.wait(HANDSHAKE_S)
+                raise PeerTimeoutError("nothing was said")
             connection = Connection(accept_tls(sock, self._tls))
             with self._mutex:
                 self._connections[connection] = threading.current_thread()
@@ -274,6 +304,8 @@ class Agent:
         for one in data:
             one.interrupt()
         self.leases.release_reader(reader.number)
+        if self._node is not None:
+            self._node.forget(reader.number)
         if self._queues is not None:
             self._queues.forget(reader.number)
 
@@ -299,6 +331,8 @@ class Agent:
             return self._queues.answer(message, reader.number, split_address(connection.local)[0], lease)
         if isinstance(message, p.Stats):
             return p.StatsReply(self.counters(), *self.leases.held())
+        if isinstance(message, p.Offer):
+            return p.Failed("request") if self._node is None else self._node.answer(message, reader.number)
         raise ProtocolError(f"a {type(message).__name__} is no request")
 
     def _bounded(self, seconds: float) -> float:
@@ -324,7 +358,7 @@ class Agent:
         if not self._blocks.is_current():
             return p.Failed("pool")
         seconds = self._bounded(message.seconds)
-        pinned = self._blocks.pin(keys, prefix=message.prefix)
+        pinned = self._blocks.pin(keys, prefix=message.prefix, touch=message.touch)
         codes = np.minimum(pinned.codes, 0)
         found = len(pinned.slots)
         fits = np.cumsum(pinned.nbytes) <= self.leases.room(reader.number)
@@ -340,6 +374,8 @@ class Agent:
                 self._blocks.unpin(pinned.slots[:m])
                 codes[codes == 0] = Code.BUDGET
                 m = 0
+            if faults.armed:
+                faults.happen("lease granted")
         with self._mutex:
             self._counters["lookups"] += 1
             self._counters["keys_asked"] += len(keys)
@@ -360,6 +396,9 @@ class Agent:
     def close(self) -> None:
         """Hang up on everybody, release all pins and the lock. Idempotent."""
         self._stopping.set()
+        for part in (self._offerer, self._node):
+            if part is not None:
+                part.close()
         if self._acceptor is not None:
             self._acceptor.join(STOP_S)  # else its address stays taken
         for listener in self._listeners:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from blake3 import blake3
 
 from kvplug.errors import AgentError, ConfigError, PeerAuthError, PeerError, PeerTimeoutError, ProtocolError
+from kvplug.rdma import faults
 from kvplug.rdma.protocol import (
     NONCE_BYTES,
     Challenge,
@@ -54,6 +55,7 @@ REFUSALS: Final = {
     "request": "it can't do what was asked",
     "lease": "the lease has ended",
     "pool": "its pool is gone or has no lock to be had",
+    "stranger": "it does not know this host: name this host's address in its `peers`, or give both one directory",
 }
 """What the codes of :class:`~kvplug.rdma.protocol.Failed` mean."""
 
@@ -204,6 +206,9 @@ def dial(address: str, places: list[tuple[socket.AddressFamily, tuple[str, int]]
             if left <= 0:
                 raise TimeoutError
             sock.settimeout(left)
+            if faults.armed and faults.meddle("dial", b"", sock.close):
+                time.sleep(left)
+                raise TimeoutError
             sock.connect(place)
             if context is not None:
                 sock = context.wrap_socket(sock, server_hostname=split_address(address)[0])

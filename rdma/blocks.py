@@ -70,8 +70,8 @@ class Blocks(Protocol):
     def exists(self, keys: U8) -> npt.NDArray[np.bool_]:
         """Whether each key has a sealed block here."""
 
-    def pin(self, keys: U8, *, prefix: bool) -> PinnedParts:
-        """Pin these blocks (``prefix``: the leading ones) and tell their parts."""
+    def pin(self, keys: U8, *, prefix: bool, touch: bool = True) -> PinnedParts:
+        """Pin these blocks (``prefix``: the leading ones; ``touch``: it is a use of them) and tell their parts."""
 
     def unpin(self, slots: I64) -> None:
         """Release one pin of each."""
@@ -87,6 +87,15 @@ class Blocks(Protocol):
 
     def acknowledge(self, slots: I64, gens: I64) -> None:
         """Nobody can write to these any more."""
+
+    def at_risk(self, most_bytes: int, most_blocks: int, *, anew: bool) -> tuple[U8, I64]:
+        """(keys, bytes of each): blocks worth keeping that will be evicted soon, the most worth first.
+
+        ``anew``: look at the whole pool; else the next of what the last look has found.
+        """
+
+    def offered(self, which: npt.NDArray[np.bool_]) -> None:
+        """These of the last :meth:`at_risk` were offered, and are named again only once they were used."""
 
     def checksums(self, offsets: I64, nbytes: I64) -> I64:
         """XXH3 (its bits) of ranges of the segment."""

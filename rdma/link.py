@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
+from kvplug.rdma import faults
 from kvplug.rdma.auth import REFUSALS, Session, dial, knock, shared_key, tls_context
 from kvplug.rdma.protocol import Challenge, Failed, GetTicket, Message, Ticket, Welcome, expect
 from kvplug.rdma.wire import Connection, resolve, split_address
@@ -28,6 +29,7 @@ class Link:
     """The control connection with the agent at ``address`` (host:port). Thread-safe: one request at a time."""
 
     def __init__(self, address: str, config: Config) -> None:
+        faults.arm_from_environment()
         self.address = address
         self.generation = 0
         """Counts the connections so far: what was agreed on an earlier one has ended with it."""

@@ -26,6 +26,8 @@ class PeerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     """host:port of its agent, as others reach it."""
     epoch: str = ""
     """Another one at each start of the agent; "" if unknown (a peer from the settings)."""
+    cache_node: bool = False
+    """Whether it takes over blocks that others are about to evict; of a peer from the settings, its Welcome says so."""
 
 
 class PeerSource(Protocol):

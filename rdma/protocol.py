@@ -40,6 +40,8 @@ MAX_PARTS_A_REPLY: Final = 1 << 15
 MAX_LEASES_A_REQUEST: Final = 256
 MAX_QUEUES_A_READER: Final = 32
 MAX_REGIONS_A_REQUEST: Final = 2048
+MAX_OFFER_KEYS: Final = 1024
+MAX_ADDRESSES: Final = 4
 MAX_BLOCK_BYTES: Final = 1 << 34
 MAX_LEASE_S: Final = 600.0
 PART_ALIGN_BYTES: Final = 64  # parts of a block begin at multiples of this, as in the pool
@@ -96,6 +98,7 @@ class Welcome(Message):
     lease_s: Seconds
     max_keys: Annotated[int, Meta(ge=1, le=MAX_KEYS)]
     paths: Annotated[tuple[Annotated[str, Meta(max_length=16)], ...], Meta(max_length=8)]
+    cache_node: bool = False  # it takes offers
 
 
 class Lookup(Message):
@@ -107,6 +110,7 @@ class Lookup(Message):
     keys: Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
     seconds: Seconds
     prefix: bool = False  # only the leading ones
+    touch: bool = True  # False: no use of them, their turn to be evicted stays what it was
 
 
 class Leased(Message):
@@ -210,7 +214,7 @@ class RegionKeys(Message):
 class Failed(Message):
     """Agent: not done, and why: a code that the reader knows a sentence for."""
 
-    code: Literal["version", "keyed", "target", "busy", "ticket", "request", "lease", "pool"]
+    code: Literal["version", "keyed", "target", "busy", "ticket", "request", "lease", "pool", "stranger"]
 
 
 class Read(Message):
@@ -224,6 +228,24 @@ class ReadStart(Message):
     """Agent: so many bytes follow."""
 
     nbytes: Id
+
+
+class Offer(Message):
+    """Reader, to a cache node: I am about to evict these; read them if you want them.
+
+    ``host`` and ``addresses`` say which of the hosts that the node knows this is: it dials none that it does not know.
+    """
+
+    keys: Annotated[bytes, Meta(max_length=MAX_OFFER_KEYS * KEY_BYTES)]  # N × 32 bytes, head of a prefix first
+    nbytes: Annotated[bytes, Meta(max_length=MAX_OFFER_KEYS * 8)]  # int64[N]
+    host: Annotated[bytes, Meta(min_length=16, max_length=16)]  # identity of the pool that has them
+    addresses: Annotated[tuple[Text, ...], Meta(max_length=MAX_ADDRESSES)]  # of its agent, as others may name it
+
+
+class Offered(Message):
+    """Cache node: OK: I shall read it; EXISTS: I have it; BUDGET: not now. Nobody waits for what comes of it."""
+
+    codes: Annotated[bytes, Meta(max_length=MAX_OFFER_KEYS)]  # int8[N]
 
 
 KINDS: Final[dict[int, tuple[type[Message], int]]] = {
@@ -248,6 +270,8 @@ KINDS: Final[dict[int, tuple[type[Message], int]]] = {
     19: (QueueOpened, 128),
     20: (GetRegions, MAX_REGIONS_A_REQUEST * 4 + 64),
     21: (RegionKeys, MAX_REGIONS_A_REQUEST * 5 + 64),
+    24: (Offer, MAX_OFFER_KEYS * (KEY_BYTES + 8) + MAX_ADDRESSES * (4 * _TEXT + 8) + 64),
+    25: (Offered, MAX_OFFER_KEYS + 16),
 }
 """Kind: (message, most bytes of its body)."""
 _KIND_OF: Final = {message: kind for kind, (message, _) in KINDS.items()}

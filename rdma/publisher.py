@@ -114,10 +114,11 @@ class Publisher:
     """Tells the directory what this host has, from :meth:`start` to :meth:`stop`."""
 
     def __init__(
-        self, feed: Feed, endpoint: Endpoint, names: Names, *, host_id: str, address: str, ttl_s: float
-    ) -> None:
+        self, feed: Feed, endpoint: Endpoint, names: Names, *, host_id: str, address: str, ttl_s: float,
+        cache_node: bool = False,
+    ) -> None:  # fmt: skip
         """``host_id``: names the pool, the same over restarts. ``ttl_s``: how long a silent host still counts."""
-        self.me = PeerInfo(id=checked_id(host_id), address=address, epoch=secrets.token_hex(8))
+        self.me = PeerInfo(checked_id(host_id), address, epoch=secrets.token_hex(8), cache_node=cache_node)
         self._feed, self._endpoint, self._names = feed, endpoint, names
         self._ttl_ms = round(ttl_s * 1000)
         self._beat_s = ttl_s / BEATS_PER_TTL

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.errors import Code, PeerError, PeerTimeoutError
+from kvplug.rdma import faults
 from kvplug.rdma.blocks import U8, Blocks
 from kvplug.rdma.choice import ChosenPath
 from kvplug.rdma.datapath import DataPath, Wanted
@@ -109,8 +110,10 @@ class Peer:
 
     # ---- fetching ----------------------------------------------------------------------------------------------------
 
-    def fetch(self, keys: U8, timeout_s: float = FETCH_S, *, prefix: bool = False) -> I8:
+    def fetch(self, keys: U8, timeout_s: float = FETCH_S, *, prefix: bool = False, touch: bool = True) -> I8:
         """Bring these blocks ((N, 32) uint8) into the local pool; ``prefix``: only up to the first that is missing.
+
+        Without ``touch`` it is no use of them at the peer, where they may be evicted as soon as if nobody had asked.
 
         Codes, int8[N]: OK: it is here now; EXISTS: it was here already; MISSING: the peer has not got it; CORRUPT: its
         bytes did not fit; TIMEOUT: peer, lease or lock did not last; FULL, BUDGET, IN_PROGRESS: no slot for it here.
@@ -134,7 +137,7 @@ class Peer:
             while len(todo):
                 now, todo = todo[:MAX_KEYS], todo[MAX_KEYS:]
                 codes[now] = Code.TIMEOUT
-                again = self._fetch(keys, now, codes, deadline, prefix)
+                again = self._fetch(keys, now, codes, deadline, prefix, touch)
                 if prefix and int((codes[now] < 0).sum()) > len(again):  # a hole: what is behind it is worth nothing
                     codes[todo] = Code.MISSING
                     todo = todo[:0]
@@ -177,11 +180,11 @@ class Peer:
             return None
         return have
 
-    def _fetch(self, keys: U8, now: I64, codes: I8, deadline: float, prefix: bool) -> I64:
+    def _fetch(self, keys: U8, now: I64, codes: I8, deadline: float, prefix: bool, touch: bool) -> I64:
         """One lookup and its reads; fills ``codes[now]``. Positions that are worth another lookup."""
         asked = time.monotonic()
         answer = self._link.ask(
-            Lookup(keys[now].tobytes(), min(self._config.lease_s, deadline - asked + 1.0), prefix),
+            Lookup(keys[now].tobytes(), min(self._config.lease_s, deadline - asked + 1.0), prefix, touch),
             Leased,
             deadline,
             again=True,
@@ -290,6 +293,8 @@ class _Window:
         self._parts_at = self._targets[:, None] + self._part_at[None, :]
         self._parts_nbytes = np.broadcast_to(self._group.part_nbytes, self._parts_at.shape)
         self._result = np.full(len(ok), Code.TIMEOUT, np.int8)
+        if faults.armed:
+            faults.happen("reserved")
         wanted = Wanted(lease, self._index[ok], self._sources[ok], self._nbytes[ok], self._targets)
         landing = None
         try:
@@ -312,6 +317,8 @@ class _Window:
             self._peer._count("leases_run_out", len(which))
             return
         parts = self._parts_at.shape[1]
+        if faults.armed:
+            faults.meddle("check", self._blocks.memory[self._targets[which[0]] :][:1], lambda: None)
         sums = self._blocks.checksums(self._parts_at[which].ravel(), self._parts_nbytes[which].ravel())
         sums = sums.reshape(-1, parts)
         right = (sums == self._sums[which]).all(axis=1)
@@ -320,6 +327,8 @@ class _Window:
             self._result[which[~right]] = Code.CORRUPT
             which, sums = which[right], sums[right]
         codes = np.full(len(which), Code.OK, np.int8)
+        if faults.armed:
+            faults.happen("seal")
         for part in range(parts):
             codes = self._blocks.complete(
                 self._slots[which], self._gens[which], part, np.ascontiguousarray(sums[:, part])

@@ -16,12 +16,13 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import numpy as np
 
 from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
+from kvplug.rdma import faults
 from kvplug.rdma.blocks import U8
 from kvplug.rdma.datapath import Arrived, Wanted, runs
 from kvplug.rdma.leases import Lease, LeaseTable
@@ -69,10 +70,35 @@ class Sender:
             connection.send(ReadStart(int(nbytes.sum())), request, soon)
             connection.block_with_timeout(SEND_STALL_S)
             firsts, lengths = runs(offsets, nbytes)
-            for at, length in zip(offsets[firsts].tolist(), lengths.tolist(), strict=True):
+            stretches: Iterable[tuple[int, int]] = zip(offsets[firsts].tolist(), lengths.tolist(), strict=True)
+            if faults.armed:
+                stretches = self._with_faults(connection, stretches, int(nbytes.sum()))
+            for at, length in stretches:
                 self._send(connection, lease, at, length)
             self._count("reads", 1)
             self._count("bytes_sent", int(nbytes.sum()))
+
+    def _with_faults(
+        self, connection: Connection, stretches: Iterable[tuple[int, int]], total: int
+    ) -> Iterator[tuple[int, int]]:
+        """The stretches, cut where a fault may be due; a byte that is to be another one is sent from here."""
+        names = {0: "first byte sent", total // 2: "half sent", total - 1: "last byte sent"}
+        done = 0
+        for begin, length in stretches:
+            at, end = begin, begin + length
+            while at < end:
+                n = min(end - at, min((mark for mark in names if mark > done), default=total) - done)
+                if done in names:
+                    n = 1
+                    byte = bytearray(self._view[at : at + 1])
+                    swallowed = faults.meddle(names[done], byte, connection.interrupt)
+                    if byte != self._view[at : at + 1]:
+                        connection.sock.sendall(byte)
+                    elif not swallowed:
+                        yield at, 1
+                else:
+                    yield at, n
+                at, done = at + n, done + n
 
     def _send(self, connection: Connection, lease: Lease, at: int, length: int) -> None:
         end = at + length
@@ -146,6 +172,8 @@ class TcpPath(SpreadPath[_Lane]):
             starts = targets[piece][firsts]
             views = [self._view[at : at + n] for at, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
             self._fill(connection, views, deadline)
+            if faults.armed and faults.meddle("piece received", self._view[int(starts[0]) :][:1], connection.interrupt):
+                continue
             arrived(part[piece])
 
     def _fill(self, connection: Connection, views: list[memoryview], deadline: float) -> None:

@@ -18,7 +18,8 @@ from typing import Final
 from blake3 import blake3
 
 from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
-from kvplug.rdma.protocol import HEADER, MAC_BYTES, Message, decode, encode, parse_header
+from kvplug.rdma import faults
+from kvplug.rdma.protocol import HEADER, KINDS, MAC_BYTES, Message, decode, encode, parse_header
 
 FRAME_S: Final = 2.0
 """Longest time between the first and the last byte of a frame."""
@@ -65,9 +66,12 @@ class Connection:
         """Send one frame; its header and body. ``deadline`` is of time.monotonic()."""
         header, body = encode(message, request)
         mac = self._out.next(header, body) if self._out else b""
+        frame = header + body + mac
+        if faults.armed:
+            frame = self._meddled(type(message), "sent", frame)
         try:
             self.sock.settimeout(_left(deadline))
-            self.sock.sendall(header + body + mac)
+            self.sock.sendall(frame)
         except TimeoutError:
             raise PeerTimeoutError(f"{self.peer} took no {type(message).__name__} within the deadline") from None
         except (OSError, ValueError) as e:
@@ -85,12 +89,22 @@ class Connection:
         kind, length, request = parse_header(bytes(header))
         body = bytearray(length + (MAC_BYTES if self._in else 0))
         self._fill(memoryview(body), deadline)
+        if faults.armed:
+            body = bytearray(self._meddled(KINDS[kind][0], "received", body))
+            if not body:  # as if it had never come
+                return self.receive(deadline, idle_deadline=idle_deadline)
         if self._in:
             mac = bytes(body[length:])
             del body[length:]
             if not hmac.compare_digest(mac, self._in.next(bytes(header), body)):
                 raise ProtocolError(f"a frame from {self.peer} has the wrong MAC")
         return decode(kind, body), request, bytes(header + body)
+
+    def _meddled(self, kind: type[Message], way: str, data: bytes | bytearray) -> bytes:
+        """A frame, or its body, after the fault that is due; nothing: it is to go nowhere."""
+        made = bytearray(data)
+        swallowed = faults.meddle(f"{kind.__name__.lower()} {way}", made, self.interrupt)
+        return b"" if swallowed else bytes(made)
 
     def _fill(self, view: memoryview, deadline: float) -> int:
         at = 0

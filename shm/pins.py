@@ -39,13 +39,15 @@ from kvplug.shm.write import BUDGET, MISSING, OK, TOUCH_NONE, tick_of
 SECTION_KEYS = 512
 
 
-@entry("i(I, I, I32, K, b, I8, I, I, I, I)")
+@entry("i(I, I, I32, K, b, b, I8, I, I, I, I)")
 def pin(
-    T: Any, L: Any, counts: Any, keys: Any, prefix: bool, codes: Any, rows: Any, gens: Any, offsets: Any, nbytes: Any
-) -> int:
+    T: Any, L: Any, counts: Any, keys: Any, prefix: bool, touch: bool,
+    codes: Any, rows: Any, gens: Any, offsets: Any, nbytes: Any,
+) -> int:  # fmt: skip
     """Pin the sealed blocks with these keys (``prefix``: only up to the first miss). Leading hits, or a lock code.
 
-    After a lock code, keys before the first one whose ``rows`` entry is negative are pinned: the caller releases them.
+    ``touch``: this is a use of them, which dates them. After a lock code, keys before the first one whose ``rows``
+    entry is negative are pinned: the caller releases them.
     """
     n = keys.shape[0]
     warm = n
@@ -93,7 +95,7 @@ def pin(
                 fail(L, PINNED_BIT)
                 T[mine] += 1
             counts[row] += 1
-            if L[L_TOUCH] != TOUCH_NONE:
+            if touch and L[L_TOUCH] != TOUCH_NONE:
                 T[r + R_TICK] = tick_of(first, n, i, L[L_TOUCH])
             codes[i] = OK
             rows[i] = row

@@ -307,14 +307,14 @@ class Pool:
         """Free blocks that :meth:`verify_part` found to be wrong, unless somebody (this client included) has a pin."""
         self._drop(slots, (gens << lay.GEN_SHIFT) | lay.SEALED)
 
-    def pin(self, keys: I64, *, prefix: bool = False) -> SlotBatch:
-        """Pin the blocks with these keys; ``prefix``: only the leading ones. OK, MISSING, BUDGET, TIMEOUT, RETIRED."""
+    def pin(self, keys: I64, *, prefix: bool = False, touch: bool = True) -> SlotBatch:
+        """Pin blocks; ``prefix``: the leading ones; ``touch``: date them. OK, MISSING, BUDGET, TIMEOUT, RETIRED."""
         out = SlotBatch.empty(len(keys))
         with self._only_thread() as mine:
             answer = int(Code.TIMEOUT)
             if mine:
                 filled = (out.codes, out.slots, out.gens, out.offsets, out.nbytes)
-                answer = int(pins.pin(self.T, self.L, self._pin_counts, keys, prefix, *filled))
+                answer = int(pins.pin(self.T, self.L, self._pin_counts, keys, prefix, touch, *filled))
         if answer < 0:
             pinned = out.slots[out.slots >= 0].copy()
             out.codes[:] = answer

@@ -45,9 +45,15 @@ class ByteRuns:
 class DeviceCopy(ABC):
     """Moves bytes between one engine process's KV memory and the pool's mapping."""
 
+    chunk_bytes = 4 << 20
+    """About how much an adapter gives to one store; in between it looks whether the store still stands."""
+
     @abstractmethod
-    def mark(self) -> Any:
-        """A point in the engine's work, taken on the engine's thread: copies given it begin after that work is done."""
+    def mark(self, also: Any = None) -> Any:
+        """A point in the engine's work, taken on the engine's thread: copies given it begin after that work is done.
+
+        ``also``: another stream of the engine's, beside the thread's current one, whose work up to now counts as well.
+        """
 
     @abstractmethod
     def store(self, runs: ByteRuns, block_ids: Int64s, dst: Int64s, after: Any) -> UInt64s:
@@ -66,6 +72,10 @@ class DeviceCopy(ABC):
     @abstractmethod
     def load(self, runs: ByteRuns, src: Int64s, block_ids: Int64s, after: Any) -> None:
         """Slot parts into blocks; the blocks may be used when this returns. Arguments as for :meth:`store`."""
+
+    def describe(self) -> str:
+        """One line on how it copies, for the log; empty if there is nothing to say."""
+        return ""
 
     @abstractmethod
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kvplug.adapters.devices import device_of
 from kvplug.adapters.devices.base import ByteRuns, Int64s
 from kvplug.canonical import Value
 from kvplug.errors import UnsupportedEngineError
@@ -96,7 +97,13 @@ class DevicePools:
     replicated: bool
     """Every rank of the attention's group holds the same bytes."""
     device: str
-    """Kind of device, as torch names it."""
+    """Of all their buffers, as torch writes it."""
+
+    @property
+    def layouts(self) -> list[ByteRuns]:
+        """All byte runs that are copied: whole pages out of the device, single layers back."""
+        pools = self.sources.values()
+        return [pool.runs for pool in pools] + [part.runs for pool in pools for part in pool.layers if part is not None]
 
     def describe(self) -> dict[str, Value]:
         """What another engine's blocks must agree on to be interchangeable; for the namespace."""
@@ -127,10 +134,8 @@ def lay_out(
     }
     if KV not in sources:
         raise UnsupportedEngineError("this model keeps no pages for full attention")
-    kinds = {buffer.tensor.device.type for some in buffers.values() for buffer in some}
-    if len(kinds) != 1:
-        raise UnsupportedEngineError(f"page pools on devices of several kinds: {', '.join(sorted(kinds))}")
-    return DevicePools(sources, num_layers, replicated, kinds.pop())
+    device = device_of(buffer.tensor for some in buffers.values() for buffer in some)
+    return DevicePools(sources, num_layers, replicated, device)
 
 
 def _source(name: str, buffers: Sequence[LayerBuffer], page_tokens: int, num_layers: int) -> SourcePool:

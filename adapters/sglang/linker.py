@@ -38,11 +38,13 @@ DEVICE_PAGES_IF_UNKNOWN = 1024
 class _Works:
     """What a linker has that is on."""
 
-    def __init__(self, rank: engine.RankEngine, pools: DevicePools, ledger: Ledger) -> None:
+    def __init__(self, rank: engine.RankEngine, pools: DevicePools, ledger: Ledger, forward_stream: Any) -> None:
         store = rank.store
         if store is None:
             raise UnsupportedEngineError(rank.off_reason or "no pool")
-        device = for_device(pools.device)
+        device = for_device(pools.device, store, pools.layouts)
+        if device.describe():
+            rank.say(f"kvplug: {device.describe()}")
         self.pools = pools
         self.replicated = pools.replicated
         self.writer = not pools.replicated or rank.facts.tp[0] == 0
@@ -50,7 +52,7 @@ class _Works:
         for size in sizes.values():
             store.pool.geometry.stride(size, 1)  # BlockTooLargeError now, not at the first page
         self.pins = Pins(rank, store, sizes, replicated=self.replicated, verify=rank.config.verify == "always")
-        self.loads = Loads(rank, store, pools, device)
+        self.loads = Loads(rank, store, pools, device, forward_stream)
         self.offloads = Offloads(rank, store, pools, device, ledger)
         self.device = device
 
@@ -92,7 +94,7 @@ class KvplugLinker(UnifiedCacheLinker):
             if self.engine.off_reason is not None:
                 return
             pools = compat_pools.device_pools(params, components)
-            works = _Works(self.engine, pools, self._ledger)
+            works = _Works(self.engine, pools, self._ledger, forward_stream)
             if MAMBA in pools.sources:  # its states do not go through the page pool that SGLang registers this with
                 params.req_to_token_pool.register_layer_transfer_counter(works.loads.counter)
             self.engine.begin(pools.describe())

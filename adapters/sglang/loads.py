@@ -109,12 +109,16 @@ class LayerCounter:
 class Loads:
     """Queue and copy thread of one rank."""
 
-    def __init__(self, engine: RankEngine, store: KvStore, pools: DevicePools, device: DeviceCopy) -> None:
+    def __init__(
+        self, engine: RankEngine, store: KvStore, pools: DevicePools, device: DeviceCopy, forward_stream: Any = None
+    ) -> None:
+        """``forward_stream``: on which passes run that may still read the pages to be loaded."""
         self.counter = LayerCounter(pools.num_layers)
         self._engine = engine
         self._store = store
         self._pools = pools
         self._device = device
+        self._forward_stream = forward_stream
         self._queued: dict[str, QueuedLoad] = {}
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._started: list[Batch] = []
@@ -144,7 +148,7 @@ class Loads:
         batch = Batch(loads, None)
         index = self.counter.add(batch)
         try:
-            batch.after = self._device.mark()
+            batch.after = self._device.mark(self._forward_stream)
         except Exception as error:  # noqa: BLE001 - SGLang learns of it in finish()
             self._engine.caught("starting a load", error)
             self._over(batch, ok=False)

@@ -26,8 +26,6 @@ from kvplug.adapters.sglang.pins import Keys
 from kvplug.errors import Code
 from kvplug.store import KvStore
 
-STORE_CHUNK_BYTES = 4 << 20
-"""An offload looks this often whether it still stands."""
 RESET_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 5.0
 _REASONS = {
@@ -191,7 +189,7 @@ class Offloads:
                 counts[f"not_stored:{_REASONS.get(code, 'other')}"] += number
         mine = np.flatnonzero(batch.codes == Code.OK)
         there = int((batch.codes == Code.EXISTS).sum())
-        chunk = max(1, STORE_CHUNK_BYTES // pool.block_nbytes)
+        chunk = max(1, self._device.chunk_bytes // pool.block_nbytes)
         done = 0
         try:
             for at in range(0, len(mine), chunk):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvplug import config as configuration
-from kvplug.adapters.devices import for_device
+from kvplug.adapters.devices import device_of, for_device
 from kvplug.adapters.vllm import compat, namespace, plugin
 from kvplug.adapters.vllm.jobs import Rank, RankLayout
 from kvplug.adapters.vllm.layout import group_bytes
@@ -94,7 +94,10 @@ def worker_start(
             backends=compat.attention_backends(vllm_config),
         )
         assert len(rules) == len(groups)
-        side = WorkerSide(store, for_device(kind), groups, rank, warn)
+        device = for_device(device_of(caches.values()) if caches else kind, store, [group.runs for group in groups])
+        if device.describe():
+            warn(f"kvplug: {device.describe()}")
+        side = WorkerSide(store, device, groups, rank, warn)
     except Exception as error:  # noqa: BLE001 - the engine must start; the scheduler's side says why kvplug is off
         for store in opened:
             store.close()

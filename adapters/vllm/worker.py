@@ -26,8 +26,6 @@ from kvplug.adapters.vllm.layout import GroupBytes
 from kvplug.errors import Code
 from kvplug.store import KvStore
 
-STORE_CHUNK_BYTES = 4 << 20
-"""A store looks this often whether it was cancelled."""
 EMPTY_STEP_WAIT_S = 0.002
 """How long a step that runs no model waits for a load that is under way, which saves the engine another such step."""
 DRAIN_TIMEOUT_S = 10.0
@@ -217,7 +215,7 @@ class WorkerSide:
             part = plan[group.group].get(self._rank)
             if part is None or not part.writer:
                 continue
-            chunk = max(1, STORE_CHUNK_BYTES // part.nbytes)
+            chunk = max(1, self._device.chunk_bytes // part.nbytes)  # in between: was it cancelled?
             for start in range(0, len(group.block_ids), chunk):
                 if self._giving_up.is_set():
                     ok = False

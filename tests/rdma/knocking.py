@@ -13,7 +13,7 @@ from kvplug.rdma.wire import Connection
 from tests.rdma.hosts import Host
 
 SOON_S = 3.0
-opened: list[Connection] = []
+opened: list[Connection | socket.socket] = []
 """Closed by a fixture when the test ends."""
 
 

@@ -51,9 +51,9 @@ def test_the_command_serves_and_ends_on_sigterm(make_host: MakeHost) -> None:
     assert asked.lease  # and is not released
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "", "")
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 9, "it waits for no lease"
     check_nothing_left(owner.store)
 
 

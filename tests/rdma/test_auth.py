@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from kvplug.rdma.agent import Agent
 from kvplug.rdma.auth import check_exposure, knock, shared_key
 from kvplug.rdma.wire import FrameMac
 from tests.rdma.hosts import BLOCK, KEY, Host, Proxy, keys, put, until
-from tests.rdma.knocking import ask, dial, frame, half_way, is_hung_up_on, let_in
+from tests.rdma.knocking import ask, dial, frame, half_way, is_hung_up_on, let_in, opened
 
 MakeHost = Callable[..., Host]
 OTHER_KEY = "another key for the tests of kvplug"
@@ -84,6 +86,33 @@ def test_a_handshake_that_was_listened_to_is_good_for_nothing(owner: Host, make_
         again.close()
 
 
+def test_a_challenge_that_was_listened_to_lets_nobody_pose_as_the_agent(
+    owner: Host, make_host: MakeHost, proxy: Proxy
+) -> None:
+    """Everything that the agent sent, sent again to a reader who dials: its Hello is another one now."""
+    agent = owner.agent(agent_advertise=proxy.address)
+    proxy.upstream = agent.address
+    assert (make_host().peer(proxy.address).fetch(keys(8, 1)) == Code.OK).all()
+    recorded = [bytes(said) for _, said in proxy.recorded]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def pose() -> None:
+            for _ in range(2):
+                sock, _ = listener.accept()
+                sock.sendall(recorded[0])
+                opened.append(sock)
+
+        thread = threading.Thread(target=pose)
+        thread.start()
+        reader = make_host()
+        peer = reader.peer(f"127.0.0.1:{listener.getsockname()[1]}")
+        assert (peer.fetch(keys(8, 1)) == Code.TIMEOUT).all()
+        with pytest.raises(ProtocolError, match="MAC"):
+            reader.peer(peer.address).stats()
+        thread.join(5)
+    assert reader.holds(keys(8, 1)) == 0
+
+
 def test_a_proof_of_another_challenge_is_refused(owner: Host) -> None:
     agent = owner.agent()
     first, second = dial(agent.address), dial(agent.address)
@@ -93,6 +122,8 @@ def test_a_proof_of_another_challenge_is_refused(owner: Host) -> None:
     proof = frame(p.Proof(), FrameMac(session.to_agent).next(header, body))
     second.sock.sendall(proof)
     assert is_hung_up_on(second)
+    until(lambda: agent.counters().get("not_let_in") == 1)
+    assert "lookups" not in agent.counters()
     first.sock.sendall(proof)
     first.secure(session.to_agent, session.to_reader)
     assert isinstance(first.receive(time.monotonic() + 2)[0], p.Welcome)

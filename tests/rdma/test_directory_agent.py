@@ -42,9 +42,9 @@ def end(agent: subprocess.Popen[str]) -> None:
         agent.stdout.close()
 
 
-def start_agent(host: Host, server: RedisServer) -> subprocess.Popen[str]:
+def start_agent(host: Host, server: RedisServer, **more: str) -> subprocess.Popen[str]:
     settings = {"pool": host.config.pool, "auth_key": KEY, "agent_listen": "127.0.0.1:0"}
-    settings |= {"directory_url": url_of(server), "directory_ttl_s": "2"}
+    settings |= {"directory_url": url_of(server), "directory_ttl_s": "2"} | more
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KVPLUG_")}
     return subprocess.Popen(
         [sys.executable, "-c", "from kvplug.cli import main; main()", "agent"],

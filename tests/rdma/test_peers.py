@@ -45,6 +45,13 @@ def test_a_record_of_a_later_version_with_more_in_it_is_taken() -> None:
     assert from_record(NAMES.seal(more), PEER.id, NAMES) == PEER
 
 
+def test_a_record_of_an_earlier_version_with_less_in_it_is_taken() -> None:
+    less = msgspec.msgpack.encode({"id": PEER.id, "address": PEER.address, "epoch": PEER.epoch})
+    found = from_record(NAMES.seal(less), PEER.id, NAMES)
+    assert found == PEER
+    assert not found.cache_node
+
+
 @pytest.mark.parametrize("at", range(0, len(to_record(PEER, NAMES)), 5))
 def test_a_record_with_any_byte_changed_is_nothing(at: int) -> None:
     record = bytearray(to_record(PEER, NAMES))

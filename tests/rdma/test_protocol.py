@@ -49,6 +49,8 @@ MESSAGES = [
     p.Failed("lease"),
     p.Read(7, p.raw(np.arange(5), np.uint32)),
     p.ReadStart(1 << 40),
+    p.Offer(b"k" * 64, p.raw(np.array([5, 6]), np.int64), b"h" * 16, ("10.0.0.7:9410",)),
+    p.Offered(bytes(2)),
     p.OpenQueue(p.QueueEnd(17, 1 << 23, b"g" * 16, 3, 5, 16), 1, (5, 6)),
     p.QueueOpened(p.QueueEnd(18, 0, b"g" * 16, 0, 3, 1), 0, 0x7F12_3456_7000, 1 << 40, 1 << 25),
     p.GetRegions(1, 7, p.raw(np.arange(3), np.uint32), 0.5),
@@ -82,6 +84,10 @@ def test_the_largest_messages_fit_their_bounds() -> None:
         p.Read(big, bytes(4 * n)),
         p.StatsReply({f"{i:064d}": big for i in range(64)}, big, big),
         p.Hello("control", True, bytes(32), "x" * 256, bytes(16)),
+        p.Offer(
+            bytes(32 * p.MAX_OFFER_KEYS), bytes(8 * p.MAX_OFFER_KEYS), bytes(16), ("\u20ac" * 256,) * p.MAX_ADDRESSES
+        ),
+        p.Offered(bytes(p.MAX_OFFER_KEYS)),
         p.OpenQueue(end, 255, ((1 << 24) - 1,) * p.MAX_QUEUES_A_READER),
         p.QueueOpened(end, 255, big, big, big),
         p.GetRegions(255, big, bytes(4 * p.MAX_REGIONS_A_REQUEST), 600.0),
