@@ -108,6 +108,9 @@ class CacheNode:
             total = offer.nbytes + sum(other.nbytes for other in all_)
             if self._stopping or len(all_) >= MAX_WAITING or mine >= MAX_WAITING_A_READER:
                 return False
+            source = self._sources.get(offer.address)
+            if source is not None and source.is_down:
+                return False  # what it has may be there still when it answers again
             if all_ and total > self._blocks.data_bytes * WAITING_SHARE:
                 return False
             self._waiting.append(offer)

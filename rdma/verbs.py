@@ -181,6 +181,13 @@ class VerbsPath(SpreadPath[_Lane]):
                 known = self._remotes[opened.device] = _Remote(generation, opened)
             return known
 
+    def _forget_keys(self, lane: _Lane) -> None:
+        """What was told of the owner's memory may have been why: the next lane asks anew."""
+        with self._mutex:
+            known = self._remotes.pop(lane.remote.device, None) if lane.remote else None
+            if known is not None and known is not lane.remote:
+                self._remotes[known.device] = known  # told since then
+
     def _gone(self, lane: _Lane) -> None:
         """The other end's half of this lane can go too: the next lane says so."""
         with self._mutex:
@@ -262,6 +269,7 @@ class VerbsPath(SpreadPath[_Lane]):
                 if completed:
                     failed = [(at, status) for at, status in completed if status]
                     if failed:
+                        self._forget_keys(lane)
                         raise PeerError(_why(address, failed, len(reads)))
                     done = completed[-1][0] + 1
                     progress = time.monotonic()

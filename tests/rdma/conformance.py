@@ -16,23 +16,24 @@ from kvplug.rdma.remote import Peer
 from tests.rdma.hosts import BLOCK, Host, blocks, keys, put
 
 N = 96
-SOON_S = 30.0
-"""For what must come; a machine that is emulated, or busy, takes its time."""
 
 
 class Wire:
     """A reader with a path to an owner that has N blocks."""
+
+    within_s = 5.0
+    """What a lease lasts, and any read is over within."""
 
     def __init__(self, owner: Host, reader: Host, peer: Peer, path: DataPath) -> None:
         self.owner, self.reader, self.peer, self.path = owner, reader, peer, path
         self.keys = keys(N, 31)
         assert (put(owner.store, self.keys, BLOCK) == 0).all()
 
-    def lease(self, of: Any = None, seconds: float = SOON_S) -> tuple[HeldLease, LeasedBlocks]:
+    def lease(self, of: Any = None, seconds: float | None = None) -> tuple[HeldLease, LeasedBlocks]:
         """A lease on these keys."""
         of = self.keys if of is None else of
         asked = time.monotonic()
-        answer = self.peer.link.ask(Lookup(of.tobytes(), seconds), Leased, asked + SOON_S)
+        answer = self.peer.link.ask(Lookup(of.tobytes(), seconds or self.within_s), Leased, asked + self.within_s)
         return HeldLease.counted(answer.lease, asked, answer.seconds), check_leased(answer, len(of))
 
     def slots(self, leased: LeasedBlocks) -> Any:
@@ -61,7 +62,7 @@ class Conformance:
                     got = wire.reader.store.mapping[at : at + BLOCK]
                     assert (got == blocks(wire.keys[i : i + 1], BLOCK)[0]).all()
 
-        landing = wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + SOON_S, arrived)
+        landing = wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + wire.within_s, arrived)
         assert landing.error is None
         assert landing.is_settled
         assert sorted(seen) == list(range(N))
@@ -73,7 +74,7 @@ class Conformance:
         some = np.delete(np.arange(N), 1)
         whole = wire.wanted(lease, leased, slots.offsets)
         wanted = Wanted(lease, whole.index[some], whole.sources[some], whole.nbytes[some], whole.targets[some])
-        assert wire.path.read(wanted, time.monotonic() + SOON_S, lambda _: None).error is None
+        assert wire.path.read(wanted, time.monotonic() + wire.within_s, lambda _: None).error is None
         assert (wire.reader.store.mapping[int(slots.offsets[1]) : int(slots.offsets[1]) + BLOCK] == 0xA5).all()
 
     def test_reads_in_any_order_and_the_same_block_twice(self, wire: Wire) -> None:
@@ -82,7 +83,7 @@ class Conformance:
         order = np.random.default_rng(5).integers(0, N, N)
         targets = slots.offsets
         wanted = Wanted(lease, order, leased.offsets[order], leased.nbytes[order], targets)
-        assert wire.path.read(wanted, time.monotonic() + SOON_S, lambda _: None).error is None
+        assert wire.path.read(wanted, time.monotonic() + wire.within_s, lambda _: None).error is None
         right = blocks(wire.keys, BLOCK)
         for i, j in enumerate(order.tolist()):
             assert (wire.reader.store.mapping[int(targets[i]) : int(targets[i]) + BLOCK] == right[j]).all()
@@ -90,7 +91,9 @@ class Conformance:
     def test_an_empty_read_is_over_at_once(self, wire: Wire) -> None:
         lease, leased = wire.lease()
         none = np.empty(0, np.int64)
-        landing = wire.path.read(Wanted(lease, none, none, none, none), time.monotonic() + SOON_S, lambda _: None)
+        landing = wire.path.read(
+            Wanted(lease, none, none, none, none), time.monotonic() + wire.within_s, lambda _: None
+        )
         assert landing.error is None
         assert landing.is_settled
         assert len(leased.offsets) == N
@@ -100,7 +103,9 @@ class Conformance:
         slots = wire.slots(leased)
         seen: list[Any] = []
         over = HeldLease(lease.id, time.monotonic() - 0.001)
-        landing = wire.path.read(wire.wanted(over, leased, slots.offsets), time.monotonic() + SOON_S, seen.append)
+        landing = wire.path.read(
+            wire.wanted(over, leased, slots.offsets), time.monotonic() + wire.within_s, seen.append
+        )
         assert landing.error is not None
         assert landing.wait_settled(2)
         assert not seen
@@ -110,10 +115,12 @@ class Conformance:
         slots = wire.slots(leased)
         whole = wire.wanted(lease, leased, slots.offsets)
         beyond = Wanted(lease, whole.index + N, whole.sources + (1 << 40), whole.nbytes, whole.targets)
-        assert wire.path.read(beyond, time.monotonic() + SOON_S, lambda _: None).error is not None
+        assert wire.path.read(beyond, time.monotonic() + wire.within_s, lambda _: None).error is not None
         lease, leased = wire.lease()  # the agent may have hung up on who asked for that
         assert (
-            wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + SOON_S, lambda _: None).error
+            wire.path.read(
+                wire.wanted(lease, leased, slots.offsets), time.monotonic() + wire.within_s, lambda _: None
+            ).error
             is None
         )
 
@@ -135,13 +142,13 @@ class Conformance:
 
         def read(part: Any) -> None:
             wanted = Wanted(lease, whole.index[part], whole.sources[part], whole.nbytes[part], whole.targets[part])
-            ends.append(wire.path.read(wanted, time.monotonic() + SOON_S, lambda _: None))
+            ends.append(wire.path.read(wanted, time.monotonic() + 2 * wire.within_s, lambda _: None))
 
         threads = [threading.Thread(target=read, args=(part,)) for part in cuts]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(2 * SOON_S)
+            thread.join(4 * wire.within_s)
         assert [landing.error for landing in ends] == [None] * len(cuts)
         right = blocks(wire.keys, BLOCK)
         for i, at in enumerate(slots.offsets.tolist()):
@@ -155,13 +162,15 @@ class Conformance:
             raise KeyError("told to")
 
         with pytest.raises(KeyError, match="told to"):
-            wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + SOON_S, arrived)
+            wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + wire.within_s, arrived)
 
     def test_closed_it_reads_nothing_and_says_so(self, wire: Wire) -> None:
         lease, leased = wire.lease()
         slots = wire.slots(leased)
         wire.path.close()
         wire.path.close()
-        landing = wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + SOON_S, lambda _: None)
+        landing = wire.path.read(
+            wire.wanted(lease, leased, slots.offsets), time.monotonic() + wire.within_s, lambda _: None
+        )
         assert landing.error is not None
         assert landing.is_settled

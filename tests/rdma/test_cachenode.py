@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 from kvplug.config import Config
 from kvplug.errors import Code
 from kvplug.peering import directory_reader, host_id
+from kvplug.rdma import faults
 from kvplug.rdma import protocol as p
 from kvplug.rdma.agent import Agent
 from kvplug.rdma.cachenode import MAX_WAITING_A_READER
@@ -208,6 +210,54 @@ def test_a_burst_costs_the_owner_no_store(make_host: MakeHost) -> None:
     for seed in range(1, 6):
         family.node.holds(keys(120, seed))
     until(lambda: family.owner.store.stats().pinned_slots == 0)
+
+
+@pytest.mark.parametrize(
+    ("end", "fault"),
+    [
+        ("owner", "offer sent:kill"),
+        ("node", "offer received:stop"),
+        ("node", "offer received:cut"),
+        ("node", "offered sent:drop"),
+        ("owner", "offered received:corrupt"),
+        ("owner", "offered received:delay"),
+        ("owner", "half sent:kill"),
+        ("node", "reserved:kill"),
+        ("node", "piece received:drop"),
+    ],
+)
+def test_a_fault_at_any_step_of_an_offer_costs_that_offer_at_most(
+    make_host: MakeHost, monkeypatch: pytest.MonkeyPatch, end: str, fault: str
+) -> None:
+    family = Family(make_host)
+    host = family.owner if end == "owner" else family.node
+    (family.owner_process if end == "owner" else family.node_process).kill()
+    settle(host.store)
+    with monkeypatch.context() as patch:
+        patch.setenv(faults.ENV, fault)
+        process, _ = host.agent_process()
+    first = family.hot(1)
+    family.fill(first)
+    if fault.endswith("kill"):
+        assert process.wait() == -signal.SIGKILL
+        settle(host.store)
+        host.agent_process()
+    elif fault.endswith("stop"):
+        process.wait_stopped()
+        process.signal(signal.SIGCONT)
+    elif fault.endswith(("drop", "corrupt")):  # a cut one is sent again at once
+        until(lambda: family.count("offers_failed") + family.count("keys_not_taken", family.to_node) > 0, LONG_S)
+    for seed in range(2, 6):  # a machine that is starved meanwhile may lose another
+        second = family.hot(seed)
+        left = family.fill(second)
+        with contextlib.suppress(AssertionError):
+            until(lambda left=left: family.node.store.exists(left).all(), 8)
+            break
+    assert family.node.holds(left) == len(left)
+    family.node.holds(first)
+    for one in (family.owner, family.node):
+        until(lambda one=one: one.store.stats().writing_slots == 0)
+        one.store.check_integrity(deep=True)
 
 
 # ---- who may offer, and how much

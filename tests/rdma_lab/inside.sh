@@ -15,3 +15,6 @@ ip addr add "$LAB_ADDRESS/24" dev "$lab_device"
 ip link set "$lab_device" up
 rdma link add rxe0 type rxe netdev "$lab_device"
 export LAB_DEVICE=$lab_device
+# Bounds of seconds are checked by this clock: another than the one that guest.py asked for may run at any rate.
+read -r lab_clock </sys/devices/system/clocksource/clocksource0/current_clocksource
+[ "$lab_clock" = hpet ] || { echo "the guest's clock is $lab_clock, not hpet"; exit 1; }

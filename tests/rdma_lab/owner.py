@@ -12,17 +12,60 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import sys
-import time
-from typing import Any
+import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, Final
 from xmlrpc.server import SimpleXMLRPCServer
 
+from kvplug import KvStore
+from kvplug.exchange import PoolExchange
+from kvplug.rdma.agent import Agent
+from kvplug.shm import integrity
 from kvplug.shm.jit import warm_up
 from tests.pool.children import settle
 from tests.pool.conftest import leave_nothing
 from tests.rdma.hosts import Child, Host, keys, put
+from tests.rdma_lab import breaking
 
-PORT = 7000
+PORT: Final = 7000
+AGENT_PORT: Final = 9410
+STARTS_S: Final = 60.0
+
+
+class AgentProcess:
+    """An agent in a process of its own, which does to itself what it is told."""
+
+    def __init__(self, host: Host) -> None:
+        self._near, far = Pipe()
+
+        def body() -> None:
+            store = KvStore(config=host.config, create=False)
+            agent = Agent(PoolExchange(store), host.config)
+            far.send(agent.start())
+            threading.Thread(target=self._obey, args=(agent, far), daemon=True).start()
+            agent.serve(threading.Event())
+
+        self.child = Child(body)
+        far.close()
+        if not self._near.poll(STARTS_S):
+            raise TimeoutError("the agent does not start")
+        self.address: str = self._near.recv()
+
+    @staticmethod
+    def _obey(agent: Agent, told: Connection) -> None:
+        while True:
+            name, arguments = told.recv()
+            told.send(getattr(breaking, name)(agent, *arguments))
+
+    def do(self, name: str, *arguments: Any) -> Any:
+        """One of the functions of :mod:`tests.rdma_lab.breaking`, in that process."""
+        self._near.send((name, arguments))
+        if not self._near.poll(STARTS_S):
+            raise TimeoutError(f"the agent did not do {name}")
+        return self._near.recv()
 
 
 class Owner:
@@ -32,21 +75,30 @@ class Owner:
         self._address = address
         self._numbers = itertools.count()
         self._host: Host | None = None
-        self._agent: Child | None = None
+        self._agent: AgentProcess | None = None
 
     @property
     def _there(self) -> Host:
         assert self._host is not None, "begin comes first"
         return self._host
 
+    @property
+    def _serving(self) -> AgentProcess:
+        assert self._agent is not None, "begin comes first"
+        return self._agent
+
     def begin(self, settings: dict[str, Any]) -> str:
         """A host with an empty pool, and its agent. The agent's address."""
         self.end()
-        self._host = Host(f"t-far-{os.getpid()}-{next(self._numbers)}", agent_listen=f"{self._address}:0", **settings)
+        pool, listen = f"t-far-{os.getpid()}-{next(self._numbers)}", f"{self._address}:{AGENT_PORT}"
+        self._host = Host(pool, agent_listen=listen, **settings)
         return self.start_agent()
 
     def end(self) -> bool:
         """Without a host."""
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.child.kill()
         host, self._host = self._host, None
         if host is not None:
             host.close()
@@ -54,36 +106,39 @@ class Owner:
         return host is not None
 
     def start_agent(self) -> str:
-        """Another agent, after the one before has died. Its address."""
-        self._agent, address = self._there.agent_process()
-        return address
+        """An agent; where there was one, it is dead by now. Its address, always the same."""
+        self._agent = AgentProcess(self._there)
+        return self._agent.address
 
-    def signal_agent(self, name: str) -> float:
-        """Send it SIGKILL, SIGSTOP or SIGCONT; return once it is dead, or stopped. time.time() of sending it."""
-        assert self._agent is not None
-        sent = time.time()
-        self._agent.signal(getattr(signal, name))
+    def signal_agent(self, name: str) -> bool:
+        """Send it SIGKILL, SIGSTOP or SIGCONT; return once it is dead, or stopped."""
+        child = self._serving.child
+        child.signal(getattr(signal, name))
         if name == "SIGKILL":
-            self._agent.wait()
+            child.wait()
         if name == "SIGSTOP":
-            self._agent.wait_stopped()
-        return sent
+            child.wait_stopped()
+        return True
+
+    def break_agent(self, name: str, *arguments: Any) -> Any:
+        """Have it do one of the functions of :mod:`tests.rdma_lab.breaking` to itself."""
+        return self._serving.do(name, *arguments)
 
     def put(self, n: int, seed: int, nbytes: int) -> int:
         """Blocks under these keys, as :func:`tests.pool.children.blocks` has them. How many are in the pool."""
         return int((put(self._there.store, keys(n, seed), nbytes) >= 0).sum())
 
     def remove(self, n: int, seed: int) -> int:
-        """Take these out of the pool."""
+        """Take these out of the pool. How many were there."""
         return int((self._there.store.remove(keys(n, seed)) == 0).sum())
 
-    def scribble(self, n: int, seed: int, at: int, nbytes: int) -> int:
-        """Other bytes in these blocks from ``at`` on: slots that were reused, as one that reads them sees it."""
+    def scribble(self, n: int, seed: int, first: int, end: int) -> int:
+        """Other bytes in the place of these blocks from ``first`` to ``end``. How many blocks."""
         b = self._there.store.pin_batch(keys(n, seed))
-        for offset in b.offsets.tolist():
-            self._there.store.mapping[offset + at : offset + at + nbytes] ^= 0xEE
+        for offset, nbytes in zip(b.offsets[first:end].tolist(), b.nbytes[first:end].tolist(), strict=True):
+            self._there.store.mapping[offset : offset + nbytes] ^= 0xEE
         self._there.store.unpin(b.slots)
-        return len(b.offsets)
+        return end - first
 
     def settled(self) -> dict[str, int]:
         """Reap what is dead; what is pinned, in writing, in quarantine then. The pool's tables are whole."""
@@ -92,11 +147,26 @@ class Owner:
         s = self._there.store.stats()
         return {"pinned": s.pinned_slots, "writing": s.writing_slots, "quarantined": s.quarantined_slots}
 
+    def wire(self, how: str) -> bool:
+        """What this end's link does to what it sends: netem's words; empty: nothing."""
+        netem(how)
+        return True
+
+
+def netem(how: str) -> None:
+    """Have this guest's interface treat what it sends so: ``loss 10%``, ``delay 3s``; empty: as it comes."""
+    device = os.environ["LAB_DEVICE"]
+    subprocess.run(["tc", "qdisc", "del", "dev", device, "root"], capture_output=True, check=False)
+    if how:
+        words = ["tc", "qdisc", "add", "dev", device, "root", "netem", "limit", "100000", *how.split()]
+        subprocess.run(words, check=True, capture_output=True)
+
 
 def main() -> None:
     """Serve until killed."""
     address, port = sys.argv[1], int(sys.argv[2])
     warm_up()
+    integrity.prepare()
     server = SimpleXMLRPCServer((address, port), logRequests=False, allow_none=True)
     server.register_instance(Owner(address))
     print(f"owner: serves at {address}:{port}", flush=True)

@@ -23,8 +23,8 @@ from typing import Final
 from tests.rdma_lab.guest import Ended, Guest, Link
 from tests.rdma_lab.owner import PORT
 
-PATHS: Final = ("tcp",)
-DEADLINE_S: Final = 900.0
+PATHS: Final = ("tcp", "ibverbs", "pyverbs")
+DEADLINE_S: Final = 1800.0
 """Of one boot and all that runs in it. A guest that has not ended by then never will."""
 
 
@@ -35,8 +35,12 @@ class Tally:
     passed: int = 0
     failed: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, what: str, report: Path) -> None:
-        """Count one pytest run by the report that it left."""
+    def add(self, what: str, ended: Ended, report: Path) -> None:
+        """Count one pytest run, by how it ended and the report that it left."""
+        if ended.status is None:
+            self.failed.append(f"{what}: {ended.why}")
+        elif ended.status not in (0, 1):  # 1: some failed, and the report names them
+            self.failed.append(f"{what}: the run ended with status {ended.status}")
         if not report.exists():
             self.failed.append(f"{what}: the run left no report")
             return
@@ -52,7 +56,7 @@ def command(paths: list[str], owner: str, select: str) -> str:
     """The bash line of the guest that runs the checks."""
     return (
         f"LAB_PATHS={','.join(paths)} LAB_OWNER={owner} PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 "
-        "python -m pytest -p pytest_timeout -p no:cacheprovider --timeout=120 --timeout-method=signal -v --tb=short "
+        "python -m pytest -p pytest_timeout -p no:cacheprovider --timeout=240 --timeout-method=signal -v --tb=short "
         "-o python_files='check_*.py' -o console_output_style=count --no-header --durations=5 "
         "--junitxml=/out/report.xml "
         f"-k {shlex.quote(select)} tests/rdma_lab/checks"
@@ -103,9 +107,7 @@ def main() -> int:
             print(f"==== {name} guest{'s' if name == 'two' else ''}", flush=True)
             paths = arguments.path or list(PATHS)
             ended = (run_one if name == "one" else run_two)(folder / name, paths, arguments.k)
-            if ended.status is None:
-                tally.failed.append(f"{name}: {ended.why}")
-            tally.add(name, folder / name / "report.xml")
+            tally.add(name, ended, folder / name / "report.xml")
     finally:
         if arguments.keep is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, mo
 BACKEND = "/hicache/storage-backend"
 KEY = "key"
 CORES = "SGLANG_CPU_OMP_THREADS_BIND"
+FAILING, MOST_FAILING = 50, 200
 FAILURE = "SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE"
 
 Boot = Callable[..., SglangServer]
@@ -192,7 +193,8 @@ def test_ranks_agree_when_one_ranks_page_is_gone(ranks: SglangServer, cases: lis
 
 
 def test_half_of_the_calls_fail_and_the_pool_is_too_small(boot: Boot, control: Control) -> None:
-    """50 requests for 15 prompts that neither SGLang's caches nor the pool can hold, four at a time."""
+    """50 requests for 15 prompts that neither SGLang's caches nor the pool can hold, four at a time; and more of them
+    while nothing was read, since SGLang gives up reads that are slow."""
     prompts = make_prompts(15, 72, tokens=PROMPT_TOKENS)
     with temporary_pool("hicache-small") as small:
         server = boot(
@@ -206,14 +208,16 @@ def test_half_of_the_calls_fail_and_the_pool_is_too_small(boot: Boot, control: C
         try:
             witness = control.server
             expected = [tuple(witness.generate(prompt, TOKENS, margin=True).tokens) for prompt in prompts]
-            order = [i % len(prompts) for i in range(50)]
+            order = [i % len(prompts) for i in range(MOST_FAILING)]
             for start in range(0, len(order), 4):
+                if start >= FAILING and ask(server, "counts").get("loaded_pages"):
+                    break
                 batch = order[start : start + 4]
                 for i, answer in zip(batch, server.generate_many([prompts[i] for i in batch], TOKENS), strict=True):
                     assert tuple(answer.tokens) == expected[i], f"request for prompt {i}"
             counts = ask(server, "counts")
             assert counts["stored_pages"] > 0
-            assert counts["loaded_pages"] > 0, "nothing came from the pool: not a test"
+            assert counts.get("loaded_pages", 0) > 0, "nothing came from the pool: not a test"
             assert counts.get("errors", 0) == 0
             with attached(small) as outside:
                 outside.check_integrity()

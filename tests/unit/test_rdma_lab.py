@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.rdma_lab import guest, initramfs
+from tests.rdma_lab.guest import Ended
 from tests.rdma_lab.run import Tally
 
 LAB = Path(__file__).resolve().parents[1] / "rdma_lab"
@@ -96,17 +97,21 @@ def test_the_archive_is_one_that_others_read(tmp_path: Path) -> None:
 
 
 def test_what_did_not_run_counts_as_failed(tmp_path: Path) -> None:
-    """A run that left no report, a report of nothing, and a check that was skipped."""
+    """No report, an empty one, no end; a check that was skipped; a crash at the very end."""
     tally = Tally()
-    tally.add("one", tmp_path / "none.xml")
+    tally.add("one", Ended(0, ""), tmp_path / "none.xml")
     (tmp_path / "empty.xml").write_text("<testsuites><testsuite/></testsuites>")
-    tally.add("two", tmp_path / "empty.xml")
+    tally.add("two", Ended(0, ""), tmp_path / "empty.xml")
     assert (tally.passed, len(tally.failed)) == (0, 2)
     (tmp_path / "some.xml").write_text(
         "<testsuites><testsuite><testcase classname='a' name='good'><system-out>x</system-out></testcase>"
         "<testcase classname='a' name='left'><skipped message='m'/></testcase>"
         "<testcase classname='a' name='bad'><failure message='m'/></testcase></testsuite></testsuites>"
     )
-    tally.add("three", tmp_path / "some.xml")
+    tally.add("three", Ended(1, ""), tmp_path / "some.xml")
     assert tally.passed == 1
     assert tally.failed[2:] == ["three: a::left", "three: a::bad"]
+    (tmp_path / "good.xml").write_text("<testsuites><testcase classname='a' name='good'/></testsuites>")
+    tally.add("four", Ended(139, ""), tmp_path / "good.xml")
+    tally.add("five", Ended(None, "", "it hangs"), tmp_path / "good.xml")
+    assert tally.failed[4:] == ["four: the run ended with status 139", "five: it hangs"]

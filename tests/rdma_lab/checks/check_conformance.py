@@ -15,6 +15,8 @@ from tests.rdma_lab.far import Far
 class FarWire(Wire):
     """A reader here; its owner is asked by name."""
 
+    within_s = 40.0
+
     def __init__(self, far: Far, reader: Host, settings: dict[str, Any]) -> None:
         self.reader = reader
         self.peer = reader.peer(far.begin(settings))
@@ -28,4 +30,5 @@ class TestPath(Conformance):
 
     @pytest.fixture
     def wire(self, make_host: Callable[..., Host], far: Far, settings: dict[str, Any]) -> Wire:
-        return FarWire(far, make_host(**settings), settings)
+        patient = settings | {"lease_s": FarWire.within_s, "peer_timeout_s": FarWire.within_s / 2}
+        return FarWire(far, make_host(**patient), patient)

@@ -38,6 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = apt
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Why one failed is said at once: a guest may not live to the end of the run."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.failed:
+        item.config.get_terminal_writer().line(f"\n{report.longreprtext}\n{report.capstdout}{report.caplog}")
+
+
 @pytest.fixture(scope="session")
 def _owner() -> Far:
     far = Far(OWNER)
@@ -61,4 +70,5 @@ def path(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def settings(path: str) -> dict[str, Any]:
     """What both hosts are made with, besides their own."""
-    return {"agent_pin_share": 1.0, "pin_budget_share": 1.0, "reserve_budget_share": 1.0}
+    chosen = {"data_path": "tcp"} if path == "tcp" else {"data_path": "verbs", "verbs_binding": path}
+    return {"agent_pin_share": 1.0, "pin_budget_share": 1.0, "reserve_budget_share": 1.0, "size": "64mib"} | chosen
