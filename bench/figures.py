@@ -99,7 +99,12 @@ FIGURES: Final = (
     Figure("sglang_lookup", "SGLang, linker mode: lookup of 512 pages, pinned, on the scheduler thread", "ms", 0.5),
     Figure("keys", "key making for 16 tokens, incremental", "µs", 1.0),
     *_sized("fetch", "fetch from a peer by TCP on loopback ÷ one bare stream", dict.fromkeys(_FETCHES, 0.9)),
+    Figure("fetch_redhare", "the same, as fast as redhare over TCP; least of three sizes", "×", 1.0, True),
+    Figure("fetch_mooncake", "the same, as fast as Mooncake over TCP; least of three sizes", "×", 1.0, True),
     Figure("fetch_lookup", "look up and lease 2048 keys at a peer, round trip", "ms", 3.0),
+    Figure(
+        "fetch_beside_python", "a thread of the reader that always runs Python: waits for a fetch beside it", "%", None
+    ),
     Figure("directory_publish", "directory: a million names written, a second", "thousand", 50.0, True),
     Figure("directory_lookup", "directory: 2048 keys of a million read in one round trip", "ms", 5.0),
     *_hit_rates(),
@@ -138,19 +143,23 @@ def machine() -> str:
 
 def record(part: str, name: str, measured: float, *, rounds: int, beside: str = "", note: str = "") -> None:
     """Keep a measured figure. ``beside``: what was measured in the same run for comparison (memcpy, say)."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    seen = {"measured": measured, "rounds": rounds, "beside": beside, "note": note, "machine": machine(), "when": when}
+    _keep(part, name, seen)
+
+
+def not_measured(part: str, name: str, why: str) -> None:
+    """Say in the figure's row why there is none, and forget an earlier one."""
+    _keep(part, name, {"measured": None, "note": why})
+
+
+def _keep(part: str, name: str, seen: dict[str, Any]) -> None:
     if name not in BY_NAME:
         raise KeyError(f"{name} is no figure; see FIGURES")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{part}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[name] = {
-        "measured": measured,
-        "rounds": rounds,
-        "beside": beside,
-        "note": note,
-        "machine": machine(),
-        "when": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-    }
+    kept[name] = seen
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -1,109 +1,31 @@
 """Between hosts, on loopback: a second pool fetches from the first one's agent, beside one plain TCP stream.
 
-The reference moves as many bytes from the same segment into shared memory of its own, through one connection that does
-nothing but sendfile and recv_into: no keys, no lease, no checksum, no seal. Agent and reference's sender are processes
-of their own. Ratios are of rounds measured one right after the other. A fetch has more threads than the stream, and so
-gets more of a machine that others use too: beside the ratio stands what both ends' CPU time was, of the stream's.
+Ratios are of rounds measured one right after the other. A fetch has more threads than the stream, and so gets more of
+a machine that others use too: beside the ratio stands what both ends' CPU time was, of the stream's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
-import socket
 import statistics
-import struct
-import subprocess
-import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-from bench.harness import GIB, KIB, MIB, config, keys, pool_name, remove_pool, room_for, wait_for_memory
-from kvplug import KvStore, hostmem
-from kvplug.exchange import PoolExchange
-from kvplug.rdma.remote import Peer
+from bench.harness import KIB, MIB, keys, room_for
+from bench.rdma_hosts import POOL_BYTES, Hosts, Stream, cpu
 from kvplug.shm import segment
 
-POOL_BYTES = GIB
 READ_BYTES = 128 * MIB
 ROUNDS = 15
-SENDER = Path(__file__).resolve().parent / "rdma_stream.py"
-KEY = "a key for benchmarks only"
+BESIDE_ROUNDS = 5
+FETCH_S = 60.0
 Figure = Callable[..., None]
-
-
-class Stream:
-    """The reference's receiving end."""
-
-    def __init__(self, path: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.process = subprocess.Popen([sys.executable, SENDER, path, str(listener.getsockname()[1])])
-            self._sock, _ = listener.accept()
-
-    def receive(self, at: int, into: memoryview) -> None:
-        """The bytes of the file from ``at`` on."""
-        self._sock.sendall(struct.pack("<qq", at, len(into)))
-        got = 0
-        while got < len(into):
-            got += self._sock.recv_into(into[got:])
-
-    def target(self, nbytes: int) -> memoryview:
-        """Shared memory, mapped whole: what slots are, in pages of the same size."""
-        with tempfile.TemporaryFile(dir=hostmem.DEV_SHM) as file:
-            file.truncate(nbytes)
-            memory = np.frombuffer(mmap.mmap(file.fileno(), nbytes), np.uint8)
-        memory[:] = 1
-        return memory.data
-
-    def close(self) -> None:
-        """Hang up; the sender ends."""
-        self._sock.close()
-        self.process.wait(10)
-
-
-class Hosts:
-    """Two pools, the first one's agent, and a reader in this process."""
-
-    def __init__(self) -> None:
-        self.names = pool_name(), pool_name()
-        ours = [config(name, POOL_BYTES, auth_key=KEY) for name in self.names]
-        self.owner, self.reader = (KvStore(config=c) for c in ours)
-        for store in (self.owner, self.reader):
-            wait_for_memory(store)
-        settings = {k: v for k, v in os.environ.items() if not k.startswith("KVPLUG_")}
-        settings |= {"KVPLUG_POOL": self.names[0], "KVPLUG_SIZE": str(POOL_BYTES), "KVPLUG_AUTH_KEY": KEY}
-        settings |= {"KVPLUG_AGENT_PIN_SHARE": "1", "KVPLUG_PIN_BUDGET_SHARE": "1"}
-        self.agent = subprocess.Popen(
-            [sys.executable, "-c", "from kvplug.cli import main; main()", "agent", "--listen", "127.0.0.1:0"],
-            env=settings,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.agent.stdout is not None
-        self.address = self.agent.stdout.readline().split()[-1]
-        self.peer = Peer(self.address, PoolExchange(self.reader), ours[1])
-
-    def close(self) -> None:
-        """End everything."""
-        self.peer.close()
-        self.agent.terminate()
-        assert self.agent.wait(10) == 0
-        for store, name in zip((self.owner, self.reader), self.names, strict=True):
-            store.close()
-            remove_pool(name)
-
-
-def cpu(other: subprocess.Popen[Any]) -> float:
-    """Seconds of CPU that this process and another one have used."""
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in (os.getpid(), other.pid))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +46,7 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
     start = hosts.owner.pool.geometry.data_offset
     into = stream.target(READ_BYTES)
     stream_s: list[float] = []
+    copies_s: list[float] = []
     cpu_s = {"fetch": 0.0, "stream": 0.0}
 
     def setup() -> None:
@@ -132,6 +55,9 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
         stream.receive(start, into)
         stream_s.append(time.perf_counter() - began)
         cpu_s["stream"] += cpu(stream.process) - used
+        began = time.perf_counter()
+        stream.receive(start, into, copies=True)
+        copies_s.append(time.perf_counter() - began)
 
     def fetch() -> None:
         used = cpu(hosts.agent)
@@ -145,11 +71,70 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
     stream.close()
     hosts.reader.remove(wanted)
     hosts.owner.remove(wanted)
-    speeds = [READ_BYTES / statistics.median(s) / 1e9 for s in (fetch_s, stream_s)]
+    speeds = [READ_BYTES / statistics.median(s) / 1e9 for s in (fetch_s, stream_s, copies_s)]
     cost = cpu_s["fetch"] / cpu_s["stream"]
-    beside = "fetch {:.2f} GB/s, stream {:.2f} GB/s; CPU {:.2f} times the stream's".format(*speeds, cost)
+    beside = "fetch {:.2f} GB/s, stream {:.2f} (by send {:.2f}); CPU {:.2f} times the stream's".format(*speeds, cost)
     size = f"{block // KIB}KiB" if block < MIB else f"{block // MIB}MiB"
     figure(f"fetch_{size}", ratio, rounds=ROUNDS, beside=beside)
+
+
+class PythonLoop(threading.Thread):
+    """Runs Python without a pause, as a scheduler under load does."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            sum(i for i in range(100))
+
+    def waited_s(self) -> float:
+        """Seconds that it neither ran nor waited for a core: those in which it wanted the interpreter."""
+        ran, queued = map(int, Path(f"/proc/self/task/{self.native_id}/schedstat").read_text().split()[:2])
+        return time.perf_counter() - (ran + queued) / 1e9
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def test_beside_python(benchmark: Any, hosts: Hosts, figure: Figure) -> None:
+    """What a fetch takes from a thread of its process that always wants the interpreter, and that thread from it."""
+    shares: dict[str, float] = {}
+    speeds: dict[str, tuple[float, float]] = {}
+    for size, block in (("16 KiB", 16 * KIB), ("256 KiB", 256 * KIB), ("2 MiB", 2 * MIB)):
+        n = READ_BYTES // block
+        wanted = keys(n, block + 1)
+        assert not hosts.owner.put(wanted, np.ones((n, block), np.uint8)).any()
+        took: list[list[float]] = [[], []]
+        waited = 0.0
+        for loop in (None, PythonLoop()):
+            for _ in range(1 + BESIDE_ROUNDS):
+                hosts.reader.remove(wanted)
+                before, began = loop.waited_s() if loop else 0.0, time.perf_counter()
+                assert not hosts.peer.fetch(wanted, FETCH_S).any()
+                took[loop is not None].append(time.perf_counter() - began)
+                waited += loop.waited_s() - before if loop else 0.0
+            if loop:
+                loop.stop()
+        alone, beside = (READ_BYTES / statistics.median(some[1:]) / 1e9 for some in took)
+        shares[size], speeds[size] = waited / sum(took[1]) * 100, (alone, beside)
+        hosts.reader.remove(wanted)
+        if size != "2 MiB":
+            hosts.owner.remove(wanted)
+
+    def forget() -> None:
+        hosts.reader.remove(wanted)
+
+    benchmark.pedantic(lambda: hosts.peer.fetch(wanted), setup=forget, rounds=3)
+    forget()
+    hosts.owner.remove(wanted)
+    what = "; ".join(
+        f"{size}: {shares[size]:.0f} %, fetch {b:.2f} GB/s, {a:.2f} alone" for size, (a, b) in speeds.items()
+    )
+    figure("fetch_beside_python", max(shares.values()), rounds=BESIDE_ROUNDS, beside=what)
 
 
 def test_lookup_round_trip(benchmark: Any, hosts: Hosts, figure: Figure) -> None:

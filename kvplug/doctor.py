@@ -428,11 +428,10 @@ def _sglang_plugin(_: _Surroundings) -> Iterator[Finding]:
 
 
 def _rdma(around: _Surroundings) -> Iterator[Finding]:
-    try:
-        devices = sorted(entry.name for entry in (around.root / "sys/class/infiniband").iterdir())
-    except OSError:
-        devices = []
-    yield Finding("RDMA", Status.NOTE, ", ".join(devices) if devices else "no device (/sys/class/infiniband)")
+    from kvplug.rdma.describe import describe_verbs
+
+    for status, found, mend in describe_verbs(around.config, around.root / "sys/class/infiniband"):
+        yield Finding("RDMA", Status(status), found, mend)
 
 
 def _directory(around: _Surroundings) -> Iterator[Finding]:

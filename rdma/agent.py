@@ -109,7 +109,8 @@ class Agent:
             raise AgentError("another agent serves this pool already: there is one per pool")
         self.leases = LeaseTable(blocks.unpin, most_bytes=max(1, int(blocks.data_bytes * config.agent_pin_share)))
         self._sender = Sender(self.leases, self._fd, blocks.memory, self.count)
-        self._queues = None if config.data_path == "tcp" else QueueServer(config, blocks.memory, self.count)
+        by_tcp = config.data_path == "tcp" or (config.data_path == "auto" and self._tls is not None)
+        self._queues = None if by_tcp else QueueServer(config, blocks.memory, self.count)
         if self._queues is not None and config.data_path == "verbs":
             try:
                 self._queues.open_devices()

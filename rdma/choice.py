@@ -1,10 +1,10 @@
 """Which path a read takes: verbs where both ends have them, TCP otherwise.
 
-``data_path`` = auto takes verbs if the agent offers them, this host can open a device, and the agent is not on
-loopback, where nothing beats the kernel's own copy. What can't be had by verbs just now comes over TCP within the same
-read; what broke by verbs is a miss, as with any fault. Who fails twice in a row, or can't be set up, is set aside for
-a time that doubles, so that a fabric that does not carry RDMA between these two hosts costs little. ``tcp`` and
-``verbs`` take that and nothing else.
+``data_path`` = auto takes verbs if the agent offers them and this host can open a device, but not on loopback, where
+nothing beats the kernel's own copy, and not with TLS, which a READ would go around. What can't be had by verbs just
+now comes over TCP within the same read; what broke by verbs is a miss, as with any fault. Who fails twice in a row, or
+can't be set up, is set aside for a time that doubles, so that a fabric that does not carry RDMA between these two hosts
+costs little. ``tcp`` and ``verbs`` take that and nothing else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class ChosenPath(DataPath):
 
     def __init__(self, link: Link, memory: U8, config: Config, count: Callable[[str], None]) -> None:
         """``count``: adds one to a counter of that name. Nothing is opened before the first read."""
-        self._link, self._wish, self._count = link, config.data_path, count
+        self._link, self._count = link, count
+        encrypted = config.tls_cert is not None  # which READs are not
+        self._wish = "tcp" if config.data_path == "auto" and encrypted else config.data_path
         self.tcp = TcpPath(link, memory, connections=config.peer_connections, stall_s=config.peer_timeout_s)
         self.verbs = VerbsPath(link, memory, config)
         self._mutex = threading.Lock()
@@ -100,8 +102,10 @@ class ChosenPath(DataPath):
             self._warned = self._warned or warn
         self._count(what)
         if warn:
-            then = "its blocks come over TCP for now" if self._wish == "auto" else "they are misses: data_path = verbs"
-            log.warning("peer %s, by verbs: %s; %s", self._link.address, error, then)
+            text = "peer %s, by verbs: %s; its blocks come over TCP for now"
+            if self._wish == "verbs":
+                text = "peer %s, by verbs: %s; its blocks are misses, since data_path = verbs"
+            log.warning(text, self._link.address, error)
 
     def _set_aside(self) -> None:
         self._aside_s = min(max(2 * self._aside_s, ASIDE_FIRST_S), ASIDE_MOST_S)

@@ -212,8 +212,9 @@ class Peer:
         self, keys: U8, where: I64, leased: LeasedBlocks, group: _Group, lease: HeldLease, codes: I8, deadline: float
     ) -> HeldLease:
         ends = np.cumsum(leased.nbytes[group.index])
-        window = min(WINDOW_BYTES, self._blocks.data_bytes // 8)
-        cuts = np.flatnonzero(np.diff(ends // max(window, 1))) + 1
+        most = max(1, min(WINDOW_BYTES, self._blocks.data_bytes // 8))
+        window = -(-int(ends[-1]) // -(-int(ends[-1]) // most))  # all of one size: a small last one would go slowly
+        cuts = np.flatnonzero(np.diff((ends - 1) // window)) + 1
         for part in np.split(np.arange(len(group.index)), cuts):
             lease = self._extended(lease, deadline)
             _Window(self, keys, where, leased, group, part).run(lease, codes, deadline)

@@ -1,8 +1,10 @@
-"""The TCP data path: the owner sends from the segment by reference, the reader receives into its own slots.
+"""The TCP data path: the owner sends from the segment, the reader receives into its own slots.
 
 Owner: `sendfile` hands the kernel the segment's pages; nothing is copied in Python, and on the way out not in the
 kernel either. What is on its way refers to the slot's memory: the lease keeps it in place until the reader has
-released, and a slot that was reused all the same arrives as bytes that do not fit their checksum.
+released, and a slot that was reused all the same arrives as bytes that do not fit their checksum. To a reader on this
+same host `send` copies instead, which costs both ends half as much CPU: loopback hands the sender's buffers to the
+receiver, and by reference those are single pages of 4 KiB.
 
 Reader: `recvmsg` scatters a stretch of the stream over the slots. One read is spread over several connections, each
 with a thread; a thread checks and seals a piece while it is in the cache and the next one is under way.
@@ -36,11 +38,16 @@ SEND_BYTES: Final = 4 << 20
 SEND_STALL_S: Final = 1.0
 IDLE_S: Final = 600.0
 PIECE_BYTES: Final = 2 << 20
-"""What is received before it is checked: fits the cache, and is worth the lock that sealing takes."""
-PIECE_BLOCKS: Final = 256
+MOST_PIECE_BYTES: Final = 8 << 20
+"""What is received before it is checked, at first and at most. A thread needs the interpreter three times for a piece,
+and waits 5 ms each time where Python is busy: that costs more than that a piece has left the nearest cache."""
+FAST_PIECE_S: Final = 0.05
+SLOW_PIECE_S: Final = 0.2
+PIECE_BLOCKS: Final = 480  # numpy lets go of the interpreter in operations on 500 and more, and would wait for it again
+WAKE_BYTES: Final = 1 << 20
+"""The kernel wakes a thread that receives when so much is there: a quarter less CPU than for each segment."""
 STALL_LOOKS: Final = 4
 """How often within a peer's time-out its connection is looked at: a stall is noticed a quarter late at most."""
-RECEIVE_BUFFER_BYTES: Final = 4 << 20
 
 
 # ---- the owner's end -------------------------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ class Sender:
                 raise PeerError(f"the lease of {connection.peer} ended while it was reading")
             n = min(end - at, SEND_BYTES)
             try:
-                if connection.is_tls:
+                if connection.is_tls or connection.is_same_host:
                     at += connection.sock.send(self._view[at : at + n])
                 else:
                     sent = os.sendfile(connection.sock.fileno(), self._fd, at, n)
@@ -145,11 +152,10 @@ class TcpPath(SpreadPath[_Lane]):
         super().__init__(link, connections)
         self._stall_s = stall_s
         self._view = memory.data
+        self._piece_bytes = PIECE_BYTES
 
     def _open_lane(self, deadline: float) -> _Lane:
         generation, connection = self._link.dial_data(min(deadline, time.monotonic() + self._stall_s))
-        if not connection.is_tls:
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         return _Lane(generation, connection)
 
     def _carry(self, lane: _Lane, wanted: Wanted, part: I64, deadline: float, arrived: Arrived) -> None:
@@ -165,16 +171,31 @@ class TcpPath(SpreadPath[_Lane]):
             raise ProtocolError(f"{connection.peer} sends {answer} where {total} bytes were asked for")
         connection.block_with_timeout(self._stall_s / STALL_LOOKS)
         targets = wanted.targets[part]
-        pieces = (np.cumsum(nbytes) - 1) // PIECE_BYTES + np.arange(len(part)) // PIECE_BLOCKS
-        cuts = np.flatnonzero(np.diff(pieces)) + 1
-        for piece in np.split(np.arange(len(part)), cuts):
+        first, wake_at, left = 0, 0, total
+        while first < len(part):
+            began = time.monotonic()
+            piece = slice(first, first + max(1, min(PIECE_BLOCKS, self._piece_bytes * len(part) // total)))
+            first = piece.stop
             firsts, lengths = runs(targets[piece], nbytes[piece])
             starts = targets[piece][firsts]
             views = [self._view[at : at + n] for at, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+            left -= int(nbytes[piece].sum())
+            wake = WAKE_BYTES if left >= WAKE_BYTES else 1  # what is still to come always gets there
+            if wake != wake_at:
+                connection.wake_at(wake)
+                wake_at = wake
             self._fill(connection, views, deadline)
             if faults.armed and faults.meddle("piece received", self._view[int(starts[0]) :][:1], connection.interrupt):
                 continue
             arrived(part[piece])
+            self._resize_pieces(time.monotonic() - began)
+
+    def _resize_pieces(self, took_s: float) -> None:
+        """Large ones where they come fast, small ones where a deadline may find one half-way."""
+        if took_s < FAST_PIECE_S:
+            self._piece_bytes = min(self._piece_bytes * 2, MOST_PIECE_BYTES)
+        elif took_s > SLOW_PIECE_S:
+            self._piece_bytes = max(self._piece_bytes // 2, PIECE_BYTES)
 
     def _fill(self, connection: Connection, views: list[memoryview], deadline: float) -> None:
         sock = connection.sock

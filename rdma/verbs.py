@@ -55,7 +55,7 @@ REPORT_BYTES: Final = 2 << 20
 WAIT_S: Final = 0.05
 """Longest sleep of a lane: how late it notices that it was interrupted."""
 ASK_SHARE: Final = 0.5
-"""Share of the peer's time-out that either end may spend on registering memory."""
+"""Share of the peer's time-out that one answer may wait for memory to be registered there."""
 DESTROY_TRIES: Final = 20
 DESTROY_PAUSE_S: Final = 0.1
 
@@ -214,7 +214,7 @@ class VerbsPath(SpreadPath[_Lane]):
     def _keyed(self, lane: _Lane, remote: _Remote, planned: Plan, lease: int, deadline: float) -> Reads:
         """The READs with addresses and keys. Raises NotReadyError while either end's memory is being registered."""
         local = lane.rail.regions
-        soon = min(deadline, time.monotonic() + self._stall_s * ASK_SHARE)
+        soon = min(deadline, time.monotonic() + self._stall_s)
         near, near_of = np.unique(planned.local // local.each_bytes, return_inverse=True)
         far, far_of = np.unique(planned.remote // remote.region_bytes, return_inverse=True)
         try:
@@ -223,11 +223,13 @@ class VerbsPath(SpreadPath[_Lane]):
             raise NotReadyError(f"this pool's memory can't be used for reading into: {e}") from None
         if not ready.all():
             raise RegisteringError(f"{int((~ready).sum())} regions of this pool are still being registered")
-        with self._asking:  # lanes want the same ones
-            missing = remote.missing(far)
-            for i in range(0, len(missing), MAX_REGIONS_A_REQUEST):
-                some = missing[i : i + MAX_REGIONS_A_REQUEST]
-                self._learn(lane, remote, some, lease, min(deadline, time.monotonic() + self._stall_s))
+        if not self._asking.acquire(timeout=max(0.0, soon - time.monotonic())):  # lanes want the same ones
+            raise RegisteringError(f"another read asks {self._link.address} for the same regions")
+        try:
+            while (missing := remote.missing(far)) and time.monotonic() < soon:
+                self._learn(lane, remote, missing[:MAX_REGIONS_A_REQUEST], lease, soon)
+        finally:
+            self._asking.release()
         if remote.missing(far):
             raise RegisteringError(f"regions of {self._link.address} are still being registered")
         return Reads(
@@ -240,7 +242,7 @@ class VerbsPath(SpreadPath[_Lane]):
         )
 
     def _learn(self, lane: _Lane, remote: _Remote, some: list[int], lease: int, deadline: float) -> None:
-        message = GetRegions(remote.device, lease, raw(np.array(some), np.uint32), max(0.0, self._stall_s * ASK_SHARE))
+        message = GetRegions(remote.device, lease, raw(np.array(some), np.uint32), self._stall_s * ASK_SHARE)
         try:
             generation, answer = self._link.ask_here(message, RegionKeys, deadline)
         except RefusedError as e:

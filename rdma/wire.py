@@ -51,6 +51,8 @@ class Connection:
         self.peer = address_text(sock.getpeername())
         self.local = address_text(sock.getsockname())
         self.is_tls = isinstance(sock, ssl.SSLSocket)
+        self.is_same_host = sock.getpeername()[0] == sock.getsockname()[0]
+        """Whether the other end has our own address: nothing leaves this host's kernel."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in zip(
@@ -129,6 +131,15 @@ class Connection:
             self.sock.settimeout(seconds if self.is_tls else None)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+        except OSError as e:
+            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+
+    def wake_at(self, nbytes: int) -> None:
+        """For bytes without frames: let calls sleep until so many have come, or the time of one call is over."""
+        if self.is_tls:
+            return
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
         except OSError as e:
             raise PeerError(f"the connection with {self.peer} broke: {e}") from None
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvplug.errors import Code
 from kvplug.rdma.remote import Peer
-from tests.rdma.hosts import BLOCK, Child, Host, blocks, keys, put, until
+from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, blocks, keys, put, until
 
 MakeHost = Callable[..., Host]
 
@@ -40,6 +40,23 @@ def test_what_the_peer_has_is_here_afterwards(pair: tuple[Host, Host, Peer]) -> 
     released(owner)
     released(reader)
     assert reader.store.stats().writing_slots == 0
+
+
+def test_the_last_bytes_of_a_read_are_not_waited_for(
+    make_host: MakeHost, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread sleeps until much has come: never for more than there is, which would take until the stall's time."""
+    monkeypatch.setattr("kvplug.rdma.tcp.PIECE_BLOCKS", 6)
+    monkeypatch.setattr("kvplug.rdma.tcp.WAKE_BYTES", 3 * BLOCK)
+    owner = make_host(agent_advertise=proxy.address)
+    reader = make_host(peer_timeout_s=60.0, peer_connections=1)
+    of = keys(13, 3)
+    put(owner.store, of, BLOCK)
+    proxy.upstream = owner.agent().address
+    proxy.fault = Fault("delay", 1, to_agent=False, at=11 * BLOCK)  # the rest comes once the thread sleeps
+    codes = reader.peer(proxy.address).fetch(of, timeout_s=12.0)
+    assert proxy.fault.happened.is_set()
+    assert (codes == Code.OK).all()
 
 
 def test_a_prefix_ends_at_the_first_key_that_the_peer_has_not(pair: tuple[Host, Host, Peer]) -> None:

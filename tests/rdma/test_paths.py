@@ -51,6 +51,19 @@ class TestChosen(Conformance):
         return wire
 
 
+class TestTcpByReference(Conformance):
+    """From an address that is not the reader's own: what the agent does for another host."""
+
+    @pytest.fixture
+    def wire(self, make_host: Callable[..., Host]) -> Wire:
+        made = tcp(make_host, {"agent_listen": "127.0.0.2:0"}, {})
+        made.peer.link.connect(time.monotonic() + 5)
+        connection = made.peer.link._connection
+        assert connection is not None
+        assert not connection.is_same_host
+        return made
+
+
 class TestTcpWithoutKey(Conformance):
     """On loopback, open to every user of the host."""
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from kvplug import doctor, engines
+from kvplug.config import Config
 from kvplug.doctor import Finding, Status, examine, report
+from kvplug.rdma import describe
 
 GIB = 1024**3
 
@@ -318,7 +320,54 @@ def test_the_report_is_json() -> None:
     assert all(set(finding) == {"name", "status", "found", "mend"} for finding in verdict["findings"])
 
 
-def test_rdma_devices_are_listed(tmp_path: Path) -> None:
-    (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
-    assert named(examine(root=tmp_path), "RDMA").found == "mlx5_0"
-    assert "no device" in named(examine(root=tmp_path / "other"), "RDMA").found
+NOBODYS = "kvplug-test0"
+"""A device that the fake machine's kernel lists and nobody can open."""
+
+
+def rdma_machine(root: Path) -> Path:
+    """A machine with that device."""
+    (root / "sys/class/infiniband" / NOBODYS).mkdir(parents=True)
+    return root
+
+
+def without_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where neither is installed."""
+    for name in ("ibverbs", "pyverbs"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, f"kvplug.rdma.binding_{name}", raising=False)
+
+
+def test_no_rdma_device_is_no_fault_unless_verbs_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = named(examine(root=tmp_path), "RDMA")
+    assert (found.status, "over TCP" in found.found, "binding: " in found.found) == (Status.NOTE, True, True)
+    monkeypatch.setenv("KVPLUG_DATA_PATH", "verbs")
+    assert named(examine(root=tmp_path), "RDMA").status is Status.FAULT
+    monkeypatch.setenv("KVPLUG_DATA_PATH", "tcp")
+    assert "data_path = tcp" in named(examine(root=rdma_machine(tmp_path)), "RDMA").found
+
+
+def test_a_device_without_a_binding_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bindings(monkeypatch)
+    found = named(examine(root=rdma_machine(tmp_path)), "RDMA")
+    assert found.status is Status.WARNING
+    assert NOBODYS in found.found
+    assert "kvplug[rdma]" in found.mend
+    monkeypatch.setenv("KVPLUG_DATA_PATH", "verbs")
+    assert named(examine(root=tmp_path), "RDMA").status is Status.FAULT
+
+
+def test_a_device_that_is_not_among_the_settings_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvplug.rdma.describe._bindings", lambda _: ["ibverbs"])
+    monkeypatch.setenv("KVPLUG_VERBS_DEVICE", "another0")
+    found = named(examine(root=rdma_machine(tmp_path)), "RDMA")
+    assert (found.status, found.mend) == (Status.WARNING, "correct verbs_device")
+    assert NOBODYS in found.found
+
+
+def test_the_limit_on_locked_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvplug.rdma.describe._may_lock", lambda: False)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
+    remark = next(iter(describe._memlock(Config(size="64mib"))))
+    assert remark.status == "warning"
+    assert "64 KiB" in remark.found
+    assert "memlock" in remark.mend
