@@ -84,3 +84,17 @@ def test_a_pool_that_can_not_be_mapped_is_a_typed_error_and_a_new_one_is_not_lef
     assert "ulimit -v" in done.stdout, done.stderr
     assert "Raise that limit" in done.stdout
     assert not Path(segment.segment_path(pool_name)).exists()
+
+
+def test_a_reservation_that_is_open_at_exit_is_no_noise(pool_name: str) -> None:
+    done = child(
+        """
+        import sys
+        from kvplug import KvStore
+        store = KvStore(sys.argv[1], "8mib")
+        reserved, pinned = store.reserve([bytes(32)], 100), store.pin([bytes(32)])
+        sys.modules["kvplug.kept"] = (reserved, pinned)
+        """,
+        pool_name,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
