@@ -278,7 +278,7 @@ def test_a_pool_of_another_format_is_not_removed_under_its_clients(make_store: M
     info = next(i for i in segment.list_pools() if i.name == store.pool_name)
     assert not info.usable
     assert info.clients_alive == 1
-    with pytest.raises(PoolError, match="1 processes attached"):
+    with pytest.raises(PoolError, match="1 process attached"):
         segment.remove_pool(store.pool_name)
     store.close()
     segment.remove_pool(store.pool_name)
