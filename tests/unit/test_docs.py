@@ -132,6 +132,13 @@ def check_comments(code: str, output: str) -> None:
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_commands_run_as_printed(block: Block, tmp_path: Path) -> None:
+    try:
+        run_commands(block, tmp_path)
+    finally:
+        remove_pool(POOL, tmp_path)
+
+
+def run_commands(block: Block, tmp_path: Path) -> None:
     for line in block.text.splitlines():
         command = line.split("  #")[0].strip()
         if not command or command.startswith("#"):
@@ -156,7 +163,6 @@ def test_commands_run_as_printed(block: Block, tmp_path: Path) -> None:
             make_pool(POOL, tmp_path)
         done = run(words, tmp_path)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    remove_pool(POOL, tmp_path)
 
 
 def make_pool(name: str, tmp_path: Path) -> None:
