@@ -21,6 +21,7 @@ from tests.rdma_lab.owner import netem
 
 pytestmark = [pytest.mark.verbs, pytest.mark.pair]
 LANDS_LATE_S = 4.0
+A_READ_PACKETS = 64  # 64 KiB at RoCE's 1024 bytes a packet
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,7 @@ def test_the_link_is_cut_with_reads_in_flight(large: Stage) -> None:
         netem("loss 100%")  # takes effect as it ends, and takes its time to begin
         large.fault_at = time.monotonic()
 
+    large.far.wire("rate 20mbit")  # seconds for all of it: longer than it takes to cut
     large.on_arrival = cut
     came, _ = large.fetch_and_check()
     assert came < large.n
@@ -125,7 +127,7 @@ def late_read(stage: Stage) -> None:
     assert same(codes, Code.TIMEOUT)
     before = packets()
     put(stage.reader.store, others, stage.nbytes)  # whatever slot may be had is had
-    until(lambda: packets() >= before + 256, 60)  # of those that were asked for before it was given up
+    until(lambda: packets() >= before + A_READ_PACKETS, 60)  # of those that were asked for before it was given up
     now = -1
     while now != packets():  # until no more come
         now = packets()
