@@ -16,6 +16,7 @@ demo *ARGS:
 
 # everything: unit tests, the pool under fire, real vLLM, real SGLang
 test *ARGS: engines
+    @bash tests/devices/install.sh .venv
     @[ "$(id -u)" != 0 ] || bash tests/hosts/install.sh || true
     {{ py }} -m pytest tests {{ ARGS }}
 
