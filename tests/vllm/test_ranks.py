@@ -11,7 +11,10 @@ import pytest
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import EngineError, InProcess
 
-BURST = [{"prompt": p, "max_tokens": 64} for p in make_prompts(16, 81)]
+
+def burst(seed: int) -> list[dict[str, Any]]:
+    """Work for an engine that is to be killed: of its own, since what another has stored is not stored again."""
+    return [{"prompt": p, "max_tokens": 64} for p in make_prompts(16, seed)]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,11 @@ def check_warm(engine: InProcess, cases: list[Case], pages: list[Any]) -> None:
         assert engine.do("pages", block_ids=full_blocks(case, record)) == expected
 
 
-def kill_in_flight(engine: InProcess, pid: int, pool: str) -> None:
+def kill_in_flight(engine: InProcess, pid: int, pool: str, seed: int) -> None:
     """SIGKILL to one process of the engine while it stores and computes; the others end by themselves."""
     with attached(pool) as store:
         before = store.stats().stored_blocks
-        engine.ask("generate", requests=BURST)
+        engine.ask("generate", requests=burst(seed))
         eventually("the engine is at work", lambda: store.stats().stored_blocks > before)
         engine.kill(pid)
         with contextlib.suppress(EngineError):
@@ -70,8 +73,8 @@ def test_two_tensor_parallel_ranks_share_survive_kills_and_read_their_own_bytes(
     check_warm(second.ready(), cases, pages)
 
     # A worker alone, then the scheduler alone (which runs in the first process here), each followed by a restart.
-    kill_in_flight(first, first.info["worker_pids"][1], pool)
-    kill_in_flight(second, second.pid, pool)
+    kill_in_flight(first, first.info["worker_pids"][1], pool, 81)
+    kill_in_flight(second, second.pid, pool, 82)
     third = start("tp-third", tensor_parallel_size=2)
     check_warm(third.ready(), cases, pages)
     third.do("reset")
