@@ -26,7 +26,7 @@ from kvplug import KvStore, hostmem
 from kvplug.exchange import PoolExchange
 from kvplug.rdma.remote import Peer
 
-POOL_BYTES = GIB
+POOL_BYTES = 2 * GIB
 SENDER = Path(__file__).resolve().parent / "rdma_stream.py"
 KEY = "a key for benchmarks only"
 
@@ -81,6 +81,18 @@ class Hosts:
         assert self.agent.stdout is not None
         self.address = self.agent.stdout.readline().split()[-1]
         self.peer = Peer(self.address, PoolExchange(self.reader), ours[1])
+        self._wait_for_agent()
+
+    def _wait_for_agent(self, timeout_s: float = 60.0) -> None:
+        """Until it has mapped the pool, which it does in the background and with a core."""
+        deadline = time.monotonic() + timeout_s
+        used = cpu_s(self.agent.pid)
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            before, used = used, cpu_s(self.agent.pid)
+            if used - before < 0.05:
+                return
+        raise TimeoutError(f"the agent still works after {timeout_s:g} s")
 
     def close(self) -> None:
         """End everything."""

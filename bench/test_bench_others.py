@@ -128,7 +128,7 @@ def one_size(hosts: Hosts, others: dict[str, Other], block: int, count: int, not
 
 
 def test_fetch_beside_others(benchmark: Any, figure: Figure, seen: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    if not room_for(4 * GIB):
+    if not room_for(7 * GIB):
         pytest.skip("not enough memory to spare")
     if not PYTHON.exists():
         for name in ("fetch_redhare", "fetch_mooncake"):

@@ -50,7 +50,7 @@ class SpreadPath(DataPath, Generic[L]):
         self._idle: list[L] = []
         self._busy: set[L] = set()
         self._closed = False
-        self._threads = ThreadPoolExecutor(lanes, f"kvplug-{self.name}")
+        self._threads: ThreadPoolExecutor | None = None
 
     @abc.abstractmethod
     def _open_lane(self, deadline: float) -> L:
@@ -59,6 +59,10 @@ class SpreadPath(DataPath, Generic[L]):
     @abc.abstractmethod
     def _carry(self, lane: L, wanted: Wanted, part: I64, deadline: float, arrived: Arrived) -> None:
         """Read the blocks ``part`` of ``wanted`` over this lane. Raises PeerError, and what ``arrived`` raises."""
+
+    def _lanes(self) -> int:
+        """How many lanes are worth having, now that the link is up."""
+        return self._most
 
     def read(self, wanted: Wanted, deadline: float, arrived: Arrived) -> Landing:
         """As the interface says. A share of the blocks goes to each lane, in order."""
@@ -72,16 +76,17 @@ class SpreadPath(DataPath, Generic[L]):
             landing.settle()
             return landing
         ends = np.cumsum(wanted.nbytes)
-        shares = int(min(self._most, max(1, ends[-1] // SHARE_BYTES), len(wanted)))
+        shares = int(min(self._lanes(), max(1, ends[-1] // SHARE_BYTES), len(wanted)))
         cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shares) // shares)
         at_work: list[L] = []
         stuck: list[L] = []
         jobs: list[Future[PeerError | None]] = []
         closed = None
+        threads = self._workers()
         try:
             for part in np.split(np.arange(len(wanted)), cuts):
                 if len(part):
-                    jobs.append(self._threads.submit(self._share, wanted, part, deadline, arrived, at_work, stuck))
+                    jobs.append(threads.submit(self._share, wanted, part, deadline, arrived, at_work, stuck))
         except RuntimeError:
             closed = PeerError("the path was closed")
         pending: set[Future[PeerError | None]] = wait(jobs, max(0.0, deadline - time.monotonic())).not_done
@@ -100,6 +105,15 @@ class SpreadPath(DataPath, Generic[L]):
             job.add_done_callback(lambda _: self._count_down(remaining, stuck, landing))
         landing.error = closed or _first_error(jobs)
         return landing
+
+    def _workers(self) -> ThreadPoolExecutor:
+        """Threads for as many lanes as there are, whatever number of reads is under way."""
+        with self._mutex:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self._lanes(), f"kvplug-{self.name}")
+                if self._closed:
+                    self._threads.shutdown(wait=False)
+            return self._threads
 
     def _count_down(self, remaining: list[int], stuck: list[L], landing: Landing) -> None:
         with self._mutex:
@@ -154,12 +168,14 @@ class SpreadPath(DataPath, Generic[L]):
         """Drop all lanes; shares under way end at once."""
         with self._mutex:
             self._closed = True
+            threads = self._threads
             idle, self._idle = self._idle, []
             for lane in self._busy:
                 lane.interrupt()
         for lane in idle:
             lane.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _first_error(jobs: list[Future[PeerError | None]]) -> PeerError | None:

@@ -154,6 +154,11 @@ class TcpPath(SpreadPath[_Lane]):
         self._view = memory.data
         self._piece_bytes = PIECE_BYTES
 
+    def _lanes(self) -> int:
+        """On one host both ends share its cores: more connections than those only wait for each other."""
+        here, there = self._link.ends
+        return min(self._most, len(os.sched_getaffinity(0))) if here == there else self._most
+
     def _open_lane(self, deadline: float) -> _Lane:
         generation, connection = self._link.dial_data(min(deadline, time.monotonic() + self._stall_s))
         return _Lane(generation, connection)

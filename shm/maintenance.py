@@ -48,14 +48,17 @@ class Maintenance:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        due = time.monotonic()
         while not self._stop.is_set():
             pool = self._pool()
             if pool is None or pool.is_closed or pool.is_forked:
                 return
             busy = self._step_tables(pool) or (self._prefault and self._step(pool))
-            if not busy:
+            if not busy or time.monotonic() >= due:  # a large pool keeps it busy for minutes, and the dead don't wait
                 pool.maintain()
-                del pool
+                due = time.monotonic() + INTERVAL_S
+            del pool
+            if not busy:
                 self._stop.wait(INTERVAL_S)
 
     def _step_tables(self, pool: Pool) -> bool:
