@@ -10,10 +10,10 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.errors import BlockTooLargeError, Code, PoolError
+from kvplug.errors import BlockTooLargeError, BufferError, Code, PoolError
 from kvplug.rdma.blocks import PinnedParts, Reserved
-from kvplug.shm import copy as copies
 from kvplug.shm import layout as lay
+from kvplug.shm.arrival import complete_checked
 from kvplug.shm.forecast import Forecast
 from kvplug.store import KvStore
 
@@ -105,9 +105,16 @@ class PoolExchange:
             return Reserved(np.full(n, Code.FULL, np.int8), *np.zeros((3, n), np.int64))
         return Reserved(b.codes, b.slots, b.gens, b.offsets)
 
-    def complete(self, slots: I64, gens: I64, part: int, sums: I64) -> I8:
-        """Part ``part`` is written, with these checksums (int64[M], XXH3's bits); the last part seals."""
-        return self.store.complete(slots, gens, part, sums)
+    def complete(self, slots: I64, gens: I64, offsets: I64, nbytes: I64, sums: I64) -> I8:
+        """All parts of these slots are written: seal those whose bytes have these checksums.
+
+        offsets (from the segment's start), nbytes, sums (XXH3's bits): int64[M, P]. OK, CORRUPT, STALE or TIMEOUT.
+        Raises BufferError: arrays that do not fit together.
+        """
+        parts = [np.array(one, np.int64).ravel() for one in (offsets, nbytes, sums)]
+        if len({len(slots) * offsets.shape[-1], *map(len, parts)}) > 1:
+            raise BufferError(f"{len(slots)} slots and parts of shapes {offsets.shape}, {nbytes.shape}, {sums.shape}")
+        return self.store.pool.on_reservations(complete_checked, slots, gens, *parts)
 
     def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> None:
         """Give these slots up; without ``writers_done`` they stay quarantined until :meth:`acknowledge`."""
@@ -132,9 +139,3 @@ class PoolExchange:
         """These of the last :meth:`at_risk` were offered, and are named again only once they were used."""
         if self._forecast is not None:
             self._forecast.offered(which)
-
-    def checksums(self, offsets: I64, nbytes: I64) -> I64:
-        """XXH3 (its bits) of ranges of the segment: offsets from its start and bytes, int64[N]."""
-        out = np.empty(len(offsets), np.int64)
-        copies.hash_batch(self.store.base_address + offsets, np.require(nbytes, np.int64, ["C", "A", "W"]), out)
-        return out

@@ -79,8 +79,11 @@ class Blocks(Protocol):
     def reserve(self, keys: U8, part_nbytes: I64, siblings: tuple[int, int]) -> Reserved:
         """A slot for each key that is not there, with these parts."""
 
-    def complete(self, slots: I64, gens: I64, part: int, sums: I64) -> I8:
-        """Part ``part`` of these slots is written and has these checksums; the last part seals."""
+    def complete(self, slots: I64, gens: I64, offsets: I64, nbytes: I64, sums: I64) -> I8:
+        """All parts of these slots are written: seal those whose bytes have these checksums.
+
+        offsets (from the segment's start), nbytes, sums (XXH3's bits): int64[M, P]. OK, CORRUPT, STALE or TIMEOUT.
+        """
 
     def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> None:
         """Give these slots up; without ``writers_done`` they are quarantined until :meth:`acknowledge`."""
@@ -96,6 +99,3 @@ class Blocks(Protocol):
 
     def offered(self, which: npt.NDArray[np.bool_]) -> None:
         """These of the last :meth:`at_risk` were offered, and are named again only once they were used."""
-
-    def checksums(self, offsets: I64, nbytes: I64) -> I64:
-        """XXH3 (its bits) of ranges of the segment."""

@@ -41,8 +41,7 @@ STEPS: Final[dict[str, tuple[str, ...]]] = {
     "last byte sent": ACTIONS,
     "reserved": _OF_A_PROCESS,  # reader: slots in writing, nothing read
     "piece received": ACTIONS,  # reader: some blocks are here, the path has not said so
-    "check": ("delay", "corrupt", "kill", "stop"),  # reader: before their checksums are compared
-    "seal": _OF_A_PROCESS,  # reader: compared, not sealed
+    "check": ("delay", "corrupt", "kill", "stop"),  # reader: before their checksums are compared and they are sealed
 }
 """Steps between frames, and what can go wrong there."""
 POINTS: Final[dict[str, tuple[str, ...]]] = STEPS | {

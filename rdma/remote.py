@@ -317,23 +317,14 @@ class _Window:
         if not self._lease.holds():
             self._peer._count("leases_run_out", len(which))
             return
-        parts = self._parts_at.shape[1]
         if faults.armed:
             faults.meddle("check", self._blocks.memory[self._targets[which[0]] :][:1], lambda: None)
-        sums = self._blocks.checksums(self._parts_at[which].ravel(), self._parts_nbytes[which].ravel())
-        sums = sums.reshape(-1, parts)
-        right = (sums == self._sums[which]).all(axis=1)
-        if not right.all():
-            self._peer._count("wrong_checksums", int((~right).sum()))
-            self._result[which[~right]] = Code.CORRUPT
-            which, sums = which[right], sums[right]
-        codes = np.full(len(which), Code.OK, np.int8)
-        if faults.armed:
-            faults.happen("seal")
-        for part in range(parts):
-            codes = self._blocks.complete(
-                self._slots[which], self._gens[which], part, np.ascontiguousarray(sums[:, part])
-            )
+        codes = self._blocks.complete(
+            self._slots[which], self._gens[which], self._parts_at[which], self._parts_nbytes[which], self._sums[which]
+        )
+        wrong = int((codes == Code.CORRUPT).sum())
+        if wrong:
+            self._peer._count("wrong_checksums", wrong)
         self._result[which] = np.minimum(codes, 0)
 
     def _give_up(self, settled: bool) -> None:

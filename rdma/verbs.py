@@ -298,7 +298,7 @@ class VerbsPath(SpreadPath[_Lane]):
         with self._mutex:
             rails, self._rails = self._rails, None
         if rails is not None:
-            self._threads.shutdown(wait=True)  # lanes see it within WAIT_S; their queue pairs go before the devices
+            self._workers().shutdown(wait=True)  # lanes see it within WAIT_S; their queue pairs go before the devices
             with contextlib.suppress(KeyError):
                 give_back(self._config, self._memory)
 

@@ -135,6 +135,13 @@ class Pool:
             self._pending.append(section)
         return answer
 
+    def on_reservations(self, section: Callable[..., int], slots: I64, gens: I64, *arguments: Any) -> I8:
+        """One that must happen, over reservations, of which it gets copies; a code for each of them."""
+        slots, gens = slots.copy(), gens.copy()
+        codes = np.full(len(slots), Code.STALE, np.int8)
+        answer = self._now_or_later(lambda: section(self.T, self.L, slots, gens, *arguments, codes))
+        return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def take_ticks(self, n: int) -> int:
@@ -211,18 +218,12 @@ class Pool:
 
         Codes: OK, PENDING, STALE, TIMEOUT (queued).
         """
-        slots, gens = slots.copy(), gens.copy()
         sums = np.ascontiguousarray(checksums).view(np.int64).copy()
-        codes = np.full(len(slots), Code.STALE, np.int8)
-        answer = self._now_or_later(lambda: write.complete(self.T, self.L, slots, gens, part, sums, codes))
-        return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+        return self.on_reservations(write.complete, slots, gens, part, sums)
 
     def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> I8:
         """Give up reservations: FREE at once if nobody can write now, else QUARANTINED until :meth:`acknowledge`."""
-        slots, gens = slots.copy(), gens.copy()
-        codes = np.full(len(slots), Code.STALE, np.int8)
-        answer = self._now_or_later(lambda: write.abort(self.T, self.L, slots, gens, writers_done, codes))
-        return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+        return self.on_reservations(write.abort, slots, gens, writers_done)
 
     def abort_later(self, slots: I64, gens: I64, *, writers_done: bool = False) -> None:
         """Queue the giving-up of reservations that were forgotten. For finalisers."""
@@ -235,10 +236,7 @@ class Pool:
 
     def acknowledge(self, slots: I64, gens: I64) -> I8:
         """Every possible writer of these quarantined reservations is done: free them."""
-        slots, gens = slots.copy(), gens.copy()
-        codes = np.full(len(slots), Code.STALE, np.int8)
-        answer = self._now_or_later(lambda: write.acknowledge(self.T, self.L, slots, gens, codes))
-        return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+        return self.on_reservations(write.acknowledge, slots, gens)
 
     def acknowledge_later(self, slots: I64, gens: I64) -> None:
         """Queue an acknowledgement. For finalisers."""

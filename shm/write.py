@@ -258,22 +258,34 @@ def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: 
         n_parts = parts_of(T, row)
         if part < 0 or part >= n_parts:
             continue
-        T[T[H_O_PART] + (row + part) * PART_WORDS + 1] = sums[i]
-        fail(L, PART_RECORDED)
-        fence_release()
-        T[r + R_DONE] |= 1 << part
-        codes[i] = PENDING
-        if T[r + R_DONE] == (1 << n_parts) - 1:
-            fail(L, PART_DONE)
-            owe(T, row, -1)
-            set_word(T, L, row, SEALED)
-            fail(L, SEALED_WORD)
-            T[H_C_SEALED] += 1
-            emit(T, L, E_SEALED, row)
-            codes[i] = OK
+        record_part(T, L, row, part, sums[i])
+        codes[i] = seal_if_whole(T, L, row, n_parts)
     clean(T, L)
     leave(T, L)
     return 0
+
+
+@kernel
+def record_part(T: Any, L: Any, row: int, part: int, checksum: int) -> None:
+    """Within a section: a part of a slot that is being written is there."""
+    T[T[H_O_PART] + (row + part) * PART_WORDS + 1] = checksum
+    fail(L, PART_RECORDED)
+    fence_release()
+    T[row_at(T, row) + R_DONE] |= 1 << part
+
+
+@kernel
+def seal_if_whole(T: Any, L: Any, row: int, n_parts: int) -> int:
+    """Within a section: WRITING → SEALED, if no part is missing. OK or PENDING."""
+    if T[row_at(T, row) + R_DONE] != (1 << n_parts) - 1:
+        return PENDING
+    fail(L, PART_DONE)
+    owe(T, row, -1)
+    set_word(T, L, row, SEALED)
+    fail(L, SEALED_WORD)
+    T[H_C_SEALED] += 1
+    emit(T, L, E_SEALED, row)
+    return OK
 
 
 @entry("i(I, I, I, I, b, I8)")

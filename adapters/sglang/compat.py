@@ -36,6 +36,8 @@ FLUSH_CACHE = _SRT + "managers.scheduler.Scheduler.flush_cache"
 NAMESPACE_SEED = _SRT + "mem_cache.utils.storage_namespace_seed"
 RELEASE_REQUEST = _WRAPPER + "release_request"
 ADMIT = _SRT + "managers.schedule_policy.PrefillAdder.add_one_req"
+RUN_BATCH = _SRT + "managers.scheduler.Scheduler.run_batch"
+PROCESS_RESULT = _SRT + "managers.scheduler.Scheduler.process_batch_result"
 REQUEST = _SRT + "managers.schedule_batch.Req.__init__"
 TOKENIZE = _SRT + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
 WEIGHT_CHANGES = tuple(
@@ -68,6 +70,8 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     NAMESPACE_SEED: ("extra_key", "cache_salt"),
     RELEASE_REQUEST: ("self", "rid"),
     ADMIT: ("self", "req", "has_chunked_req", "truncation_align_size"),
+    RUN_BATCH: ("self", "batch"),
+    PROCESS_RESULT: ("self", "batch", "result"),
     REQUEST: ("self", "rid"),
     TOKENIZE: ("self", "obj"),
     **dict.fromkeys(CALLED, ()),
@@ -105,7 +109,9 @@ def scheduler_targets() -> tuple[str, ...]:
     """What is hooked in the processes of an engine that uses kvplug."""
     optional = [target for target in SESSION_CHANGES if _resolve(target) is not None]
     linker = (RELEASE_REQUEST, ADMIT) if has_linker() else ()
-    return (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *LORA_LOADS, *WEIGHT_CHANGES, *optional, *linker)
+    steps = (RUN_BATCH, PROCESS_RESULT)
+    always = (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *steps, *LORA_LOADS, *WEIGHT_CHANGES)
+    return (*always, *optional, *linker)
 
 
 def runs_scheduler() -> bool:
@@ -407,6 +413,18 @@ def runs_nothing(adder: Any) -> bool:
     """Whether there is nothing to compute but what is going to be admitted."""
     running = getattr(adder, "running_batch", None)
     return not adder.can_run_list and (running is None or running.is_empty())
+
+
+def step_begins(scheduler: Any, batch: Any) -> tuple[int, list[int]] | None:
+    """(number of the step that this batch is about to be, tokens that it computes of each request's prompt); None for
+    one that computes no prompt."""
+    lengths = batch.extend_lens if batch.forward_mode.is_extend() else None
+    return (int(scheduler.forward_ct) + 1, lengths) if lengths else None
+
+
+def step_of(batch: Any) -> int:
+    """The number of the step that a batch was, once it was run."""
+    return int(batch.forward_iter or 0)
 
 
 def metrics_enabled(server: dict[str, Any]) -> bool:

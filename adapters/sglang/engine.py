@@ -18,6 +18,7 @@ from typing import Any
 from blake3 import blake3
 
 from kvplug import config as configuration
+from kvplug.adapters.common.prefill import PrefillSpeed
 from kvplug.adapters.sglang import compat, lora, namespace
 from kvplug.adapters.sglang.compat import Facts
 from kvplug.adapters.sglang.flags import EXTRA_KEY, PRIVATE, PROCESS_STARTED_NS
@@ -57,6 +58,8 @@ class RankEngine:
         self.store: KvStore | None = None
         self.fetcher: Fetcher | None = None
         """What asks other hosts; None where the settings name none."""
+        self.speed = PrefillSpeed()
+        """How fast this rank computes prompts; measured only where there is a fetcher."""
         self.config: Config = Config.defaults()
         self.shard = Shard(0, 1)
         self.replicated_shard = Shard(0, 1)
@@ -65,6 +68,7 @@ class RankEngine:
         self.keeps_sessions = False
         self.hub_cache: str | None = None
         self.layout: dict[str, Value] | None = None
+        self._measures = False
         self._lock = threading.RLock()
         self._namespace: Namespace | None = None
         self._masks: dict[tuple[str, bool], Keys] = {}
@@ -109,7 +113,33 @@ class RankEngine:
         self.store = KvStore(config=self.config)
         self.hub_cache = self.facts.download_dir
         self.fetcher = Fetcher.configured(self.store, self.config)
+        self._measures = self.fetcher is not None
         self._publisher = Publisher(self.counts, self.facts.server, self.gather_counts)
+
+    # -- how fast it computes ----------------------------------------------------------------------------------------
+
+    def step_begins(self, scheduler: Any, batch: Any) -> None:
+        """SGLang is about to compute a batch."""
+        if self._measures:
+            try:
+                step = compat.step_begins(scheduler, batch)
+                if step is not None:
+                    self.speed.began(*step)
+            except Exception as error:  # noqa: BLE001
+                self._measure_no_more(error)
+
+    def step_ended(self, batch: Any) -> None:
+        """SGLang has a batch's results."""
+        if self._measures:
+            try:
+                self.speed.ended(compat.step_of(batch))
+            except Exception as error:  # noqa: BLE001
+                self._measure_no_more(error)
+
+    def _measure_no_more(self, error: Exception) -> None:
+        self._measures = False
+        self.speed = PrefillSpeed()  # unknown again: every fetch is tried
+        self.caught("measuring how fast prompts are computed", error)
 
     # -- what the modes call -----------------------------------------------------------------------------------------
 

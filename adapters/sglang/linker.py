@@ -154,9 +154,8 @@ class KvplugLinker(UnifiedCacheLinker):
                 policy = {} if window is None else {"policy": TRAILING_PAGES, "trailing": window}
                 parts.append(Part(keys, pool.block_nbytes, **policy))
             parts.sort(key=lambda part: part.policy != ALL_PAGES)
-            return fetcher.start(
-                wanted(parts, hit_pages, self.engine.facts.page_size), timeout_s=self.engine.config.fetch_timeout_s
-            )
+            asked = wanted(parts, hit_pages, self.engine.facts.page_size)
+            return fetcher.start(asked, tokens_per_s=self.engine.speed.tokens_per_s)
         except Exception as error:  # noqa: BLE001
             self.engine.caught("a fetch", error)
             return None

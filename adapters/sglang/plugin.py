@@ -77,6 +77,8 @@ def register_scheduler_hooks() -> None:
     compat.hook(compat.FLUSH_CACHE, after_flush, "after")
     compat.hook(compat.NAMESPACE_SEED, around_seed, "around")
     compat.hook(compat.REQUEST, after_request, "after")
+    compat.hook(compat.RUN_BATCH, before_step, "before")
+    compat.hook(compat.PROCESS_RESULT, after_step, "after")
     for target in compat.LORA_LOADS:
         compat.hook(target, before_lora_load, "before")
     for target in compat.scheduler_targets():
@@ -289,6 +291,18 @@ def after_request(_result: Any, request: Any, *_args: Any, **_kwargs: Any) -> No
     engines = _engines()
     if engines:
         requests.complete_extra_key(request, engines[0])
+
+
+def before_step(scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Before a batch is computed: a fetch from another host has to be faster than that."""
+    for each in _engines():
+        each.step_begins(scheduler, batch)
+
+
+def after_step(_result: Any, _scheduler: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+    """After the results of a batch were taken in."""
+    for each in _engines():
+        each.step_ended(batch)
 
 
 def around_seed(plain: _Hook, extra_key: Any = None, cache_salt: Any = None) -> Any:

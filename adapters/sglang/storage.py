@@ -188,7 +188,7 @@ class KvplugStorage(HiCacheStorage):
         fetcher = self._engine.fetcher
         if fetcher is None or hits >= len(parts[0].keys):
             return False
-        fetch = fetcher.start(wanted(parts, hits, page_tokens), timeout_s=self._engine.config.fetch_timeout_s)
+        fetch = fetcher.start(wanted(parts, hits, page_tokens), tokens_per_s=self._engine.speed.tokens_per_s)
         fetch.wait(self._engine.config.fetch_timeout_s)
         if fetch.outcome is None:  # goes on, for whoever asks next
             return fetch.tokens > 0

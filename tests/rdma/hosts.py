@@ -28,6 +28,7 @@ from kvplug.config import Config
 from kvplug.exchange import PoolExchange
 from kvplug.rdma.agent import Agent
 from kvplug.rdma.remote import Peer
+from kvplug.shm import copy as copies
 from tests.pool.children import Child, blocks, check_bytes, keys, put
 
 BLOCK = 64 << 10
@@ -35,6 +36,13 @@ KEY = "a key for the tests of kvplug"
 SOON_S = 10.0
 U8 = npt.NDArray[np.uint8]
 __all__ = ["BLOCK", "KEY", "Child", "Host", "Proxy", "blocks", "certificates", "check_bytes", "keys", "put", "until"]
+
+
+def checksums(store: KvStore, offsets: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """XXH3 (its bits) of ranges of a segment: offsets from its start and bytes, int64[N]."""
+    out = np.empty(len(offsets), np.int64)
+    copies.hash_batch(store.base_address + offsets, np.array(nbytes, np.int64), out)
+    return out
 
 
 def until(condition: Callable[[], object], timeout_s: float = SOON_S) -> None:

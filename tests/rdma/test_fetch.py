@@ -11,7 +11,7 @@ import pytest
 
 from kvplug.errors import Code
 from kvplug.rdma.remote import Peer
-from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, blocks, keys, put, until
+from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, blocks, checksums, keys, put, until
 
 MakeHost = Callable[..., Host]
 
@@ -86,7 +86,7 @@ def test_siblings_stay_siblings(pair: tuple[Host, Host, Peer]) -> None:
     of[:, 30] ^= np.arange(3, dtype=np.uint8)
     for index in range(3):
         b = owner.store.reserve_batch(of[index : index + 1], [BLOCK], siblings=(3, index))
-        sums = owner.exchange.checksums(b.offsets, b.nbytes)
+        sums = checksums(owner.store, b.offsets, b.nbytes)
         assert owner.store.complete(b.slots, b.gens, 0, sums).tolist() == [Code.OK]
     assert (peer.fetch(of) == Code.OK).all()
     assert reader.store.remove(of[1:2]).tolist() == [Code.OK]
@@ -119,7 +119,7 @@ def test_blocks_of_many_sizes_and_parts_in_one_fetch(pair: tuple[Host, Host, Pee
         for part, nbytes in enumerate(layout):
             at = int(b.offsets[0] + starts[part])
             owner.store.mapping[at : at + nbytes] = blocks(of[i : i + 1], -(-nbytes // 8) * 8)[0, :nbytes]
-            sums = owner.exchange.checksums(np.array([at]), np.array([nbytes]))
+            sums = checksums(owner.store, np.array([at]), np.array([nbytes]))
             owner.store.complete(b.slots, b.gens, part, sums)
     assert (peer.fetch(of) == Code.OK).all()
     reader.store.check_integrity(deep=True)  # sizes, parts and checksums of every block

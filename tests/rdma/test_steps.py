@@ -36,7 +36,7 @@ READER_SAYS = ("hello", "proof", "lookup", "getticket", "read", "release")
 AGENT_SAYS = ("challenge", "welcome", "leased", "ticket", "readstart", "released")
 OF_DATA_TOO = ("hello", "proof", "challenge", "welcome")
 """Said once more on the data connection."""
-READER_STEPS = ("dial", "reserved", "piece received", "check", "seal")
+READER_STEPS = ("dial", "reserved", "piece received", "check")
 AGENT_STEPS = ("accepted", "lease granted", "first byte sent", "half sent", "last byte sent")
 IN_NO_FETCH = {"stats", "statsreply", "failed", "offer", "offered"}
 OVER_VERBS_ONLY = {"openqueue", "queueopened", "getregions", "regionkeys"}
@@ -209,11 +209,11 @@ def test_each_step(make_host: MakeHost, action: str) -> None:
 def test_a_fault_that_can_not_happen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for point, action, says in (
         ("lokup sent", "cut", "no step of the protocol"),
-        ("seal", "corrupt", "can't happen at 'seal'"),
+        ("reserved", "corrupt", "can't happen at 'reserved'"),
     ):
         with pytest.raises(ConfigError, match=says):
             faults.arm(point, action)
-    monkeypatch.setenv(faults.ENV, "seal:kill:often")
+    monkeypatch.setenv(faults.ENV, "check:kill:often")
     with pytest.raises(ConfigError, match="is not POINT:ACTION"):
         faults.arm_from_environment()
     assert not faults.armed

@@ -39,3 +39,15 @@ def counts_now(scheduler: Any) -> dict[str, int]:
     (rank,) = engine.engines()
     rank.gather_counts()
     return dict(rank.counts)
+
+
+def tokens_per_s(scheduler: Any, pretend: float | None = None) -> float | None:
+    """How fast this rank has found itself to compute prompts. ``pretend``: that fast, until it is asked again."""
+    from kvplug.adapters.sglang import engine
+
+    (rank,) = engine.engines()
+    measured = rank.speed.tokens_per_s
+    rank._measures = pretend is None
+    if pretend is not None:
+        rank.speed.tokens_per_s = pretend
+    return measured

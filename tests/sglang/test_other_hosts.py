@@ -18,6 +18,7 @@ from tests.vllm_lab.env import temporary_pool
 
 Boot = Callable[..., SglangServer]
 WAIT_S = 1.5
+SPEED = "tests.sglang.inside_plugin:tokens_per_s"
 LATER_S = 2.0
 """How much later than by itself a request may be answered whose prefix other hosts were asked for in vain."""
 SOURCE = {"linker": "host", "hicache": "storage"}
@@ -80,7 +81,7 @@ def hosts(
 @pytest.fixture(scope="module")
 def cases(control: Control) -> list[Case]:
     """Each used by one test."""
-    return control.pick(10, seed=91)
+    return control.pick(11, seed=91)
 
 
 def test_what_another_host_has_is_read(hosts: Hosts, cases: list[Case]) -> None:
@@ -101,6 +102,25 @@ def test_what_another_host_has_is_read(hosts: Hosts, cases: list[Case]) -> None:
         "fetches are on /metrics", lambda: (m := hosts.far.metrics()).get("kvplug_fetched_bytes_total") and m
     )
     assert metrics["kvplug_fetches_total"] > 0
+
+
+def test_what_is_computed_faster_than_it_comes_is_not_asked_for(hosts: Hosts, cases: list[Case]) -> None:
+    """The speed is measured on every rank; one that is made up, beyond any link's, ends the fetching."""
+    (case,) = cases[10:11]
+    hosts.store([case])
+    measured = [hosts.far.ask(SPEED, rank=rank) for rank in range(hosts.far.tp)]
+    assert all(10 < speed < 1e6 for speed in measured), measured
+    before = [hosts.counted(rank).get("fetch_not_worth_it", 0) for rank in range(hosts.far.tp)]
+    try:
+        for rank in range(hosts.far.tp):
+            hosts.far.ask(SPEED, rank=rank, pretend=1e12)
+        assert hosts.read(serve(hosts.far, [case])) == [0]
+    finally:
+        for rank, speed in enumerate(measured):
+            hosts.far.ask(SPEED, rank=rank, pretend=speed)
+            hosts.far.ask(SPEED, rank=rank)
+    after = [hosts.counted(rank).get("fetch_not_worth_it", 0) for rank in range(hosts.far.tp)]
+    assert all(b > a for a, b in zip(before, after, strict=True)), (before, after)
 
 
 def test_what_only_one_rank_can_fetch_is_computed(hosts: Hosts, cases: list[Case]) -> None:

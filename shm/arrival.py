@@ -1,0 +1,51 @@
+"""What came into reserved slots from elsewhere: checked, recorded and sealed in one call, without the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvplug.shm.index import announce_rows
+from kvplug.shm.jit import entry
+from kvplug.shm.layout import GEN_SHIFT, H_N_ROWS, R_WORD, WRITING
+from kvplug.shm.lists import parts_of, row_at
+from kvplug.shm.local import L_BASE
+from kvplug.shm.lock import clean, dirty, enter, leave
+from kvplug.shm.read import CORRUPT
+from kvplug.shm.write import OK, STALE, record_part, seal_if_whole
+from kvplug.shm.xxh3 import xxh3_64
+
+
+@entry("i(I, I, I, I, I, I, I, I8)")
+def complete_checked(T: Any, L: Any, rows: Any, gens: Any, offsets: Any, nbytes: Any, sums: Any, codes: Any) -> int:
+    """Seal each slot whose P parts, int64[N * P], have these checksums. 0 or a lock code.
+
+    offsets: of the parts, from the segment's start; sums: XXH3's bits. codes, int8[N]: OK, CORRUPT, STALE.
+    """
+    n = rows.shape[0]
+    parts = len(sums) // max(n, 1)
+    for i in range(n):
+        codes[i] = OK
+        for p in range(i * parts, (i + 1) * parts):
+            if xxh3_64(L[L_BASE] + offsets[p], nbytes[p]) != sums[p]:
+                codes[i] = CORRUPT
+                break
+    announce_rows(T, L, rows, 0, n)
+    lock = enter(T, L)
+    if lock < 0:
+        return lock
+    dirty(T, L)
+    for i in range(n):
+        row = rows[i]
+        if codes[i] == CORRUPT:
+            continue
+        codes[i] = STALE
+        if row < 0 or row >= T[H_N_ROWS]:
+            continue
+        if T[row_at(T, row) + R_WORD] != ((gens[i] << GEN_SHIFT) | WRITING) or parts_of(T, row) != parts:
+            continue
+        for part in range(parts):
+            record_part(T, L, row, part, sums[i * parts + part])
+        codes[i] = seal_if_whole(T, L, row, parts)
+    clean(T, L)
+    leave(T, L)
+    return 0
