@@ -39,10 +39,14 @@ SEND_STALL_S: Final = 1.0
 IDLE_S: Final = 600.0
 PIECE_BYTES: Final = 2 << 20
 MOST_PIECE_BYTES: Final = 8 << 20
-"""What is received before it is checked, at first and at most. A thread needs the interpreter three times for a piece,
-and waits 5 ms each time where Python is busy: that costs more than that a piece has left the nearest cache."""
+MOST_WHEN_BUSY_BYTES: Final = 32 << 20
+"""What is received before it is checked: at first, at most, and at most where the interpreter is busy. A thread needs
+it twice for a piece and then waits 5 ms each time: that costs more than that a piece has left the nearest cache."""
 FAST_PIECE_S: Final = 0.05
 SLOW_PIECE_S: Final = 0.2
+BUSY_S: Final = 0.004
+CHECKED_BYTES_A_S: Final = 4e9
+"""Checking that takes BUSY_S longer than at this rate has waited for the interpreter."""
 PIECE_BLOCKS: Final = 480  # numpy lets go of the interpreter in operations on 500 and more, and would wait for it again
 WAKE_BYTES: Final = 1 << 20
 """The kernel wakes a thread that receives when so much is there: a quarter less CPU than for each segment."""
@@ -179,6 +183,7 @@ class TcpPath(SpreadPath[_Lane]):
         first, wake_at, left = 0, 0, total
         while first < len(part):
             began = time.monotonic()
+            before = left
             piece = slice(first, first + max(1, min(PIECE_BLOCKS, self._piece_bytes * len(part) // total)))
             first = piece.stop
             firsts, lengths = runs(targets[piece], nbytes[piece])
@@ -192,15 +197,18 @@ class TcpPath(SpreadPath[_Lane]):
             self._fill(connection, views, deadline)
             if faults.armed and faults.meddle("piece received", self._view[int(starts[0]) :][:1], connection.interrupt):
                 continue
+            came = time.monotonic()
             arrived(part[piece])
-            self._resize_pieces(time.monotonic() - began)
+            self._resize_pieces(came - began, time.monotonic() - came, before - left)
 
-    def _resize_pieces(self, took_s: float) -> None:
+    def _resize_pieces(self, came_s: float, checked_s: float, nbytes: int) -> None:
         """Large ones where they come fast, small ones where a deadline may find one half-way."""
-        if took_s < FAST_PIECE_S:
-            self._piece_bytes = min(self._piece_bytes * 2, MOST_PIECE_BYTES)
-        elif took_s > SLOW_PIECE_S:
+        is_busy = checked_s > BUSY_S + nbytes / CHECKED_BYTES_A_S
+        if came_s > SLOW_PIECE_S:
             self._piece_bytes = max(self._piece_bytes // 2, PIECE_BYTES)
+        elif came_s < FAST_PIECE_S:
+            most = MOST_WHEN_BUSY_BYTES if is_busy else MOST_PIECE_BYTES
+            self._piece_bytes = min(self._piece_bytes * 2, max(most, self._piece_bytes - MOST_PIECE_BYTES))
 
     def _fill(self, connection: Connection, views: list[memoryview], deadline: float) -> None:
         sock = connection.sock

@@ -53,6 +53,8 @@ class Connection:
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.is_same_host = sock.getpeername()[0] == sock.getsockname()[0]
         """Whether the other end has our own address: nothing leaves this host's kernel."""
+        if not self.is_tls:
+            sock.settimeout(None)  # the kernel keeps the time: Python's own way lets go of the interpreter twice more
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in zip(
@@ -71,10 +73,12 @@ class Connection:
         frame = header + body + mac
         if faults.armed:
             frame = self._meddled(type(message), "sent", frame)
+        left = memoryview(frame)
         try:
-            self.sock.settimeout(_left(deadline))
-            self.sock.sendall(frame)
-        except TimeoutError:
+            while left:
+                self._limit(_left(deadline), socket.SO_SNDTIMEO)
+                left = left[self.sock.send(left) :]
+        except (TimeoutError, BlockingIOError):
             raise PeerTimeoutError(f"{self.peer} took no {type(message).__name__} within the deadline") from None
         except (OSError, ValueError) as e:
             raise PeerError(f"the connection with {self.peer} broke: {e}") from None
@@ -112,25 +116,31 @@ class Connection:
         at = 0
         try:
             while at < len(view):
-                self.sock.settimeout(_left(deadline))
+                self._limit(_left(deadline), socket.SO_RCVTIMEO)
                 n = self.sock.recv_into(view[at:])
                 if n == 0:
                     raise ClosedError(f"{self.peer} closed the connection")
                 at += n
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise PeerTimeoutError(f"{self.peer} sent nothing within the deadline") from None
         except (OSError, ValueError) as e:
             raise PeerError(f"the connection with {self.peer} broke: {e}") from None
         return at
 
+    def _limit(self, seconds: float, *which: int) -> None:
+        """How long a call may block in the kernel without any progress."""
+        if self.is_tls:
+            self.sock.settimeout(seconds)
+            return
+        whole = int(seconds)
+        wait = _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6)))  # nothing at all would be for ever
+        for option in which:
+            self.sock.setsockopt(socket.SOL_SOCKET, option, wait)
+
     def block_with_timeout(self, seconds: float) -> None:
         """For bytes without frames: calls block in the kernel, each for at most so long without any progress."""
-        whole = int(seconds)
-        wait = _TIMEVAL.pack(whole, int((seconds - whole) * 1e6))
         try:
-            self.sock.settimeout(seconds if self.is_tls else None)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+            self._limit(seconds, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
         except OSError as e:
             raise PeerError(f"the connection with {self.peer} broke: {e}") from None
 
