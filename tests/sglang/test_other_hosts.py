@@ -81,7 +81,7 @@ def hosts(
 @pytest.fixture(scope="module")
 def cases(control: Control) -> list[Case]:
     """Each used by one test."""
-    return control.pick(11, seed=91)
+    return control.pick(12, seed=91)
 
 
 def test_what_another_host_has_is_read(hosts: Hosts, cases: list[Case]) -> None:
@@ -106,8 +106,9 @@ def test_what_another_host_has_is_read(hosts: Hosts, cases: list[Case]) -> None:
 
 def test_what_is_computed_faster_than_it_comes_is_not_asked_for(hosts: Hosts, cases: list[Case]) -> None:
     """The speed is measured on every rank; one that is made up, beyond any link's, ends the fetching."""
-    (case,) = cases[10:11]
+    case, unseen = cases[10:12]
     hosts.store([case])
+    assert hosts.read(serve(hosts.far, [unseen])) == [0], "nobody has it"
     measured = [hosts.far.ask(SPEED, rank=rank) for rank in range(hosts.far.tp)]
     assert all(10 < speed < 1e6 for speed in measured), measured
     before = [hosts.counted(rank).get("fetch_not_worth_it", 0) for rank in range(hosts.far.tp)]
