@@ -14,7 +14,7 @@ is a miss. A linker that can't work is off: it finds nothing and stores nothing,
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
@@ -33,6 +33,7 @@ from kvplug.errors import KvplugError, UnsupportedEngineError
 from kvplug.fetching import Fetch
 
 DEVICE_PAGES_IF_UNKNOWN = 1024
+T = TypeVar("T")
 
 
 class _Works:
@@ -131,10 +132,7 @@ class KvplugLinker(UnifiedCacheLinker):
         """SGLang has matched a request's prefix, with or without a lookup, and has settled on so many pages."""
         asked, self._asked = self._asked, None
         if self._works is not None:
-            try:
-                self._works.pins.matched(rid)
-            except Exception as error:  # noqa: BLE001
-                self.engine.caught("releasing pins", error)
+            self._tried("releasing pins", self._works.pins.matched, None, rid)
         if self._waits is not None:
             lacks = asked is not None and asked[0] == rid and hit_pages < len(asked[1])
             self._waits.matched(rid, lacks, lambda: self._fetch(hit_pages, *asked[1:]) if asked is not None else None)
@@ -202,19 +200,29 @@ class KvplugLinker(UnifiedCacheLinker):
                 raise UnsupportedEngineError("a load has other numbers of pages and of their names")
             epoch = self.engine.epoch
             taken = works.pins.take(rid, {name: transfer.keys for name, transfer in wanted.items()})
+            if not taken:
+                return False
         except Exception as error:  # noqa: BLE001
             self.engine.caught("queueing a load", error)
-            works.pins.release(rid)
+            self._tried("releasing pins", works.pins.release, None, rid)
             return False
-        if not taken:
+        load = QueuedLoad(pages, taken, epoch)
+        if not self._tried("queueing a load", works.loads.queue, False, rid, load):
+            self._tried("releasing pins", works.loads.drop, None, load)
             return False
-        works.loads.queue(rid, QueuedLoad(pages, taken, epoch))
         self.engine.counts["hit_pages"] += len(pages.get(KV, ()))
         return True
 
+    def _tried(self, where: str, call: Callable[..., T], otherwise: T, *args: Any) -> T:
+        try:
+            return call(*args)
+        except Exception as error:  # noqa: BLE001
+            self.engine.caught(where, error)
+            return otherwise
+
     def cancel_queued_load(self, rid: str) -> bool:
         """Gives up a load that has not begun; whether there was one."""
-        return self._works is not None and self._works.loads.cancel(rid)
+        return self._works is not None and self._tried("giving a load up", self._works.loads.cancel, True, rid)
 
     def start_layer_wise_loading(self) -> int:
         """Begins what is queued; the number of the batch, -1 if nothing is queued."""
@@ -227,7 +235,7 @@ class KvplugLinker(UnifiedCacheLinker):
     def release_request(self, rid: str) -> None:
         """SGLang has forgotten what it found for a request."""
         if self._works is not None:
-            self._works.pins.release(rid)
+            self._tried("releasing pins", self._works.pins.release, None, rid)
         if self._waits is not None:
             self._waits.release(rid)
 
@@ -273,10 +281,7 @@ class KvplugLinker(UnifiedCacheLinker):
     def num_completed_offloads(self) -> int:
         """How many offloads, oldest first, have their answer. SGLang asks once per scheduler step."""
         if self._works is not None:
-            try:
-                self._works.pins.end_of_step()
-            except Exception as error:  # noqa: BLE001
-                self.engine.caught("releasing pins", error)
+            self._tried("releasing pins", self._works.pins.end_of_step, None)
         return self._ledger.answered()
 
     def pop_completed_offload(self) -> bool:
@@ -294,10 +299,7 @@ class KvplugLinker(UnifiedCacheLinker):
         if works is None:
             return
         for what in (works.offloads.quiesce, works.pins.clear, works.loads.reset):
-            try:
-                what()
-            except Exception as error:  # noqa: BLE001
-                self.engine.caught("a reset", error)
+            self._tried("a reset", what, None)
 
     def close(self) -> None:
         """Leaves the pool. Idempotent."""

@@ -27,6 +27,8 @@ from kvplug.store import KvStore
 
 LOAD_TIMEOUT_S = 60.0
 """A load that takes longer is given up, and its requests with it."""
+TRIES = 2
+"""A load that has begun has no way back: SGLang aborts its requests if it fails."""
 SHUTDOWN_TIMEOUT_S = 5.0
 NO_LOAD = -1
 
@@ -127,18 +129,23 @@ class Loads:
 
     # -- the scheduler's thread --------------------------------------------------------------------------------------
 
-    def queue(self, rid: str, load: QueuedLoad) -> None:
-        """Makes a request's load part of the next batch."""
+    def queue(self, rid: str, load: QueuedLoad) -> bool:
+        """Makes a request's load part of the next batch; True."""
         self.cancel(rid)
         self._queued[rid] = load
+        return True
 
     def cancel(self, rid: str) -> bool:
         """Gives up a load that has not begun; whether there was one."""
         load = self._queued.pop(rid, None)
         if load is None:
             return False
-        self._store.unpin(load.slots)
+        self.drop(load)
         return True
+
+    def drop(self, load: QueuedLoad) -> None:
+        """Gives up what was promised to a load."""
+        self._store.unpin(load.slots)
 
     def start(self) -> int:
         """Begins what is queued, as one batch; its number, or NO_LOAD if there is nothing."""
@@ -195,12 +202,13 @@ class Loads:
         while (batch := self._batches.get()) is not None:
             began = time.perf_counter()
             ok = False
-            try:
-                ok = self._load(batch)
-            except Exception as error:  # noqa: BLE001 - SGLang must be told that the batch is over
-                self._engine.caught("a load", error)
-            finally:
-                self._over(batch, ok=ok)
+            for _ in range(TRIES):
+                try:
+                    ok = self._load(batch)
+                    break
+                except Exception as error:  # noqa: BLE001 - SGLang must be told that the batch is over
+                    self._engine.caught("a load", error)
+            self._over(batch, ok=ok)
             self._engine.counts["load_ns"] += int((time.perf_counter() - began) * 1e9)
 
     def _over(self, batch: Batch, *, ok: bool) -> None:

@@ -111,23 +111,24 @@ class Pins:
         """
         self._looked_up = rid
         old = self._promises.pop(rid, None)
-        promise = self._moved_along(old, hashes) if old is not None else None
-        if promise is None:
-            promise = self._begin(hashes)
-        lengths: list[int] = []
-        if promise is not None:
+        ending = [old] if old is not None else []
+        try:
+            promise = self._moved_along(old, hashes) if old is not None else None
+            if promise is None:
+                promise = self._begin(hashes)
+                if promise is None:
+                    return []
+                ending.append(promise)
             self._search(promise, len(hashes), windows)
             lengths = self._restorable(promise, len(hashes), windows)
-        if old is not None and old is not promise:  # after the search, so that nothing is evicted in between
-            self._release(old)
-        if promise is None:
-            return []
-        if not lengths:
-            self._release(promise)
-            return []
-        promise.step = self._step
-        self._promises[rid] = promise
-        return lengths
+            if lengths:
+                ending = [one for one in ending if one is not promise]
+                promise.step = self._step
+                self._promises[rid] = promise
+            return lengths
+        finally:  # after the search, so that nothing is evicted in between; also after an error
+            for one in ending:
+                self._release(one)
 
     def _begin(self, hashes: list[str]) -> Promise | None:
         epoch = self._engine.epoch

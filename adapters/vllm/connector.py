@@ -58,6 +58,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._errors = 0
         self._step_errors: Counter[str] = Counter()
         self._owed: dict[str, None] = {}
+        self._awaited: set[str] = set()
         self._orphans: set[str | None] = set()
         self._orphan_jobs: set[int] = set()
         self._loading: set[str | None] = set()
@@ -134,6 +135,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if num_external_tokens > 0:
             self._owed[request.request_id] = None
+            self._awaited.add(request.request_id)
         elif side.off:
             return
         self._shielded("an allocation", side.allocated, None, request, blocks.blocks, num_external_tokens)
@@ -141,7 +143,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The step's jobs."""
         scheduled = scheduler_output.num_scheduled_tokens
-        meta = StepMetadata(0, bool(scheduled))
+        meta = StepMetadata(step=0, runs_model=bool(scheduled))
         side = self._scheduler
         if side is not None:
             meta = self._shielded("a step", side.build, meta, {} if side.off else scheduled)
@@ -151,7 +153,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             if self._owed:  # an error lost the job; the request must not wait for ever
                 lost = tuple(self._lost_job(request_id) for request_id in self._owed)
                 self._owed.clear()
-                meta = StepMetadata(meta.step, meta.runs_model, meta.plan, meta.loads + lost, meta.stores)
+                if side is not None:
+                    side.loads.queued.clear()  # what is left there would come a second time
+                meta = replace(meta, loads=meta.loads + lost)
         return meta
 
     def _lost_job(self, request_id: str) -> Job:
@@ -162,9 +166,19 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """What the workers have to say."""
+        if connector_output.finished_recving:
+            self._only_awaited(connector_output)
         report = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(report, WorkerReport):
             self._shielded("a report", self._scheduler.reported, None, report)
+
+    def _only_awaited(self, connector_output: Any) -> None:
+        """A load's end that the engine does not wait for, or has heard of before, would be the engine's own end."""
+        finished = connector_output.finished_recving
+        if not finished <= self._awaited:
+            connector_output.finished_recving = finished & self._awaited
+            self._step_errors["hook_errors"] += len(finished - self._awaited)
+        self._awaited -= finished
 
     def on_new_request(self, request: Any) -> None:
         """A request was added."""

@@ -83,7 +83,7 @@ class Job:
         return sum(len(group.block_ids) for group in self.groups)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepMetadata(KVConnectorMetadata):
     """One engine step's jobs."""
 

@@ -51,3 +51,49 @@ def tokens_per_s(scheduler: Any, pretend: float | None = None) -> float | None:
     if pretend is not None:
         rank.speed.tokens_per_s = pretend
     return measured
+
+
+_broken: list[tuple[Any, str]] = []
+_broken_calls = 0
+
+
+def fail_in(scheduler: Any, mode: str, path: str, times: int = 1 << 30) -> None:
+    """So often from now on this method of kvplug's object raises, by its path from there; :func:`recover` ends it."""
+    cache = scheduler.tree_cache
+    owner: Any = cache.linker.cache_linker if mode == "linker" else cache.cache_controller.storage_backend
+    *names, method = path.split(".")
+    for name in names:
+        owner = getattr(owner, name)
+    plain = getattr(owner, method)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        global _broken_calls
+        _broken_calls += 1
+        if _broken_calls > times:
+            return plain(*args, **kwargs)
+        raise ZeroDivisionError(path)
+
+    setattr(owner, method, broken)
+    _broken.append((owner, method))
+
+
+def broken_calls(scheduler: Any) -> int:
+    """How often that was called so far."""
+    return _broken_calls
+
+
+def recover(scheduler: Any) -> None:
+    """Ends it."""
+    global _broken_calls
+    while _broken:
+        delattr(*_broken.pop())
+    _broken_calls = 0
+
+
+def pool_in_use(scheduler: Any) -> list[int]:
+    """Slots of this rank's pool that are pinned, and that are being written."""
+    from kvplug.adapters.sglang import engine
+
+    (rank,) = engine.engines()
+    stats = rank.store.stats()
+    return [int(stats.pinned_slots), int(stats.writing_slots)]

@@ -37,6 +37,7 @@ class Driver:
         self.serial = 0
         self.steps = 0
         self.admitted = 0
+        self.broken_calls = 0
         self.schedule_s: list[tuple[float, bool]] = []
         self.lora_ids: dict[str, int] = {}
         self._watch_outputs()
@@ -219,6 +220,34 @@ class Driver:
     def set_weight_version(self, version: str) -> None:
         """The other way in which an engine learns that its weights are new."""
         self.engine.set_weight_version(version)
+
+    # -- errors -------------------------------------------------------------------------------------------------
+
+    def fail_in(self, side: str, method: str) -> None:
+        """From now on this method of the connector's scheduler or worker side raises; :meth:`recover` ends it."""
+        owner = self._sides()[side]
+        assert callable(getattr(owner, method))
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            self.broken_calls += 1
+            raise ZeroDivisionError(method)
+
+        setattr(owner, method, broken)
+        self._broken = owner, method, self._sides()["scheduler"].state.root
+
+    def recover(self) -> int:
+        """Ends that, and switches kvplug on again, which switches itself off; how often the method was called."""
+        owner, name, root = self._broken
+        delattr(owner, name)
+        scheduler = self._sides()["scheduler"]
+        scheduler.off, scheduler.state.root = False, root
+        calls, self.broken_calls = self.broken_calls, 0
+        return calls
+
+    def _sides(self) -> dict[str, Any]:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return {"scheduler": self.core().scheduler.connector._scheduler, "worker": get_kv_transfer_group()._worker}
 
     # -- figures ------------------------------------------------------------------------------------------------
 

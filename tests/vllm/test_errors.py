@@ -1,0 +1,70 @@
+"""An error of kvplug's own, wherever it happens, costs a request its hits: right answers, and nothing left behind.
+
+One engine, in which one inner method after the other is made to raise while requests are under way whose prefixes the
+pool has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests
+from tests.vllm_lab.engine import InProcess
+
+ANSWER_S = 60.0
+METHODS = [
+    *(("scheduler", name) for name in ("matched_tokens", "allocated", "build", "finished", "new_request")),
+    *(
+        ("worker", name)
+        for name in ("submit_loads", "submit_stores", "take_loaded", "take_report", "_load_group", "_store_some")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def engine(start: Callable[..., InProcess], control: Control) -> InProcess:
+    started = start("faulty")
+    assert control.engine
+    return started.ready()
+
+
+@pytest.fixture(scope="module")
+def cases(control: Control) -> list[Case]:
+    """Prompts of 5 to 15 blocks, two for each method, and two that are answered first and last."""
+    return control.pick(make_prompts(2 * len(METHODS) + 6, 61), 2 * len(METHODS) + 2)
+
+
+@pytest.fixture(scope="module")
+def warm(engine: InProcess, cases: list[Case], pool: str) -> list[Case]:
+    """What the pool has: every second prompt."""
+    known = cases[::2]
+    agree(known, engine.each(requests(known)))
+    blocks = len({case.prompt[: (i + 1) * BLOCK] for case in known for i in range(len(case.prompt) // BLOCK)})
+    with attached(pool) as store:
+        eventually("every full block of a prompt is sealed", lambda: store.stats().sealed_blocks >= blocks)
+    return known
+
+
+@pytest.mark.parametrize(("side", "name"), METHODS, ids=[name for _, name in METHODS])
+def test_an_error_costs_hits_and_nothing_else(
+    engine: InProcess, cases: list[Case], warm: list[Case], pool: str, side: str, name: str
+) -> None:
+    at = 2 * METHODS.index((side, name))
+    pair = cases[at : at + 2]  # one that the pool has, one that it has not
+    engine.do("reset")
+    engine.do("fail_in", side=side, method=name)
+    try:
+        agree(pair, engine.generate(requests(pair), timeout_s=ANSWER_S))
+    finally:
+        calls = engine.do("recover")
+    assert calls > 0, "nothing was broken"
+    engine.do("reset")
+    (record,) = records = engine.each(requests(warm[-1:]))
+    agree(warm[-1:], records)
+    assert record["external"] > 0, "it works again"
+    with attached(pool) as store:
+        eventually("nothing stays pinned", lambda: store.stats().pinned_slots == 0)
+        eventually("nothing stays half-written", lambda: store.stats().writing_slots == 0)
+        store.check_integrity()
