@@ -108,13 +108,13 @@ MUTANTS: Final[dict[str, Mutant]] = {
     ),
     "sealed_too_soon": Mutant(
         "shm/write.py",
-        "        if T[r + R_DONE] == (1 << n_parts) - 1:",
-        "        if T[r + R_DONE] != 0:",
+        "    if T[row_at(T, row) + R_DONE] != (1 << n_parts) - 1:",
+        "    if T[row_at(T, row) + R_DONE] == 0:",
         "a block is readable before all its parts are written",
     ),
     "no_checksum": Mutant(
         "shm/write.py",
-        "(row + part) * PART_WORDS + 1] = sums[i]",
+        "(row + part) * PART_WORDS + 1] = checksum",
         "(row + part) * PART_WORDS + 1] = 0",
         "the checksum is not kept",
     ),
