@@ -26,7 +26,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final
 
 import numpy as np
@@ -90,6 +90,7 @@ class Fetcher:
         self._mutex = threading.RLock()
         self._under_way: dict[bytes, tuple[Fetch, list[Fetch]]] = {}  # by first missing key: it, and who waits for it
         self._unfinished: set[Fetch] = set()
+        self._running: set[Future[None]] = set()
         self._misses: OrderedDict[bytes, float] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._warned = False
@@ -137,9 +138,12 @@ class Fetcher:
                 one.end(Outcome.GIVEN_UP)
             return
         self._under_way[name] = fetch, followers
+        self._running.add(running)
         running.add_done_callback(self._look_for_errors)
 
     def _look_for_errors(self, running: Future[None]) -> None:
+        with self._mutex:
+            self._running.discard(running)
         error = None if running.cancelled() else running.exception()
         if error is not None:
             self._count("fetch_errors")
@@ -281,9 +285,8 @@ class Fetcher:
         self._holders.close()
         deadline = time.monotonic() + CLOSE_S
         with self._mutex:
-            running = [fetch for fetch, _ in self._under_way.values()]
-        for fetch in running:
-            fetch._ended.wait(max(0.0, deadline - time.monotonic()))
+            running = [future for future in self._running if not future.cancelled()]
+        wait(running, max(0.0, deadline - time.monotonic()))
         with self._mutex:
             for fetch in self._unfinished:
                 fetch.end(Outcome.GIVEN_UP)
@@ -328,10 +331,15 @@ class _Pins:
             return
         slots, gens = batch.slots[ok], batch.gens[ok]
         with self._changed:
-            self._held[fetch] = time.monotonic() + HOLD_S
             if self._watch is None and not self._closed:
-                self._watch = threading.Thread(target=self._expire, name="kvplug-fetch-pins", daemon=True)
-                self._watch.start()
+                watch = threading.Thread(target=self._expire, name="kvplug-fetch-pins", daemon=True)
+                try:
+                    watch.start()
+                except RuntimeError:  # no more threads: nobody would let go of them
+                    self._store.unpin(slots, gens)
+                    return
+                self._watch = watch
+            self._held[fetch] = time.monotonic() + HOLD_S
             self._changed.notify()
         fetch.hold(lambda: self._let_go(fetch, slots, gens))
         if self._closed:

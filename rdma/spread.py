@@ -94,9 +94,8 @@ class SpreadPath(DataPath, Generic[L]):
             with self._mutex:
                 for lane in at_work:
                     lane.interrupt()
-            for job in pending:
-                job.cancel()
-            pending = wait(pending, LET_GO_S).not_done
+            # One that had not begun is over with that, also before a thread has taken note of it.
+            pending = wait({job for job in pending if not job.cancel()}, LET_GO_S).not_done
         # A share that is done can't write; one that is not has an interrupted lane and a deadline.
         remaining = [len(pending)]
         if not pending and not stuck:

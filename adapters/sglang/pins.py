@@ -133,7 +133,7 @@ class Pins:
     def _begin(self, hashes: list[str]) -> Promise | None:
         epoch = self._engine.epoch
         keys = self._keys(hashes)
-        if keys is None:
+        if keys is None or self._engine.epoch != epoch:  # by now: what this rank alone can't load it must not promise
             return None
         n = len(hashes)
         held = {name: Held(np.full(n, -1, np.int64), np.zeros(n, np.int64)) for name in self._sizes}
@@ -168,7 +168,7 @@ class Pins:
         more = hashes[len(old.hashes) :]
         if more:
             keys = self._keys(more)
-            if keys is None:
+            if keys is None or self._engine.epoch != old.epoch:
                 return None
             old.hashes += more
             old.keys = {name: np.concatenate([old.keys[name], keys[name]]) for name in keys}

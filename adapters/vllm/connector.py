@@ -64,6 +64,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._loading: set[str | None] = set()
         self._submitted_step = 0
         self._failed: tuple[set[str], set[int]] = set(), set()
+        self._by_block = compat.can_go_on_at_any_block(kv_cache_config)
         self._start: SchedulerStart | None = None
         self._pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
@@ -239,7 +240,8 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _take_loaded(self, wait: bool) -> list[LoadResult]:
         assert self._worker is not None
-        loaded = self._worker.take_loaded(wait)
+        # One that was given up after an error was reported then: a second time it would stand for another rank's.
+        loaded = [one for one in self._worker.take_loaded(wait) if one.job.request_id in self._loading]
         self._loading -= {result.job.request_id for result in loaded}
         return loaded
 
@@ -282,13 +284,12 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
                 self._shielded("a load's end", self._give_up_loads, None)
         finished, self._orphans = self._orphans, set()
         failed = set(finished)
-        one_group = len(self._kv_cache_config.kv_cache_groups) == 1
         invalid: set[int] = set()
         for result in loaded or ():
             request_id = result.job.request_id or ""
             finished.add(request_id)
             if not result.ok:
-                if one_group and result.failed_blocks:
+                if self._by_block and result.failed_blocks:
                     invalid |= result.failed_blocks
                 else:
                     failed.add(request_id)

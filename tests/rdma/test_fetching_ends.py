@@ -153,3 +153,19 @@ def test_a_forked_childs_copy_fetches_nothing_and_disturbs_nobody(
     assert ended(fetch) is Outcome.FETCHED
     assert children[0].wait() == 0
     assert here.holds(of) == 100
+
+
+def test_a_close_does_not_wait_for_what_has_not_begun(
+    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy
+) -> None:
+    """All threads wait for a peer that takes the question and says nothing; two more fetches stand in line."""
+    here, there = make_host(peer_timeout_s=0.5), make_host()
+    proxy.upstream = there.agent().address
+    proxy.taking.clear()
+    fetcher = make_fetcher(here, proxy.address)
+    fetches = [fetcher.start(wanted(keys(3, 60 + i))) for i in range(fetching.THREADS + 2)]
+    until(lambda: len(proxy.passed) > 0, END_S)
+    began = time.monotonic()
+    fetcher.close()
+    assert time.monotonic() - began < fetching.CLOSE_S
+    assert {fetch.outcome for fetch in fetches} <= {Outcome.GIVEN_UP, Outcome.TIMEOUT}

@@ -39,6 +39,21 @@ class Names:
         return page_keys(hashes, mask(f"root {self.epoch}".encode(), pool, 0))
 
 
+class Starting(Names):
+    """One that becomes identified, on a thread of its own, while its keys are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = -1
+        self.identified = False
+
+    def keys(self, pool: str, hashes: Sequence[str], replicated: bool = False) -> Keys | None:
+        if not self.identified:
+            self.identified = True
+            self.epoch += 1
+        return super().keys(pool, hashes, replicated)
+
+
 def chain(seed: int, n: int = PAGES) -> list[str]:
     """Page hashes as SGLang chains them: each stands for all tokens up to its page's end."""
     out, last = [], f"sequence {seed}".encode()
@@ -470,3 +485,13 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+def test_what_was_named_while_names_changed_is_not_promised(store: KvStore) -> None:
+    """A promise that only this rank could not keep would part it from the others: only misses are agreed on."""
+    rank, other, hashes = Starting(), Names(), chain(40, 8)
+    put(store, other, KV, hashes)
+    pins = make(rank, store)
+    assert pins.lookup("r", hashes, {}) == []
+    assert pins.lookup("r", hashes, {})[-1] == 8
+    assert pins.take("r", {KV: hashes}) is not None

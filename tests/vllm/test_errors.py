@@ -7,11 +7,13 @@ pool has.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests
+from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
+from tests.vllm_lab.models import MISTRAL
 
 ANSWER_S = 60.0
 METHODS = [
@@ -68,3 +70,29 @@ def test_an_error_costs_hits_and_nothing_else(
         eventually("nothing stays pinned", lambda: store.stats().pinned_slots == 0)
         eventually("nothing stays half-written", lambda: store.stats().writing_slots == 0)
         store.check_integrity()
+
+
+def test_a_failed_load_of_a_model_of_windows_alone_is_computed_from_the_start(
+    start: Callable[..., InProcess], tmp_path: Path, pool: str
+) -> None:
+    """Its hit has nothing in front of the last window: whoever went on there would compute, and store, nonsense."""
+    witness = Control(MISTRAL, tmp_path / "control.log")
+    engine = start("windows", MISTRAL)
+    try:
+        long = witness.pick(make_prompts(8, 62, tokens=(600, 640)), 4)
+    finally:
+        witness.close()
+    assert engine.ready().info["groups"] == ["SlidingWindowSpec"]
+    engine.each([{"prompt": list(case.prompt[:400]), "max_tokens": 1} for case in long])
+    with attached(pool) as store:
+        eventually("what was computed is stored", lambda: store.stats().writing_slots == 0)
+    engine.do("reset")
+    engine.do("fail_in", side="worker", method="_load_group")
+    try:
+        agree(long, engine.each(requests(long)))
+    finally:
+        assert engine.do("recover") > 0
+    engine.do("reset")
+    records = engine.each(requests(long))
+    agree(long, records)
+    assert all(record["external"] == storable(len(case.prompt)) for case, record in zip(long, records, strict=True))

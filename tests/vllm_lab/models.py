@@ -31,6 +31,7 @@ __all__ = [
     "LLAMA_BIG",
     "LLAMA_OTHER",
     "MELLUM",
+    "MISTRAL",
     "MLA",
     "LoraSpec",
     "ModelSpec",
@@ -38,7 +39,7 @@ __all__ = [
     "model_dir",
 ]
 
-Family = Literal["llama", "gemma3", "mla", "mellum", "lfm2"]
+Family = Literal["llama", "gemma3", "mla", "mellum", "mistral", "lfm2"]
 
 VOCAB = 2048
 
@@ -77,6 +78,8 @@ GEMMA3 = ModelSpec(family="gemma3", layers=6)
 MLA = ModelSpec(family="mla", layers=3)
 LFM2 = ModelSpec(family="lfm2", layers=6)
 """Two layers of three keep a state of the last tokens instead of keys and values."""
+MISTRAL = ModelSpec(family="mistral", window=100)
+"""Every layer with a sliding window: one cache group that does not keep its whole prefix."""
 MELLUM = ModelSpec(family="mellum", layers=6)
 """Two layers of three with a sliding window, like :data:`GEMMA3`: the one of the kind that SGLang keeps apart, in a
 pool of their own."""
@@ -137,6 +140,8 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
         LlamaForCausalLM,
         MellumConfig,
         MellumForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
     )
 
     common: dict[str, Any] = {
@@ -174,6 +179,12 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
                     layer_types=[kind.replace("sliding_attention", "conv") for kind in kinds],
                     block_auto_adjust_ff_dim=False,
                     **common,
+                )
+            )
+        elif spec.family == "mistral":
+            model = MistralForCausalLM(
+                MistralConfig(
+                    num_key_value_heads=spec.kv_heads, head_dim=spec.head_dim, sliding_window=spec.window, **common
                 )
             )
         elif spec.family == "mellum":
