@@ -98,8 +98,8 @@ def _addresses(value: object) -> object:
 
 
 def _address(value: str) -> str:
-    host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    known = re.fullmatch(r"(?:[\w.-]+|\[[\w.:%]+\]):(\d{1,5})", value, re.ASCII)
+    if known is None or int(known[1]) > 65535:
         raise ValueError(f"{value!r} is not host:port, such as 10.0.0.7:9410 or [::1]:9410")
     return value
 

@@ -428,10 +428,12 @@ def _sglang_plugin(_: _Surroundings) -> Iterator[Finding]:
 
 
 def _rdma(around: _Surroundings) -> Iterator[Finding]:
-    from kvplug.rdma.describe import describe_verbs
+    from kvplug.rdma.describe import describe_peers, describe_verbs
 
     for status, found, mend in describe_verbs(around.config, around.root / "sys/class/infiniband"):
         yield Finding("RDMA", Status(status), found, mend)
+    for status, found, mend in describe_peers(around.config):
+        yield Finding("peer", Status(status), found, mend)
 
 
 def _directory(around: _Surroundings) -> Iterator[Finding]:

@@ -191,8 +191,8 @@ class Fetcher:
             return Outcome.PRESENT
         if self._is_over(fetch):
             return Outcome.TIMEOUT
-        holders = self._holders.who_has(keys, fetch.deadline)
-        outcome = Outcome.MISSING
+        holders, silent = self._holders.who_has(keys, fetch.deadline)
+        outcome = Outcome.TIMEOUT if silent and not holders else Outcome.MISSING
         while now < most and not self._is_over(fetch):
             plans = [(plan(here | have), peer) for peer, have in holders if not peer.is_down]
             best, peer = max(plans, key=lambda p: (p[0].tokens, p[1].speed.bytes_per_s or 0.0), default=(None, None))

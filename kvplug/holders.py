@@ -47,8 +47,11 @@ class Holders:
         self._closed = False
         self._threads = ThreadPoolExecutor(MAX_ASKED, "kvplug-ask")
 
-    def who_has(self, keys: U8, deadline: float) -> list[tuple[Peer, Bools]]:
-        """Peers that have some of these keys ((N, 32) uint8), each with bool[N]; ``deadline``: of time.monotonic()."""
+    def who_has(self, keys: U8, deadline: float) -> tuple[list[tuple[Peer, Bools]], bool]:
+        """Peers that have some of these keys ((N, 32) uint8), each with bool[N], and whether some did not answer.
+
+        ``deadline``: of time.monotonic().
+        """
         found: list[tuple[str, Bools]] = []
         addresses = [peer.address for peer in self._listed.peers()]
         if self._directory is not None:
@@ -60,15 +63,17 @@ class Holders:
         answered = {address for address, _ in found}
         rest = [address for address in dict.fromkeys(addresses) if address not in answered]
         peers = [(peer, have) for address, have in found if have.any() and (peer := self._peer(address)) is not None]
-        return peers + self._ask(rest, keys, deadline)
+        asked, silent = self._ask(rest, keys, deadline)
+        return peers + asked, silent
 
-    def _ask(self, addresses: list[str], keys: U8, deadline: float) -> list[tuple[Peer, Bools]]:
-        """The peers' own answers, all asked at once."""
+    def _ask(self, addresses: list[str], keys: U8, deadline: float) -> tuple[list[tuple[Peer, Bools]], bool]:
+        """The peers' own answers, all asked at once, and whether any gave none."""
         with self._mutex:
             self._turn += MAX_ASKED
             at = self._turn % max(1, len(addresses))
         in_turn = addresses[at:] + addresses[:at] if len(addresses) > MAX_ASKED else addresses
-        peers = [peer for address in in_turn if (peer := self._peer(address)) is not None and not peer.is_down]
+        here = [peer for address in in_turn if (peer := self._peer(address)) is not None]
+        peers = [peer for peer in here if not peer.is_down]
         asked: dict[Future[Bools | None], Peer] = {}
         try:
             for peer in peers[:MAX_ASKED]:
@@ -76,8 +81,9 @@ class Holders:
         except RuntimeError:  # closed meanwhile, or no thread is left
             pass
         done = wait(asked, max(0.0, min(ASK_SHARE * self._config.peer_timeout_s, deadline - time.monotonic()))).done
-        answers = [(peer, future.result()) for future, peer in asked.items() if future in done]
-        return [(peer, have) for peer, have in answers if have is not None and have.any()]
+        answers = {peer: future.result() for future, peer in asked.items() if future in done}
+        silent = len(peers) < len(here) or any(answers.get(peer) is None for peer in peers[:MAX_ASKED])
+        return [(peer, have) for peer, have in answers.items() if have is not None and have.any()], silent
 
     def _peer(self, address: str) -> Peer | None:
         """The peer at this address; None if that is this host itself, or everything is closed."""

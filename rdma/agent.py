@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import ssl
@@ -58,11 +59,14 @@ from kvplug.rdma.wire import ClosedError, Connection, address_text, is_loopback,
 if TYPE_CHECKING:
     from kvplug.config import Config
 
+log = logging.getLogger("kvplug")
+
 MAX_CONNECTIONS: Final = 512
 MAX_DATA_CONNECTIONS: Final = 32  # of one reader
 MAX_TICKETS: Final = 32  # of one reader, not yet used
 TICKET_S: Final = 10.0
 ROUND_S: Final = 0.1
+COMPLAIN_S: Final = 60.0
 ANSWER_S: Final = 1.0
 """A reader that does not take its answer for so long is hung up on."""
 STOP_S: Final = 2.0
@@ -106,7 +110,10 @@ class Agent:
         self._fd = blocks.open_segment()
         if not _lock_byte(self._fd):
             os.close(self._fd)
-            raise AgentError("another agent serves this pool already: there is one per pool")
+            raise AgentError(
+                f"another agent serves pool {config.pool!r} already, and there is one per pool: stop that one, or name "
+                "another pool (KVPLUG_POOL)"
+            )
         self.leases = LeaseTable(blocks.unpin, most_bytes=max(1, int(blocks.data_bytes * config.agent_pin_share)))
         self._sender = Sender(self.leases, self._fd, blocks.memory, self.count)
         by_tcp = config.data_path == "tcp" or (config.data_path == "auto" and self._tls is not None)
@@ -121,6 +128,7 @@ class Agent:
         self._mutex = threading.Lock()
         self._readers: dict[int, _Reader] = {}
         self._tickets: dict[bytes, _Reader] = {}
+        self._complained: dict[str, float] = {}
         self._connections: dict[Connection, threading.Thread] = {}
         self._open = 0
         self._next_reader = 1
@@ -165,7 +173,9 @@ class Agent:
                 f"agent_listen = {listen!r}, agent_advertise = {self._config.agent_advertise!r}: {e}"
             ) from None
         except OSError as e:
-            raise AgentError(f"cannot listen on {listen}: {e.strerror}") from None
+            raise AgentError(
+                f"cannot listen on {listen}: {e.strerror}; another place is named by --listen or KVPLUG_AGENT_LISTEN"
+            ) from None
         self._names = frozenset(names)
         self.address = address_text(listener.getsockname())
         if self._config.data_path == "auto" and is_loopback(split_address(self.address)[0]):
@@ -226,10 +236,12 @@ class Agent:
                 self._serve(connection)
         except ClosedError:
             self.count("closed")
-        except PeerAuthError:
+        except PeerAuthError as e:
             self.count("not_let_in")
-        except ProtocolError:
+            self._complain("not_let_in", e)
+        except ProtocolError as e:
             self.count("malformed")
+            self._complain("malformed", e)
         except PeerTimeoutError:
             self.count("timed_out")
         except PeerError:
@@ -246,6 +258,16 @@ class Agent:
                 self._open -= 1
                 if connection is not None:
                     self._connections.pop(connection, None)
+
+    def _complain(self, what: str, error: PeerError) -> None:
+        """Says why somebody was refused, of each kind once a minute at most: anybody can knock."""
+        now = time.monotonic()
+        with self._mutex:
+            if now < self._complained.get(what, -COMPLAIN_S) + COMPLAIN_S:
+                return
+            self._complained[what] = now
+            so_far = self._counters[what]
+        log.warning("kvplug: agent: refused: %s (%s: %d so far)", error, what, so_far)
 
     def _serve(self, connection: Connection) -> None:
         names = self._names | {connection.local}  # a wildcard listens at many

@@ -1,15 +1,19 @@
-"""What `kvplug doctor` says about verbs: which binding there is, which devices, and what is missing."""
+"""What `kvplug doctor` says about other hosts: whether their agents answer, and what of the verbs is there."""
 
 from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kvplug.errors import VerbsError
+from kvplug.errors import ConfigError, PeerError, VerbsError
 from kvplug.rdma.binding import BINDINGS, Binding, binding
+from kvplug.rdma.link import Link
+from kvplug.rdma.protocol import Stats, StatsReply
 from kvplug.rdma.rails import SYSFS, Gid, best_gid, devices_present, gids_of
 from kvplug.sizes import format_size
 
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from kvplug.config import Config
 
 CAP_IPC_LOCK = 14
+MOST_PEERS = 16
+ASK_S = 2.0
 
 
 class Remark(NamedTuple):
@@ -48,6 +54,31 @@ def describe_verbs(config: Config, sysfs: Path = SYSFS) -> Iterator[Remark]:
     else:
         yield from _ports(config, usable[0], devices, sysfs)
         yield from _memlock(config)
+
+
+def describe_peers(config: Config) -> Iterator[Remark]:
+    """Whether each agent that ``peers`` names answers and lets this host in. Raises nothing; takes ASK_S at most."""
+    addresses = config.peers[:MOST_PEERS]
+    with ThreadPoolExecutor(max(1, len(addresses)), "kvplug-doctor") as threads:
+        yield from threads.map(lambda address: _peer(address, config), addresses)
+    if len(config.peers) > MOST_PEERS:
+        yield Remark("note", f"{len(config.peers) - MOST_PEERS} more were not asked")
+
+
+def _peer(address: str, config: Config) -> Remark:
+    mend = "start `kvplug agent` there, with the same KVPLUG_AUTH_KEY as here, and look at its own log"
+    try:
+        link = Link(address, config)
+        try:
+            answer = link.ask(Stats(), StatsReply, time.monotonic() + ASK_S)
+        finally:
+            link.close()
+    except PeerError as error:
+        return Remark("warning", f"{address}: {str(error).removeprefix(f'{address} ')}", mend)
+    except ConfigError as error:
+        return Remark("fault", f"{address}: {error}", "correct the settings")
+    told = " ".join(f"{name} {count}" for name, count in sorted(answer.counters.items()))
+    return Remark("ok", f"{address} answers; leases {answer.leases} {told}".rstrip())
 
 
 def _bindings(config: Config) -> list[str]:

@@ -303,7 +303,8 @@ class Directory:
                 if not complained:
                     complained = True
                     log.warning(
-                        "the directory at %s can't be read (%s): only what this host has is found until it can",
+                        "kvplug: the directory at %s can't be read (%s): hosts that are known are asked themselves "
+                        "until it can",
                         self._endpoint,
                         error,
                     )

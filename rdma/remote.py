@@ -60,6 +60,7 @@ WINDOW_BYTES: Final = 256 << 20
 BACK_OFF_FIRST_S: Final = 0.5
 BACK_OFF_MOST_S: Final = 10.0
 RELEASE_S: Final = 0.25
+MOST_SAID: Final = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +88,7 @@ class Peer:
         self._pid = os.getpid()
         self._back_off_s = 0.0
         self._down_until = 0.0
-        self._warned = False
+        self._said: set[str] = set()
 
     @property
     def is_down(self) -> bool:
@@ -239,7 +240,7 @@ class Peer:
 
     def _is_well(self) -> None:
         self._back_off_s = 0.0
-        self._warned = False
+        self._said.clear()
 
     def _failed(self, error: PeerError) -> None:
         self._count(type(error).__name__)
@@ -248,9 +249,10 @@ class Peer:
             self._down_until = time.monotonic() + self._back_off_s
         else:
             self._back_off_s = BACK_OFF_FIRST_S / 4  # a connection that broke is dialled anew at once, but only once
-        if not self._warned:
-            self._warned = True
-            log.warning("peer %s: %s; its blocks are misses until it is back", self.address, error)
+        text = str(error).removeprefix(f"{self.address} ")
+        if text not in self._said and len(self._said) < MOST_SAID:  # another fault of a peer that is gone is news
+            self._said.add(text)
+            log.warning("kvplug: peer %s: %s; its blocks are misses until it is back", self.address, text)
 
     def stats(self, timeout_s: float = 1.0) -> StatsReply:
         """The agent's own figures. Raises PeerError."""

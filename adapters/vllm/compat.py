@@ -223,18 +223,6 @@ def group_rules(kv_cache_config: KVCacheConfig) -> list[GroupRule]:
     return rules
 
 
-def can_go_on_at_any_block(kv_cache_config: KVCacheConfig | None) -> bool:
-    """Whether a request can be computed from any of its blocks on, so that vLLM may be told which could not be loaded.
-
-    Behind a window it can't: of a hit only the last window is loaded, and vLLM would go on in front of that.
-    """
-    try:
-        rules = group_rules(kv_cache_config) if kv_cache_config is not None else []
-    except UnsupportedEngineError:  # then nothing is ever loaded
-        return False
-    return len(rules) == 1 and rules[0].whole_prefix
-
-
 def _rule_of(index: int, spec: Any) -> GroupRule:
     from vllm.v1 import kv_cache_interface as specs
 

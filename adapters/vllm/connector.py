@@ -30,7 +30,7 @@ from vllm.logger import init_logger
 from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.metrics import KvplugPromMetrics, KvplugStats
-from kvplug.errors import KvplugError
+from kvplug.errors import KvplugError, UnsupportedEngineError
 
 if TYPE_CHECKING:
     from kvplug.adapters.vllm.boot import SchedulerStart
@@ -64,7 +64,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._loading: set[str | None] = set()
         self._submitted_step = 0
         self._failed: tuple[set[str], set[int]] = set(), set()
-        self._by_block = compat.can_go_on_at_any_block(kv_cache_config)
+        self._by_block = _goes_on_at_any_block(kv_cache_config)
         self._start: SchedulerStart | None = None
         self._pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
@@ -362,6 +362,20 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             self._shielded("the end", worker.close, None)
         if scheduler is not None:
             self._shielded("the end", scheduler.close, None)
+
+
+def _goes_on_at_any_block(kv_cache_config: Any) -> bool:
+    """Whether a request can be computed from any of its blocks on, so that vLLM may be told which could not be loaded.
+
+    Behind a window it can't: of a hit only the last window is loaded, and vLLM would go on in front of that.
+    """
+    if kv_cache_config is None:
+        return False
+    try:
+        rules = compat.group_rules(kv_cache_config)
+    except UnsupportedEngineError:  # then nothing is ever loaded
+        return False
+    return len(rules) == 1 and rules[0].whole_prefix
 
 
 def _scheduler_start(vllm_config: Any) -> SchedulerStart:

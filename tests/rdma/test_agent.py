@@ -16,11 +16,13 @@ import pytest
 from kvplug.errors import AgentError, Code
 from kvplug.rdma import protocol as p
 from kvplug.rdma.auth import knock
+from kvplug.rdma.describe import describe_peers
 from kvplug.rdma.leases import MAX_LEASES_A_READER
 from kvplug.shm import segment
 from tests.pool.children import check_nothing_left, settle
 from tests.rdma.hosts import BLOCK, KEY, Host, keys, put, until
 from tests.rdma.knocking import ask, dial, let_in
+from tests.vllm_lab.env import free_port
 
 MakeHost = Callable[..., Host]
 COMMAND = [sys.executable, "-c", "from kvplug.cli import main; main()", "agent"]
@@ -64,7 +66,7 @@ def test_the_command_says_what_is_wrong_in_one_line(make_host: MakeHost) -> None
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (1, "")
     assert len(err.splitlines()) == 1
-    assert "another agent serves this pool already" in err
+    assert "another agent serves pool" in err
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_a_second_agent_waits_for_nothing_and_is_told(make_host: MakeHost) -> No
     owner = make_host()
     child, _ = owner.agent_process()
     began = time.monotonic()
-    with pytest.raises(AgentError, match="another agent serves this pool"):
+    with pytest.raises(AgentError, match="another agent serves pool"):
         owner.agent()
     assert time.monotonic() - began < 1
     child.kill()
@@ -253,3 +255,31 @@ def test_a_closed_agent_has_let_everybody_go(make_host: MakeHost) -> None:
     reader.store.remove(keys(8, 1))
     assert (peer.fetch(keys(8, 1)) == Code.OK).all()  # a restart in between is not even a miss
     assert again.counters()["lookups"] >= 1
+
+
+def test_the_doctor_asks_the_peers(make_host: MakeHost) -> None:
+    """One that answers, one with another key, one that is not there."""
+    there, here = make_host(), make_host()
+    address, nobody = there.agent().address, f"127.0.0.1:{free_port()}"
+    config = here.config.with_changes(peers=(address, nobody))
+    good, gone = describe_peers(config)
+    assert (good.status, good.found.split(";")[0]) == ("ok", f"{address} answers")
+    assert gone.status == "warning"
+    assert nobody in gone.found
+    assert "kvplug agent" in gone.mend
+    (stranger,) = describe_peers(config.with_changes(peers=(address,), auth_key="not the key of this house"))
+    assert stranger.status == "warning"
+    assert "KVPLUG_AUTH_KEY" in stranger.found + stranger.mend
+    assert list(describe_peers(here.config)) == []
+
+
+def test_who_is_refused_is_said_once_a_minute(make_host: MakeHost, caplog: pytest.LogCaptureFixture) -> None:
+    there, here = make_host(), make_host()
+    agent = there.agent()
+    wrong = here.config.with_changes(peers=(agent.address,), auth_key="not the key of this house")
+    for _ in range(3):
+        list(describe_peers(wrong))
+    until(lambda: agent.counters().get("not_let_in", 0) >= 3)
+    lines = [record.getMessage() for record in caplog.records if "agent: refused" in record.getMessage()]
+    assert len(lines) == 1
+    assert "not_let_in" in lines[0]

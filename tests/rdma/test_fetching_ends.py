@@ -169,3 +169,20 @@ def test_a_close_does_not_wait_for_what_has_not_begun(
     fetcher.close()
     assert time.monotonic() - began < fetching.CLOSE_S
     assert {fetch.outcome for fetch in fetches} <= {Outcome.GIVEN_UP, Outcome.TIMEOUT}
+
+
+def test_peers_that_do_not_answer_are_no_peers_that_have_nothing(
+    make_host: MakeHost, make_fetcher: MakeFetcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted apart, and each new reason is said."""
+    here, there = make_host(peer_timeout_s=0.5), make_host()
+    child, address = there.agent_process()
+    fetcher = make_fetcher(here, address)
+    assert ended(fetcher.start(wanted(keys(3, 80)))) is Outcome.MISSING
+    child.signal(signal.SIGKILL)
+    child.wait()
+    assert ended(fetcher.start(wanted(keys(3, 81)))) is Outcome.TIMEOUT
+    assert ended(fetcher.start(wanted(keys(3, 82)))) is Outcome.TIMEOUT, "left alone for a moment"
+    counts = fetcher.take_counts()
+    assert (counts["fetch_misses"], counts["fetch_timeouts"]) == (1, 2)
+    assert any(f"kvplug: peer {address}: " in record.getMessage() for record in caplog.records)

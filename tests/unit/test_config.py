@@ -242,7 +242,9 @@ def test_what_is_wrong_keeps_no_sound_setting_from_being_listed(
         assert [text for text in wrong if part in text], part
 
 
-@pytest.mark.parametrize("address", ["10.0.0.7", ":9410", "host:", "host:port", "host:99999", "host:٣"])
+@pytest.mark.parametrize(
+    "address", ["10.0.0.7", ":9410", "host:", "host:port", "host:99999", "host:٣", "a:1;b:2", "http://a:1", "a b:1"]
+)
 def test_an_address_is_host_and_port(address: str) -> None:
     with pytest.raises(ConfigError, match="is not host:port"):
         Config(agent_listen=address)
