@@ -62,8 +62,7 @@ def remove_pool(pool: str) -> None:
     path = segment.segment_path(pool)
     if os.path.exists(path):
         segment.remove_segment_file(path)
-    lock = Path(path.rsplit(".v", 1)[0] + ".lock")
-    lock.unlink(missing_ok=True)
+    Path(segment.lock_path(pool)).unlink(missing_ok=True)
 
 
 def wait_for_memory(store: KvStore, timeout_s: float = 60.0) -> None:

@@ -19,8 +19,8 @@ from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
 from kvplug.adapters.sglang.pins import LIFE_STEPS, Pins
 from kvplug.config import Config
 from kvplug.errors import Code
-from kvplug.shm.segment import remove_segment_file, segment_path
 from kvplug.store import KvStore
+from tests.vllm_lab.env import remove_pool
 
 SIZES = {KV: 6000, SWA: 5000, MAMBA: 4097}
 PAGES = 24
@@ -73,7 +73,7 @@ def temporary_store(name: str, **config: Any) -> Iterator[KvStore]:
         yield store
     finally:
         store.close()
-        remove_segment_file(segment_path(pool))
+        remove_pool(pool)
 
 
 @pytest.fixture
