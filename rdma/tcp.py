@@ -41,7 +41,7 @@ PIECE_BYTES: Final = 2 << 20
 MOST_PIECE_BYTES: Final = 8 << 20
 MOST_WHEN_BUSY_BYTES: Final = 32 << 20
 """What is received before it is checked: at first, at most, and at most where the interpreter is busy. A thread needs
-it twice for a piece and then waits 5 ms each time: that costs more than that a piece has left the nearest cache."""
+it three times for a piece, 5 ms of waiting each: that costs more than that a piece has left the nearest cache."""
 FAST_PIECE_S: Final = 0.05
 SLOW_PIECE_S: Final = 0.2
 BUSY_S: Final = 0.004

@@ -1,4 +1,4 @@
-"""What came into reserved slots from elsewhere: checked, recorded and sealed in one call, without the interpreter."""
+"""What came into reserved slots from elsewhere: all parts of a batch checked in one call, and sealed in one section."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kvplug.shm.write import OK, STALE, record_part, seal_if_whole
 from kvplug.shm.xxh3 import xxh3_64
 
 
-@entry("i(I, I, I, I, I, I, I, I8)")
-def complete_checked(T: Any, L: Any, rows: Any, gens: Any, offsets: Any, nbytes: Any, sums: Any, codes: Any) -> int:
-    """Seal each slot whose P parts, int64[N * P], have these checksums. 0 or a lock code.
+@entry("v(I, I, I, I, I8)")
+def check_parts(L: Any, offsets: Any, nbytes: Any, sums: Any, codes: Any) -> None:
+    """OK or CORRUPT for N blocks of P parts, int64[N * P]: whether every part has its checksum. Without any lock.
 
-    offsets: of the parts, from the segment's start; sums: XXH3's bits. codes, int8[N]: OK, CORRUPT, STALE.
+    offsets: of the parts, from the segment's start; sums: XXH3's bits.
     """
-    n = rows.shape[0]
+    n = codes.shape[0]
     parts = len(sums) // max(n, 1)
     for i in range(n):
         codes[i] = OK
@@ -29,6 +29,13 @@ def complete_checked(T: Any, L: Any, rows: Any, gens: Any, offsets: Any, nbytes:
             if xxh3_64(L[L_BASE] + offsets[p], nbytes[p]) != sums[p]:
                 codes[i] = CORRUPT
                 break
+
+
+@entry("i(I, I, I, I, I, I8)")
+def complete_whole(T: Any, L: Any, rows: Any, gens: Any, sums: Any, codes: Any) -> int:
+    """Record all P parts of each slot, with checksums int64[N * P], and seal it: OK or STALE. 0 or a lock code."""
+    n = rows.shape[0]
+    parts = len(sums) // max(n, 1)
     announce_rows(T, L, rows, 0, n)
     lock = enter(T, L)
     if lock < 0:
@@ -36,8 +43,6 @@ def complete_checked(T: Any, L: Any, rows: Any, gens: Any, offsets: Any, nbytes:
     dirty(T, L)
     for i in range(n):
         row = rows[i]
-        if codes[i] == CORRUPT:
-            continue
         codes[i] = STALE
         if row < 0 or row >= T[H_N_ROWS]:
             continue

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvplug import KvStore
+from kvplug import KvStore, exchange
 from kvplug.errors import BufferError, Code
 from kvplug.exchange import PoolExchange
 from tests.pool.children import check_nothing_left, die_at, put, settle
@@ -79,14 +80,14 @@ def test_slots_of_others_and_blocks_of_other_parts_are_left_alone(make_host: Mak
     assert host.exchange.complete(slots, gens, offsets, nbytes, sums).tolist() == [Code.OK] * N
 
 
-def test_while_the_lock_is_held_it_is_queued_and_checked_all_the_same(make_host: MakeHost) -> None:
-    """Sealed when the lock can be had, but for the block that has changed by then."""
+def test_while_the_lock_is_held_what_is_right_is_queued_and_what_is_wrong_is_said(make_host: MakeHost) -> None:
     host = make_host(lock_timeout_s=0.1)
     arrived = arrive(host.store)
     theirs = keys(2, 10)
     with die_at(host.store, "locked", lambda own: (put(own, theirs, 8192), own.close()), sig=signal.SIGSTOP) as held:
-        assert set(host.exchange.complete(*arrived).tolist()) == {Code.TIMEOUT}
         host.store.mapping[int(arrived[2][0, 0])] ^= 1
+        assert host.exchange.complete(*arrived).tolist() == [Code.CORRUPT] + [Code.TIMEOUT] * (N - 1)
+        assert not host.store.exists(OF).any()
         held.signal(signal.SIGCONT)
         assert held.wait() == 0
     host.store.pool.maintain()
@@ -103,3 +104,29 @@ def test_a_reader_that_dies_while_it_seals_leaves_whole_blocks_or_none(
     settle(host.store)
     assert host.store.exists(OF).tolist() == [i < sealed for i in range(N)]
     check_nothing_left(host.store)
+
+
+def _is_free(host: Host) -> bool:
+    """Whether a thread of this process could enter a section now."""
+    mutex = host.store.pool._mutex
+    if not mutex.acquire(blocking=False):
+        return False
+    mutex.release()
+    return True
+
+
+def test_nobody_waits_for_the_checking(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's scheduler uses the same store: while bytes are checked, the process's turn at the pool is free."""
+    host = make_host()
+    free: list[bool] = []
+    plain = exchange.check_parts
+
+    def watched(*args: object) -> None:
+        other = threading.Thread(target=lambda: free.append(_is_free(host)))
+        other.start()
+        other.join()
+        plain(*args)
+
+    monkeypatch.setattr(exchange, "check_parts", watched)
+    assert host.exchange.complete(*arrive(host.store)).tolist() == [Code.OK] * N
+    assert free == [True]
