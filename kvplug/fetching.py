@@ -34,10 +34,10 @@ import numpy.typing as npt
 
 from kvplug.config import Config
 from kvplug.errors import Code, StoreClosedError
-from kvplug.exchange import PoolExchange
-from kvplug.holders import Holders
+from kvplug.fetchprocess import FetchProcess
+from kvplug.holders import Sources, Standing
 from kvplug.rdma.protocol import MAX_KEYS
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.speed import Measured
 from kvplug.store import KvStore
 from kvplug.wanted import Fetch, Outcome, Plan, Planner, Wanted, leading
 
@@ -80,12 +80,14 @@ _COUNTED: Final = {
 class Fetcher:
     """What fetches for one engine process's store. Thread-safe. A copy that a fork made fetches nothing."""
 
-    def __init__(self, store: KvStore, config: Config) -> None:
-        """Raises ConfigError: a directory_url that can't be used. Close it before the store."""
+    def __init__(self, store: KvStore, config: Config, sources: Sources | None = None) -> None:
+        """``sources``: the other hosts; default: as the settings say, by a process that this starts.
+
+        Raises ConfigError: settings of peers that can't be used. Close it before the store.
+        """
         self._store, self._timeout_s = store, config.fetch_timeout_s
-        exchange = PoolExchange(store)
-        self._most_bytes = int(exchange.data_bytes * MOST_POOL_SHARE)
-        self._holders = Holders(exchange, config)
+        self._most_bytes = int(store.pool.geometry.data_bytes * MOST_POOL_SHARE)
+        self._sources: Sources = FetchProcess(store, config, THREADS) if sources is None else sources
         self._pid = os.getpid()
         self._mutex = threading.RLock()
         self._under_way: dict[bytes, tuple[Fetch, list[Fetch]]] = {}  # by first missing key: it, and who waits for it
@@ -191,7 +193,7 @@ class Fetcher:
             return Outcome.PRESENT
         if self._is_over(fetch):
             return Outcome.TIMEOUT
-        holders, silent = self._holders.who_has(keys, fetch.deadline)
+        holders, silent = self._sources.who_has(keys, fetch.deadline)
         outcome = Outcome.TIMEOUT if silent and not holders else Outcome.MISSING
         while now < most and not self._is_over(fetch):
             plans = [(plan(here | have), peer) for peer, have in holders if not peer.is_down]
@@ -213,7 +215,7 @@ class Fetcher:
     def _is_over(self, fetch: Fetch) -> bool:
         return fetch.unwanted or self._closing.is_set() or time.monotonic() >= fetch.deadline
 
-    def _read(self, fetch: Fetch, peer: Peer, best: Plan, here: npt.NDArray[np.bool_], before: int) -> Outcome:
+    def _read(self, fetch: Fetch, peer: Standing, best: Plan, here: npt.NDArray[np.bool_], before: int) -> Outcome:
         """Read what is missing for this plan from this peer, in slices."""
         keys, plan = fetch.wanted.keys, fetch.wanted.plan
         todo = best.index[~here[best.index]]
@@ -224,11 +226,12 @@ class Fetcher:
         pause_s, turns_without, outcome = PAUSE_FIRST_S, 0, Outcome.FETCHED
         now = plan(here).tokens
         while len(todo) and not self._is_over(fetch):
-            if not _worth(fetch, peer, int(nbytes.sum()), best.tokens - now):
+            if not _worth(fetch, peer.speed, int(nbytes.sum()), best.tokens - now):
                 return Outcome.NOT_WORTH_IT
-            n = _slice(peer, nbytes)
+            n = _slice(peer.speed, nbytes)
             began = time.monotonic()
-            codes = peer.fetch(keys[todo[:n]], max(0.0, fetch.deadline - began), prefix=True)
+            codes, standing = self._sources.fetch(peer.address, keys[todo[:n]], fetch.deadline)
+            peer = standing or peer
             arrived = codes == Code.OK
             with self._mutex:
                 self._counts["fetched_blocks"] += int(arrived.sum())
@@ -282,7 +285,7 @@ class Fetcher:
             return
         self._closing.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._holders.close()
+        self._sources.close()
         deadline = time.monotonic() + CLOSE_S
         with self._mutex:
             running = [future for future in self._running if not future.cancelled()]
@@ -293,15 +296,15 @@ class Fetcher:
         self._pins.close()
 
 
-def _worth(fetch: Fetch, peer: Peer, nbytes: int, tokens: int) -> bool:
+def _worth(fetch: Fetch, speed: Measured, nbytes: int, tokens: int) -> bool:
     """Whether so many bytes of this peer are expected well before so many tokens were computed."""
-    expected = peer.speed.seconds_for(nbytes)
+    expected = speed.seconds_for(nbytes)
     return expected is None or not fetch.tokens_per_s or expected * MARGIN <= tokens / fetch.tokens_per_s
 
 
-def _slice(peer: Peer, nbytes: I64) -> int:
+def _slice(speed: Measured, nbytes: I64) -> int:
     """How many of these blocks to read before looking at the clock again."""
-    rate = peer.speed.bytes_per_s
+    rate = speed.bytes_per_s
     room = FIRST_SLICE_BYTES if rate is None else min(max(int(rate * SLICE_S), FIRST_SLICE_BYTES), MOST_SLICE_BYTES)
     return min(max(1, int(np.searchsorted(np.cumsum(nbytes), room, "right"))), MAX_KEYS)
 

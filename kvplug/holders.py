@@ -1,28 +1,33 @@
-"""Who has blocks that are missing here: the directory's word, or the peers' own where there is none that answers.
+"""Who has blocks that are missing here, and bringing them: the other hosts as one store sees them.
 
-Every answer is a hint. It comes within the deadline whatever the others do: a host that does not answer in time has
-nothing this time, and one that is left alone just now (:attr:`kvplug.rdma.remote.Peer.is_down`) is not asked.
+The directory's word says who has them, or the peers' own where there is no directory that answers. Every answer is a
+hint. It comes within the deadline whatever the others do: a host that does not answer in time has nothing this time,
+and one that is left alone just now (:attr:`kvplug.rdma.remote.Peer.is_down`) is not asked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvplug.config import Config
+from kvplug.errors import Code
 from kvplug.exchange import PoolExchange
 from kvplug.peering import directory_reader, known_peers
 from kvplug.rdma.remote import Peer
+from kvplug.rdma.speed import Measured
 
-__all__ = ["Holders"]
+__all__ = ["Holders", "Sources", "Standing"]
 
 U8 = npt.NDArray[np.uint8]
+I8 = npt.NDArray[np.int8]
 Bools = npt.NDArray[np.bool_]
 
 MAX_ASKED: Final = 8
@@ -33,8 +38,34 @@ MAX_OPEN_PEERS: Final = 64
 """Peers with connections of their own; beyond it the one that was not used for longest hangs up."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Standing:
+    """How a peer is, as of some moment."""
+
+    address: str
+    is_down: bool
+    """Whether it is left alone just now, because it did not answer."""
+    speed: Measured
+
+
+class Sources(Protocol):
+    """Other hosts' blocks. Thread-safe, and nothing raises for what another host does."""
+
+    def who_has(self, keys: U8, deadline: float) -> tuple[list[tuple[Standing, Bools]], bool]:
+        """Peers that have some of these keys ((N, 32) uint8), each with bool[N], and whether some did not answer.
+
+        ``deadline``: of time.monotonic().
+        """
+
+    def fetch(self, address: str, keys: U8, deadline: float) -> tuple[I8, Standing | None]:
+        """Bring a prefix of these from the peer at ``address``: :meth:`Peer.fetch`'s codes, and how it is then."""
+
+    def close(self) -> None:
+        """Hang up; what is under way ends. Idempotent."""
+
+
 class Holders:
-    """The other hosts as one store sees them. Thread-safe."""
+    """The :class:`Sources` of the process that makes it."""
 
     def __init__(self, exchange: PoolExchange, config: Config) -> None:
         """``config`` names peers, a directory, or both. Raises ConfigError for what can't be a directory."""
@@ -47,11 +78,8 @@ class Holders:
         self._closed = False
         self._threads = ThreadPoolExecutor(MAX_ASKED, "kvplug-ask")
 
-    def who_has(self, keys: U8, deadline: float) -> tuple[list[tuple[Peer, Bools]], bool]:
-        """Peers that have some of these keys ((N, 32) uint8), each with bool[N], and whether some did not answer.
-
-        ``deadline``: of time.monotonic().
-        """
+    def who_has(self, keys: U8, deadline: float) -> tuple[list[tuple[Standing, Bools]], bool]:
+        """See :class:`Sources`."""
         found: list[tuple[str, Bools]] = []
         addresses = [peer.address for peer in self._listed.peers()]
         if self._directory is not None:
@@ -64,7 +92,15 @@ class Holders:
         rest = [address for address in dict.fromkeys(addresses) if address not in answered]
         peers = [(peer, have) for address, have in found if have.any() and (peer := self._peer(address)) is not None]
         asked, silent = self._ask(rest, keys, deadline)
-        return peers + asked, silent
+        return [(_standing(peer), have) for peer, have in peers + asked], silent
+
+    def fetch(self, address: str, keys: U8, deadline: float) -> tuple[I8, Standing | None]:
+        """See :class:`Sources`."""
+        peer = self._peer(address)
+        if peer is None:
+            return np.full(len(keys), Code.TIMEOUT, np.int8), None
+        codes = peer.fetch(keys, max(0.0, deadline - time.monotonic()), prefix=True)
+        return codes, _standing(peer)
 
     def _ask(self, addresses: list[str], keys: U8, deadline: float) -> tuple[list[tuple[Peer, Bools]], bool]:
         """The peers' own answers, all asked at once, and whether any gave none."""
@@ -111,3 +147,7 @@ class Holders:
             peer.close()
         if self._directory is not None:
             self._directory.close()
+
+
+def _standing(peer: Peer) -> Standing:
+    return Standing(peer.address, peer.is_down, peer.speed.now)

@@ -6,6 +6,7 @@ link that was slow for a moment would otherwise never be tried again.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from typing import Final
@@ -40,6 +41,20 @@ class Average:
             return self._value if time.monotonic() < self._until else None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """How fast a peer is, as of some moment; None: not known."""
+
+    round_trip_s: float | None
+    """Seconds of a look-up."""
+    bytes_per_s: float | None
+    """Bandwidth of a fetch."""
+
+    def seconds_for(self, nbytes: int) -> float | None:
+        """How long a fetch of so many bytes is expected to take, None if unknown."""
+        return None if self.bytes_per_s is None else (self.round_trip_s or 0.0) + nbytes / self.bytes_per_s
+
+
 class Speed:
     """One peer's."""
 
@@ -48,14 +63,9 @@ class Speed:
         self._bytes_per_s = Average()
 
     @property
-    def round_trip_s(self) -> float | None:
-        """Seconds of a look-up, None if unknown."""
-        return self._round_trip_s.value
-
-    @property
-    def bytes_per_s(self) -> float | None:
-        """Bandwidth of a fetch, None if unknown."""
-        return self._bytes_per_s.value
+    def now(self) -> Measured:
+        """As measured lately."""
+        return Measured(self._round_trip_s.value, self._bytes_per_s.value)
 
     def note_round_trip(self, seconds: float) -> None:
         """A look-up took so long."""
@@ -65,8 +75,3 @@ class Speed:
         """So many bytes took so long to be read, checked and sealed."""
         if nbytes >= TELLING_BYTES and seconds > 0:
             self._bytes_per_s.note(nbytes / seconds)
-
-    def seconds_for(self, nbytes: int) -> float | None:
-        """How long a fetch of so many bytes is expected to take, None if unknown."""
-        rate = self.bytes_per_s
-        return None if rate is None else (self.round_trip_s or 0.0) + nbytes / rate

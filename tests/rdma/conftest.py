@@ -12,7 +12,7 @@ import pytest
 from kvplug.fetching import Fetcher
 from kvplug.shm.jit import warm_up
 from tests.pool.conftest import leave_nothing
-from tests.rdma.fetch_parts import END_S, MakeFetcher
+from tests.rdma.fetch_parts import END_S, MakeFetcher, fetcher_inside
 from tests.rdma.hosts import Host, Proxy, certificates
 from tests.rdma.knocking import opened
 
@@ -50,12 +50,15 @@ def make_host() -> Iterator[Callable[..., Host]]:
 
 @pytest.fixture
 def make_fetcher() -> Iterator[MakeFetcher]:
-    """``make_fetcher(host, *addresses, **settings)``: for the host's store; closed before the hosts are."""
+    """``make_fetcher(host, *addresses, **settings)``: for the host's store; closed before the hosts are.
+
+    It reads the other hosts in this process, where a test can look at it and meddle; an engine's has one of its own.
+    """
     made: list[Fetcher] = []
 
     def make(host: Host, *addresses: str, **settings: Any) -> Fetcher:
         settings = {"fetch_timeout_s": END_S} | settings
-        made.append(Fetcher(host.store, host.config.with_changes(peers=addresses, **settings)))
+        made.append(fetcher_inside(host, host.config.with_changes(peers=addresses, **settings)))
         return made[-1]
 
     yield make

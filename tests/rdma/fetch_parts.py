@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvplug.config import Config
 from kvplug.fetching import Fetch, Fetcher, Outcome, Wanted, leading
+from kvplug.holders import Holders
 from kvplug.rdma.agent import Agent
 from tests.pool.children import check_nothing_left
 from tests.rdma.hosts import BLOCK, Host, until
@@ -16,6 +18,11 @@ SPAN = 16
 END_S = 20.0
 """Longest wait for what ends by itself, on a machine that does other things as well."""
 FAR_LINK = {"agent_pin_share": 1.0, "pin_budget_share": 1.0}
+
+
+def fetcher_inside(host: Host, config: Config) -> Fetcher:
+    """One that starts no process."""
+    return Fetcher(host.store, config, Holders(host.exchange, config))
 
 
 def wanted(of: Any, first: int = 0, nbytes: int = BLOCK) -> Wanted:

@@ -12,9 +12,21 @@ import pytest
 from kvplug import fetching
 from kvplug.errors import Code
 from kvplug.fetching import Fetch, Fetcher, Outcome, Plan, Wanted
+from kvplug.holders import Holders
 from kvplug.peering import directory_publisher
 from kvplug.rdma.remote import Peer
-from tests.rdma.fetch_parts import END_S, FAR_LINK, SPAN, MakeFetcher, MakeHost, ended, sent, settled, wanted
+from tests.rdma.fetch_parts import (
+    END_S,
+    FAR_LINK,
+    SPAN,
+    MakeFetcher,
+    MakeHost,
+    ended,
+    fetcher_inside,
+    sent,
+    settled,
+    wanted,
+)
 from tests.rdma.hosts import BLOCK, Child, Fault, Proxy, keys, put, until
 from tests.rdma.redis_server import RedisServer
 
@@ -79,7 +91,9 @@ def test_the_directory_says_whom_to_ask_and_without_it_the_known_hosts_are_asked
         publisher.start()
         try:
             fetcher = make_fetcher(here, **url)
-            directory = fetcher._holders._directory
+            sources = fetcher._sources
+            assert isinstance(sources, Holders)
+            directory = sources._directory
             assert directory is not None
             until(lambda: directory.lookup(of[:1]).have.any(), END_S)
             fetch = fetcher.start(wanted(of[:20]))
@@ -165,7 +179,7 @@ def test_two_processes_of_one_host_fetch_a_prefix_once(
     read_end, write_end = os.pipe()
 
     def other() -> None:
-        fetcher = Fetcher(here.store, here.config.with_changes(peers=(agent.address,), fetch_timeout_s=END_S))
+        fetcher = fetcher_inside(here, here.config.with_changes(peers=(agent.address,), fetch_timeout_s=END_S))
         os.write(write_end, b"1")
         assert os.read(go_end, 1) == b"1"
         fetch = fetcher.start(wanted(of))
@@ -205,8 +219,10 @@ def test_a_fetch_is_not_begun_where_computing_is_faster(make_host: MakeHost, mak
     agent = there.agent()
     fetcher = make_fetcher(here, agent.address)
     assert ended(fetcher.start(wanted(of[:40]), tokens_per_s=1e4)) is Outcome.FETCHED, "not known yet: tried"
-    (peer,) = fetcher._holders._open.values()
-    rate = peer.speed.bytes_per_s
+    sources = fetcher._sources
+    assert isinstance(sources, Holders)
+    (peer,) = sources._open.values()
+    rate = peer.speed.now.bytes_per_s
     assert rate is not None
     assert rate > 1e6
     peer.speed._bytes_per_s._value = BLOCK * 10.0  # ten blocks a second

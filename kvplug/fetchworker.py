@@ -1,0 +1,97 @@
+"""The process that fetches for one engine process: started by :mod:`kvplug.fetchprocess`, and gone when that is.
+
+It has a store of its own on the same pool, so what it was writing when it died is reclaimed like anybody's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Final
+
+import numpy as np
+
+from kvplug.config import load
+from kvplug.errors import KvplugError
+from kvplug.exchange import PoolExchange
+from kvplug.fetchwords import Begin, Begun, Channel, ChannelError, Fetch, Fetched, Found, Problem, WhoHas, expected
+from kvplug.holders import Holders, Sources
+from kvplug.store import KvStore
+
+__all__ = ["main"]
+
+BEGIN_S: Final = 30.0
+PARENT_LOOK_S: Final = 1.0
+ANSWER_S: Final = 5.0
+"""How long an answer may stand in a socket that nobody reads."""
+
+
+def main() -> None:
+    """``PARENT FD…``: answer on these sockets until one is hung up or the process PARENT is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer; this one ends with it
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
+    parent, *descriptors = map(int, sys.argv[1:])
+    channels = [Channel(socket.socket(fileno=fd)) for fd in descriptors]
+    try:
+        begin = expected(channels[0].receive(time.monotonic() + BEGIN_S), Begin)
+        _serve(begin, parent, channels)
+    except ChannelError:
+        pass  # whoever started this is gone already
+    except KvplugError as error:
+        channels[0].send(Problem(str(error)), time.monotonic() + ANSWER_S)
+    os._exit(0)  # no thread is waited for: each may stand in a call for as long as its deadline says
+
+
+def _serve(begin: Begin, parent: int, channels: list[Channel]) -> None:
+    config = load(**begin.settings)
+    with KvStore(config=config, create=False, _join=(begin.pool_uuid, 0)) as store:
+        sources = Holders(PoolExchange(store), config)
+        over = threading.Event()
+        try:
+            channels[0].send(Begun(), time.monotonic() + ANSWER_S)
+            for channel in channels:
+                threading.Thread(target=_answer, args=(channel, sources, over), daemon=True).start()
+            while os.getppid() == parent and not over.wait(PARENT_LOOK_S):
+                pass
+        finally:
+            sources.close()
+
+
+def _answer(channel: Channel, sources: Sources, over: threading.Event) -> None:
+    """Answer one question after the other, until the other end hangs up: that ends everything."""
+    try:
+        while True:
+            question = channel.receive()
+            answer: Found | Fetched | Problem
+            try:
+                answer = _answer_to(question, sources)
+            except KvplugError as error:
+                answer = Problem(str(error))
+            except BaseException:  # the engine's process counts it, says it, and starts another one
+                channel.send(Problem(traceback.format_exc()), time.monotonic() + ANSWER_S)
+                raise
+            channel.send(answer, time.monotonic() + ANSWER_S)
+    except ChannelError:
+        pass
+    finally:
+        over.set()
+
+
+def _answer_to(question: object, sources: Sources) -> Found | Fetched:
+    if isinstance(question, WhoHas):
+        found, silent = sources.who_has(_keys(question.keys), question.deadline)
+        return Found([(standing, have.tobytes()) for standing, have in found], silent)
+    if isinstance(question, Fetch):
+        codes, standing = sources.fetch(question.address, _keys(question.keys), question.deadline)
+        return Fetched(codes.tobytes(), standing)
+    raise ChannelError(f"nobody asks for a {type(question).__name__} here")
+
+
+def _keys(raw: bytes) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    return np.frombuffer(raw, np.uint8).reshape(-1, 32)
