@@ -256,7 +256,7 @@ class Config(BaseSettings):
             super().__init__(**values)
         except pydantic.ValidationError as error:
             sources = {n: e for n, e in (_sound(_from_file()) | _sound(_from_environment())).items() if n not in values}
-            raise ConfigError(_explained(error.errors()[0], sources)) from None
+            raise ConfigError("; and ".join(_explained(detail, sources) for detail in error.errors())) from None
 
     @pydantic.field_validator("pool")
     @classmethod
@@ -425,7 +425,7 @@ def _sound(layer: tuple[Layer, list[str]]) -> Layer:
     """A layer in which nothing is wrong. Raises ConfigError."""
     found, wrong = layer
     if wrong:
-        raise ConfigError(wrong[0])
+        raise ConfigError("; and ".join(wrong))
     return found
 
 

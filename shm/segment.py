@@ -40,6 +40,7 @@ from kvplug.errors import (
 from kvplug.shm import layout as lay
 from kvplug.shm.layout import Geometry
 from kvplug.shm.liveness import alive_clients, byte_lock_path_fd, close_private, open_private
+from kvplug.sizes import format_size
 
 NAME_LOCK_TIMEOUT_S: Final = 10.0
 POLL_S: Final = 0.002
@@ -125,15 +126,15 @@ def check_space(pool_bytes: int) -> None:
         raise PoolSpaceError(f"{hostmem.DEV_SHM} does not exist: kvplug needs POSIX shared memory")
     if pool_bytes + SPACE_RESERVE_BYTES > space.free_bytes:
         raise PoolSpaceError(
-            f"a pool of {pool_bytes} bytes does not fit: {hostmem.DEV_SHM} has {space.free_bytes} of "
-            f"{space.total_bytes} bytes free. Set a smaller KVPLUG_SIZE, or make it larger (docker: --shm-size or "
-            f"--ipc=host)"
+            f"a pool of {format_size(pool_bytes)} does not fit: {hostmem.DEV_SHM} has {format_size(space.free_bytes)} "
+            f"of {format_size(space.total_bytes)} free. Set a smaller KVPLUG_SIZE, or make it larger (docker: --shm-size "
+            f"or --ipc=host)"
         )
     memory = hostmem.memory()
     if memory.limit_bytes and pool_bytes > memory.limit_bytes - memory.used_bytes:
         raise PoolSpaceError(
-            f"a pool of {pool_bytes} bytes does not fit: {memory.limit_bytes - memory.used_bytes} of "
-            f"{memory.limit_bytes} bytes of memory are free here ({memory.source}). Set a smaller KVPLUG_SIZE"
+            f"a pool of {format_size(pool_bytes)} does not fit: {format_size(memory.limit_bytes - memory.used_bytes)} "
+            f"of {format_size(memory.limit_bytes)} of memory are free here ({memory.source}). Set a smaller KVPLUG_SIZE"
         )
 
 

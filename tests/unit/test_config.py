@@ -302,6 +302,17 @@ def test_what_is_no_setting_but_known_is_left_alone(variable: str, monkeypatch: 
 # ---- what does not fit
 
 
+def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPLUG_SIZE", "30g")
+    monkeypatch.setenv("KVPLUG_POLICY", "newest")
+    with pytest.raises(ConfigError, match=r"'30g'.*; and .*'newest'"):
+        load()
+    monkeypatch.setenv("KVPLUG_SIZ", "1gb")
+    monkeypatch.setenv("KVPLUG_POLIC", "lru")
+    with pytest.raises(ConfigError, match=r"KVPLUG_SIZ .*; and .*KVPLUG_POLIC "):
+        load()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
