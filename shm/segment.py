@@ -127,8 +127,8 @@ def check_space(pool_bytes: int) -> None:
     if pool_bytes + SPACE_RESERVE_BYTES > space.free_bytes:
         raise PoolSpaceError(
             f"a pool of {format_size(pool_bytes)} does not fit: {hostmem.DEV_SHM} has {format_size(space.free_bytes)} "
-            f"of {format_size(space.total_bytes)} free. Set a smaller KVPLUG_SIZE, or make it larger (docker: --shm-size "
-            f"or --ipc=host)"
+            f"of {format_size(space.total_bytes)} free. Set a smaller KVPLUG_SIZE, or make it larger (docker: "
+            f"--shm-size or --ipc=host)"
         )
     memory = hostmem.memory()
     if memory.limit_bytes and pool_bytes > memory.limit_bytes - memory.used_bytes:
