@@ -77,7 +77,7 @@ class SpreadPath(DataPath, Generic[L]):
             return landing
         ends = np.cumsum(wanted.nbytes)
         shares = int(min(self._lanes(), max(1, ends[-1] // SHARE_BYTES), len(wanted)))
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shares) // shares)
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, shares) // shares, "right")
         at_work: list[L] = []
         stuck: list[L] = []
         jobs: list[Future[PeerError | None]] = []
