@@ -72,6 +72,22 @@ def test_an_error_costs_hits_and_nothing_else(
         store.check_integrity()
 
 
+def test_ends_of_loads_that_nobody_waits_for_end_nothing_else(engine: InProcess, warm: list[Case], pool: str) -> None:
+    """vLLM's scheduler asserts that it knows of each: one too many would be the engine's own end."""
+    engine.do("report_too_much")
+    try:
+        for _ in range(3):
+            engine.do("reset")
+            records = engine.each(requests(warm[:3]))
+            agree(warm[:3], records)
+            assert all(record["external"] > 0 for record in records)
+    finally:
+        engine.do("report_as_usual")
+    agree(warm[:1], engine.each(requests(warm[:1])))
+    with attached(pool) as store:
+        eventually("nothing stays pinned", lambda: store.stats().pinned_slots == 0)
+
+
 def test_a_failed_load_of_a_model_of_windows_alone_is_computed_from_the_start(
     start: Callable[..., InProcess], tmp_path: Path, pool: str
 ) -> None:

@@ -10,6 +10,7 @@ test can stop between two steps: that is how an abort falls into the middle of a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -243,6 +244,26 @@ class Driver:
         scheduler.off, scheduler.state.root = False, root
         calls, self.broken_calls = self.broken_calls, 0
         return calls
+
+    def report_too_much(self) -> None:
+        """From now on every step reports each load's end anew, and one of a request that there never was."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        connector = get_kv_transfer_group()
+        plain, ended = connector.get_transfer_results, {"a request that nobody has made"}
+
+        def strange(*args: Any) -> Any:
+            results = plain(*args)
+            ended.update(results.finished_recving or ())
+            return dataclasses.replace(results, finished_recving=set(ended))
+
+        connector.get_transfer_results = strange
+
+    def report_as_usual(self) -> None:
+        """Ends that."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        del get_kv_transfer_group().get_transfer_results
 
     def _sides(self) -> dict[str, Any]:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
