@@ -198,11 +198,15 @@ class Loads:
         record.loads += 1
         state.counts["hit_tokens"] += num_tokens
 
+    def unpin(self, pending: Pending) -> None:
+        """Nobody reads what this job has pinned any more."""
+        pins, pending.pins = pending.pins, []
+        for slots, gens in pins:
+            self._state.store.unpin(slots, gens)
+
     def finished(self, pending: Pending) -> None:
-        """Every rank is through with a load."""
+        """Every rank is through with a load, which is unpinned."""
         store, record = self._state.store, pending.record
-        for slots, gens in pending.pins:
-            store.unpin(slots, gens)
         if not pending.failed:
             return
         self._state.counts["load_failures"] += 1

@@ -5,6 +5,7 @@ It never touches a block's bytes and never waits: a pool that does not answer in
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from kvplug.adapters.vllm.fetches import Fetches
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
 from kvplug.adapters.vllm.requests import LoraIdentities, Record, open_chain
-from kvplug.adapters.vllm.state import EngineState, part_sizes
+from kvplug.adapters.vllm.state import EngineState, Pending, part_sizes
 from kvplug.adapters.vllm.stores import Stores
 from kvplug.config import Config
 from kvplug.errors import ConfigError, KeyFormatError, KvplugError, NamespaceError, UnsupportedEngineError
@@ -286,7 +287,37 @@ class SchedulerSide:
         return record.chain is not None and record.epoch == state.epoch and state.root is not None
 
     def reported(self, report: WorkerReport) -> None:
-        """What the workers have to say after a step."""
+        """What the workers have to say after a step. Whatever goes wrong with some of it, jobs that ended end here."""
+        with contextlib.ExitStack() as ends:
+            for pending in self._ended(report):
+                ends.callback(self._end, pending)
+            self._noted(report)
+
+    def _ended(self, report: WorkerReport) -> list[Pending]:
+        """The jobs that every rank is through with now."""
+        pending = self.state.pending
+        for job_id in report.failed:
+            if job_id in pending:
+                pending[job_id].failed = True
+        for job_id, group, block in report.bad:
+            if job_id in pending:
+                pending[job_id].bad.add((group, block))
+        ended = []
+        for job_id, ranks in report.done.items():
+            if job_id in pending:
+                pending[job_id].ranks_left -= ranks
+                if pending[job_id].ranks_left <= 0:
+                    ended.append(pending.pop(job_id))
+        return ended
+
+    def _end(self, pending: Pending) -> None:
+        self.loads.unpin(pending)
+        try:
+            (self.loads if pending.job.request_id is not None else self.stores).finished(pending)
+        finally:
+            self.stores.let_go(pending)
+
+    def _noted(self, report: WorkerReport) -> None:
         state = self.state
         state.counts.update(report.counts)
         if report.ran and self.fetches is not None:
@@ -294,20 +325,6 @@ class SchedulerSide:
         if report.changed > state.worker_changes:
             state.worker_changes = report.changed
             self.weights_changed("in the workers")
-        for job_id in report.failed:
-            if job_id in state.pending:
-                state.pending[job_id].failed = True
-        for job_id, group, block in report.bad:
-            if job_id in state.pending:
-                state.pending[job_id].bad.add((group, block))
-        for job_id, ranks in report.done.items():
-            pending = state.pending.get(job_id)
-            if pending is None:
-                continue
-            pending.ranks_left -= ranks
-            if pending.ranks_left <= 0:
-                del state.pending[job_id]
-                (self.loads if pending.job.request_id is not None else self.stores).finished(pending)
 
     def new_request(self) -> None:
         """A request was added: a moment at which an engine that was idle gets its held blocks back."""

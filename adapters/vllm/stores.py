@@ -115,7 +115,7 @@ class Stores:
     # -- letting go --------------------------------------------------------------------------------------------------
 
     def finished(self, pending: Pending) -> None:
-        """Every rank is through with a store."""
+        """Every rank is through with a store; its blocks are let go of next."""
         store = self._state.store
         for group in pending.job.groups:
             if pending.cancelled:
@@ -123,14 +123,13 @@ class Stores:
             elif pending.failed:
                 store.abort_batch(group.slots, group.gens, writers_done=True)
                 self._state.counts["not_stored:given_up"] += len(group.slots)
-        self._let_go(pending)
 
     def poll(self) -> None:
         """Lets go of blocks whose slots are sealed. An idle engine has no steps in which the workers could say so."""
         store = self._state.store
         for pending in self._holding():
             if not any(store.still_writing(group.slots, group.gens).any() for group in pending.job.groups):
-                self._let_go(pending)
+                self.let_go(pending)
 
     def cancel_all(self) -> None:
         """Lets go of every block that is held. Slots that are not sealed by now never will be."""
@@ -144,12 +143,13 @@ class Stores:
                     writing |= bool(store.still_writing(group.slots, group.gens).any())
             if writing:  # the abort is queued behind a busy lock, and until it is done these could still be sealed
                 continue
-            self._let_go(pending)
+            self.let_go(pending)
 
     def _holding(self) -> list[Pending]:
         return [pending for pending in self._state.pending.values() if pending.held]
 
-    def _let_go(self, pending: Pending) -> None:
+    def let_go(self, pending: Pending) -> None:
+        """Gives the engine's blocks back that were held for this job. Idempotent."""
         held, pending.held = pending.held, []
         if held:
             self.held -= len(held)

@@ -18,6 +18,9 @@ from tests.vllm_lab.models import MISTRAL
 ANSWER_S = 60.0
 METHODS = [
     *(("scheduler", name) for name in ("matched_tokens", "allocated", "build", "finished", "new_request")),
+    ("scheduler", "_noted"),
+    ("loads", "finished"),
+    ("stores", "finished"),
     *(
         ("worker", name)
         for name in ("submit_loads", "submit_stores", "take_loaded", "take_report", "_load_group", "_store_some")
@@ -30,6 +33,12 @@ def engine(start: Callable[..., InProcess], control: Control) -> InProcess:
     started = start("faulty")
     assert control.engine
     return started.ready()
+
+
+@pytest.fixture(scope="module")
+def free(engine: InProcess) -> int:
+    """Blocks of the engine's own cache that nobody holds."""
+    return int(engine.do("free_blocks"))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +58,9 @@ def warm(engine: InProcess, cases: list[Case], pool: str) -> list[Case]:
     return known
 
 
-@pytest.mark.parametrize(("side", "name"), METHODS, ids=[name for _, name in METHODS])
+@pytest.mark.parametrize(("side", "name"), METHODS, ids=[f"{side}.{name}" for side, name in METHODS])
 def test_an_error_costs_hits_and_nothing_else(
-    engine: InProcess, cases: list[Case], warm: list[Case], pool: str, side: str, name: str
+    engine: InProcess, free: int, cases: list[Case], warm: list[Case], pool: str, side: str, name: str
 ) -> None:
     at = 2 * METHODS.index((side, name))
     pair = cases[at : at + 2]  # one that the pool has, one that it has not
@@ -66,6 +75,7 @@ def test_an_error_costs_hits_and_nothing_else(
     (record,) = records = engine.each(requests(warm[-1:]))
     agree(warm[-1:], records)
     assert record["external"] > 0, "it works again"
+    eventually("the engine has all of its blocks", lambda: engine.do("free_blocks") == free)
     with attached(pool) as store:
         eventually("nothing stays pinned", lambda: store.stats().pinned_slots == 0)
         eventually("nothing stays half-written", lambda: store.stats().writing_slots == 0)

@@ -268,7 +268,13 @@ class Driver:
     def _sides(self) -> dict[str, Any]:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        return {"scheduler": self.core().scheduler.connector._scheduler, "worker": get_kv_transfer_group()._worker}
+        scheduler = self.core().scheduler.connector._scheduler
+        return {
+            "scheduler": scheduler,
+            "loads": scheduler.loads,
+            "stores": scheduler.stores,
+            "worker": get_kv_transfer_group()._worker,
+        }
 
     # -- figures ------------------------------------------------------------------------------------------------
 
