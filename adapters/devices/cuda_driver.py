@@ -101,17 +101,17 @@ class Driver:
         """
         if not len(nbytes):
             return
-        first, failed = c_size_t(0), c_size_t(0)
+        first, failed = c_size_t(0), c_size_t(-1)
         code = self._batch(
             dst.ctypes.data, src.ctypes.data, nbytes.ctypes.data, len(nbytes),
             ctypes.addressof(self._attributes), ctypes.addressof(first), 1, ctypes.addressof(failed), stream,
         )  # fmt: skip
         if code != _SUCCESS:
-            at = int(failed.value)
-            which = f"copy {at} of {len(nbytes)}"
-            if at < len(nbytes):
-                which += f" ({int(nbytes[at])} bytes from {int(src[at]):#x} to {int(dst[at]):#x})"
-            raise DeviceCopyError(f"cuMemcpyBatchAsync: {self._name(code)} at {which}")
+            at, which = failed.value, ""
+            if at < len(nbytes):  # SIZE_MAX: it is no copy's fault
+                ends = f"{int(nbytes[at])} bytes from {int(src[at]):#x} to {int(dst[at]):#x}"
+                which = f" at copy {at} of {len(nbytes)} ({ends})"
+            raise DeviceCopyError(f"cuMemcpyBatchAsync: {self._name(code)}{which}")
 
     def register(self, address: int, nbytes: int) -> tuple[bool, str]:
         """Pins a range of this process's memory for all devices.
