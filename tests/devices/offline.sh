@@ -11,15 +11,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
 
-packages=(
-    annotated-types blake3 msgspec posix_ipc pydantic pydantic-core pydantic-settings python-dotenv
-    typing-extensions typing-inspection
-)
+# With what they need in turn: pydantic works with one version of pydantic-core alone, which is not always the newest.
+packages=(blake3 msgspec posix_ipc pydantic pydantic-settings)
 platforms=()
 for name in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux_2_12 manylinux_2_5 manylinux2014 manylinux1; do
     platforms+=(--platform "${name}_x86_64")
 done
 rm -rf "$root/.offline"
-"$python" -m pip --disable-pip-version-check download -q --only-binary=:all: --no-deps \
+"$python" -m pip --disable-pip-version-check download -q --only-binary=:all: \
     --python-version "$version" --implementation cp "${platforms[@]}" -d "$root/.offline" "${packages[@]}"
 du -sh "$root/.offline"
