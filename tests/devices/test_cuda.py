@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -63,20 +64,33 @@ class TestCuda(Conformance):
         return made
 
 
+@pytest.fixture
+def new_rig() -> Iterator[Callable[..., Rig]]:
+    """Makes rigs, and closes them also where a test fails: a mapping that goes away while it is registered leaves its
+    addresses registered for pages that are no longer there, and the tests after it fail for that."""
+    with contextlib.ExitStack() as rigs:
+
+        def make(**how: Any) -> Rig:
+            rig = rig_of(**how)
+            rigs.callback(rig.copy.close)
+            return rig
+
+        yield make
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("run_bytes", [512, 64 << 10])
 @pytest.mark.parametrize("way", ["copy engines", "kernel", "ring"])
-def test_compute_and_copies_on_their_streams_keep_their_order(way: str, run_bytes: int) -> None:
-    rig = rig_of(**WAYS[way])
-    out = Race(rig, run_bytes).run(RACE_ROUNDS)
-    rig.copy.close()
+def test_compute_and_copies_on_their_streams_keep_their_order(
+    new_rig: Callable[..., Rig], way: str, run_bytes: int
+) -> None:
+    out = Race(new_rig(**WAYS[way]), run_bytes).run(RACE_ROUNDS)
     assert out.wrong == 0, out
     assert out.rounds == RACE_ROUNDS
 
 
 @pytest.mark.timeout(300)
-def test_the_order_holds_for_work_out_of_a_graph() -> None:
-    rig = rig_of(**WAYS["both"])
+def test_the_order_holds_for_work_out_of_a_graph(new_rig: Callable[..., Rig]) -> None:
     graph = torch.cuda.CUDAGraph()
     captured: list[Any] = []
 
@@ -92,28 +106,25 @@ def test_the_order_holds_for_work_out_of_a_graph() -> None:
             captured.append(graph)
         graph.replay()
 
-    out = Race(rig, 4096, compute=compute).run(RACE_ROUNDS)
-    rig.copy.close()
+    out = Race(new_rig(**WAYS["both"]), 4096, compute=compute).run(RACE_ROUNDS)
     assert out.wrong == 0, out
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("way", ["copy engines", "kernel"])
-def test_without_the_waits_the_race_is_lost(way: str) -> None:
+def test_without_the_waits_the_race_is_lost(new_rig: Callable[..., Rig], way: str) -> None:
     """Else the two tests before this one would show nothing."""
-    rig = rig_of(**WAYS[way])
-    out = Race(Rig(without_waits(rig.copy), "cuda", memory=rig.memory, slab_bytes=SLAB_BYTES, large=True), 4096).run(
-        BLIND_ROUNDS
-    )
+    rig = new_rig(**WAYS[way])
+    rig.copy = without_waits(rig.copy)
+    out = Race(rig, 4096).run(BLIND_ROUNDS)
     torch.cuda.synchronize()
-    rig.copy.close()
     assert not out.errors, out
     assert out.stale_stores > 0, out
     assert out.overtaken_reads > 0, out
 
 
-def test_a_mark_counts_another_stream_too() -> None:
-    rig, rng = rig_of(**WAYS["copy engines"]), fresh_rng()
+def test_a_mark_counts_another_stream_too(new_rig: Callable[..., Rig]) -> None:
+    rig, rng = new_rig(**WAYS["copy engines"]), fresh_rng()
     trial = Trial(rig, layout_of(NAMES[0], wide(2)), rng)
     other = torch.cuda.Stream()
     content = torch.from_numpy(rng.integers(0, 256, trial.layout.nbytes, np.uint8))
@@ -127,23 +138,20 @@ def test_a_mark_counts_another_stream_too() -> None:
     written = trial.layout.build(content)
     for at, block in zip(slots.tolist(), range(4), strict=True):
         assert np.array_equal(rig.host[at : at + trial.part_nbytes], written.get(block))
-    rig.copy.close()
 
 
 def test_slabs_are_pinned_when_used_and_given_back() -> None:
     mapping = mmap.mmap(-1, MAPPING_BYTES)
     for _ in range(2):  # the second time fails if the first gave nothing back
-        copy = CudaCopy(memory_of(mapping), 0)
-        rig, rng = Rig(copy, "cuda", memory=mapping, slab_bytes=SLAB_BYTES, large=True), fresh_rng()
-        trial = Trial(rig, layout_of(NAMES[0], wide(2)), rng)
-        assert copy.pins.counts == (0, 0)
-        slots = np.sort(trial.slots(50))[:2]
-        trial.store(np.arange(2), slots)
-        used = len(set((slots // SLAB_BYTES).tolist()))
-        assert copy.pins.counts == (used, 0), copy.pins.refusal
-        registered = mapping_is_registered(copy, memory_of(mapping), int(slots[0]) // SLAB_BYTES)
-        assert registered
-        copy.close()
+        with contextlib.closing(CudaCopy(memory_of(mapping), 0)) as copy:
+            rig, rng = Rig(copy, "cuda", memory=mapping, slab_bytes=SLAB_BYTES, large=True), fresh_rng()
+            trial = Trial(rig, layout_of(NAMES[0], wide(2)), rng)
+            assert copy.pins.counts == (0, 0)
+            slots = np.sort(trial.slots(50))[:2]
+            trial.store(np.arange(2), slots)
+            used = len(set((slots // SLAB_BYTES).tolist()))
+            assert copy.pins.counts == (used, 0), copy.pins.refusal
+            assert mapping_is_registered(copy, memory_of(mapping), int(slots[0]) // SLAB_BYTES)
 
 
 def mapping_is_registered(copy: CudaCopy, memory: HostMemory, slab: int) -> bool:
@@ -164,9 +172,12 @@ def test_from_a_real_pool_and_back_by_what_an_engine_would_get(name: str) -> Non
     arena, on_host = torch.from_numpy(content).cuda(), layout.build(torch.from_numpy(content))
     runs = layout.build(arena).runs
     keys = rng.integers(0, 256, (8, 32), np.uint8)
-    with temporary_pool("gpu") as pool:
-        store = KvStore(config=configuration.load(pool=pool, size="256mib", cuda="on", verify="always"))
+    with contextlib.ExitStack() as ends:
+        pool = ends.enter_context(temporary_pool("gpu"))
+        settings = configuration.load(pool=pool, size="256mib", cuda="on", verify="always")
+        store = ends.enter_context(contextlib.closing(KvStore(config=settings)))
         copy = for_device(str(arena.device), store, [runs])
+        ends.callback(copy.close)  # before the pool is unmapped
         assert isinstance(copy, CudaCopy)
         print(copy.describe())
         batch = store.reserve_batch(keys, [runs.part_nbytes])
@@ -185,8 +196,6 @@ def test_from_a_real_pool_and_back_by_what_an_engine_would_get(name: str) -> Non
         for block in range(8):
             assert np.array_equal(back.get(16 + block), on_host.get(block))
         assert copy.pins.counts[0] > 0, copy.pins.refusal
-        copy.close()
-        store.close()
 
 
 def test_the_check_at_start_notices_copies_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +215,10 @@ def test_the_check_at_start_notices_copies_that_are_wrong(monkeypatch: pytest.Mo
         cuda_check.check(0, [runs], ALWAYS_DMA)
 
 
-def test_an_error_on_the_way_is_typed_and_the_next_copy_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig, rng = rig_of(**WAYS["copy engines"]), fresh_rng()
+def test_an_error_on_the_way_is_typed_and_the_next_copy_works(
+    new_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, rng = new_rig(**WAYS["copy engines"]), fresh_rng()
     trial = Trial(rig, layout_of(NAMES[0], wide(2)), rng)
     blocks = np.arange(4)
 
@@ -220,4 +231,3 @@ def test_an_error_on_the_way_is_typed_and_the_next_copy_works(monkeypatch: pytes
             trial.store(blocks, trial.slots(4))
     trial.store(blocks, trial.slots(4))
     trial.load(trial.slots(4), blocks)
-    rig.copy.close()
