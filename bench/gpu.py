@@ -162,6 +162,26 @@ def one_way(bed: Bed, copy: Any, report: Report) -> None:
     )
 
 
+def reasons(bed: Bed, copy: Any, report: Report) -> None:
+    """What a ratio below its limit comes from: the mapping's pages, or the batches; and what the driver offers else."""
+    slab, block, layers = bed.runs(1, SLAB_BYTES), bed.runs(1, SIZES[0]), bed.runs(LAYERS, 32 * KIB)
+    for name, runs in (("whole slabs", slab), ("blocks of 256 KiB", block), ("layers of 32 KiB runs", layers)):
+        ids, slots = bed.batch(runs.part_nbytes)
+        said = []
+        for order, flags, how in ((1, 0, "as is"), (3, 0, "source in any order"), (1, 1, "overlap asked for")):
+            attributes = copy.driver._attributes
+            attributes.src_access_order, attributes.flags = order, flags
+            try:
+                taken = timed(
+                    lambda runs=runs, ids=ids, slots=slots: copy.store_unhashed(runs, ids, slots, None),
+                    lambda runs=runs, ids=ids, slots=slots: copy.load(runs, slots, ids, None),
+                )
+            finally:
+                attributes.src_access_order, attributes.flags = 1, 0
+            said.append(f"{how} {' and '.join(rate(TOTAL_BYTES, seconds) for seconds in taken)}")
+        report.say(f"{name} by DMA, store and load: {', '.join(said)}")
+
+
 def both_ways(bed: Bed, copy: Any, report: Report) -> None:
     out, back = bed.runs(1, SIZES[0]), bed.runs(1, SIZES[0], half=1)
     (ids, slots), (others, sources) = bed.batch(SIZES[0]), bed.batch(SIZES[0], half=1)
@@ -349,10 +369,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit(f"bench-gpu: torch {torch.__version__} finds no CUDA device")
     from kvplug.adapters.devices.cuda import CudaCopy
-    from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA
+    from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA, Choice
 
     report, bed = Report(), Bed()
-    choice = by_length(report)
+    try:
+        choice = by_length(report)
+    except Exception as error:  # noqa: BLE001 - the other figures are wanted all the same
+        choice = Choice()
+        report.say(f"FAILED: {type(error).__name__}: {error}; going on with {choice}")
     ways = {
         "chosen": CudaCopy(bed.memory, 0, choice),
         "kernel": CudaCopy(bed.memory, 0, NEVER_DMA),
@@ -363,11 +387,12 @@ def main() -> int:
         lambda: both_ways(bed, ways["chosen"], report),
         lambda: small_runs(bed, ways, report),
         lambda: launches(bed, ways, report),
+        lambda: reasons(bed, ways["DMA"], report),
         lambda: slowdown(bed, ways, report),
         lambda: programs(bed, report),
         lambda: host_side(bed, ways, report),
     )
-    failed = 0
+    failed = int(bool(report.lines and report.lines[-1].startswith("FAILED")))
     for step in steps:
         try:
             step()

@@ -105,7 +105,8 @@ static CUresult batch_12080(
     if (!stream || stream == CU_STREAM_LEGACY || !count || !num_attrs || num_attrs > count || first[0] != 0)
         return CUDA_ERROR_INVALID_VALUE;
     standin.order = attrs[0].srcAccessOrder;
-    if (attrs[0].srcAccessOrder < CU_MEMCPY_SRC_ACCESS_ORDER_STREAM || attrs[0].flags ||
+    if (attrs[0].srcAccessOrder < CU_MEMCPY_SRC_ACCESS_ORDER_STREAM ||
+        attrs[0].flags > CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE ||
         attrs[0].srcAccessOrder > CU_MEMCPY_SRC_ACCESS_ORDER_ANY || attrs[0].srcLocHint.type ||
         attrs[0].srcLocHint.id || attrs[0].dstLocHint.type || attrs[0].dstLocHint.id)
         return CUDA_ERROR_INVALID_VALUE;
