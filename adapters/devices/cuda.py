@@ -76,6 +76,14 @@ class CudaLane(Lane):
             return
 
 
+def new_lanes(index: int) -> dict[bool, Lane]:
+    """Both lanes of a device. torch hands out 32 streams by turns, the engine's among them: whoever takes many comes
+    round to one that the engine computes on."""
+    device = torch.device("cuda", index)
+    with torch.cuda.device(device):
+        return {to_slots: CudaLane(device) for to_slots in (True, False)}
+
+
 class CudaCopy(StreamCopy):
     """Copies for one device. Thread-safe; a store and a load run beside each other."""
 
@@ -87,6 +95,7 @@ class CudaCopy(StreamCopy):
         *,
         pin: bool = True,
         kernels: bool = True,
+        lanes: dict[bool, Lane] | None = None,
     ) -> None:
         """
         Args:
@@ -95,11 +104,12 @@ class CudaCopy(StreamCopy):
             choice: what was measured; defaults otherwise.
             pin: False: as if the driver refused to register memory.
             kernels: False: as if there were no Triton.
+            lanes: of copies that were closed, to be used again; new ones otherwise.
         """
         self.index = index
         self._device = torch.device("cuda", index)
         with torch.cuda.device(self._device):
-            lanes: dict[bool, Lane] = {True: CudaLane(self._device), False: CudaLane(self._device)}
+            lanes = lanes or new_lanes(index)
             torch.cuda.synchronize(self._device)  # what the buffers' memory was before is over, on every stream
             driver = Driver(index)
         launcher = _kernels(self._device) if kernels and driver.kernels_reach_host else None

@@ -11,15 +11,15 @@ import contextlib
 import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from kvplug.adapters.devices.base import ByteRuns, Int64s
-from kvplug.adapters.devices.cuda import CudaCopy
+from kvplug.adapters.devices.cuda import CudaCopy, new_lanes
 from kvplug.adapters.devices.planning import HostMemory, dma_from_bytes, like, signature
-from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA, Choice
+from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA, Choice, Lane
 from kvplug.errors import DeviceCopyError, KvplugError
 from kvplug.shm.copy import gather_runs, scatter_runs
 
@@ -31,6 +31,9 @@ CHECKED_BYTES = 8 << 20
 CHECKED_BLOCKS = 7
 PAGE_BYTES = 4096
 
+Lanes: TypeAlias = "dict[bool, Lane] | None"
+"""What :class:`CudaCopy` takes."""
+
 
 def start(memory: HostMemory, index: int, layouts: Sequence[ByteRuns]) -> CudaCopy:
     """Copies for the engine on device ``index``, measured and checked in these layouts.
@@ -38,9 +41,10 @@ def start(memory: HostMemory, index: int, layouts: Sequence[ByteRuns]) -> CudaCo
     Raises DeviceCopyError or UnsupportedEngineError with the reason why CUDA copies can't be used here.
     """
     try:
-        choice, kernels = measure(index)
-        check(index, layouts, choice, kernels=kernels)
-        return CudaCopy(memory, index, choice, kernels=kernels)
+        lanes = new_lanes(index)
+        choice, kernels = measure(index, lanes=lanes)
+        check(index, layouts, choice, kernels=kernels, lanes=lanes)
+        return CudaCopy(memory, index, choice, kernels=kernels, lanes=lanes)
     except KvplugError:
         raise
     except Exception as error:
@@ -80,9 +84,9 @@ def copies(scratch: Scratch, index: int, choice: Choice, **how: Any) -> Iterator
 # -- the choice ------------------------------------------------------------------------------------------------------
 
 
-def measure(index: int, sizes: Sequence[int] = SIZES) -> tuple[Choice, bool]:
+def measure(index: int, sizes: Sequence[int] = SIZES, *, lanes: Lanes = None) -> tuple[Choice, bool]:
     """(which runs the copy engines move faster than the kernel on this device and host, whether the kernel works)."""
-    found = timings(index, sizes)
+    found = timings(index, sizes, lanes=lanes)
     if len(found) < 4:  # one way only: there is nothing to choose
         return Choice(), (True, "kernel") in found
     stores, loads = (
@@ -91,7 +95,7 @@ def measure(index: int, sizes: Sequence[int] = SIZES) -> tuple[Choice, bool]:
     return Choice(stores, loads), True
 
 
-def timings(index: int, sizes: Sequence[int] = SIZES) -> dict[tuple[bool, str], list[float]]:
+def timings(index: int, sizes: Sequence[int] = SIZES, *, lanes: Lanes = None) -> dict[tuple[bool, str], list[float]]:
     """Seconds that MEASURED_BYTES take in runs of each length, by (to slots, "dma" or "kernel").
 
     A way that is not there, or a kernel that can't be compiled, has no entry: what is left must pass the check alone.
@@ -99,7 +103,7 @@ def timings(index: int, sizes: Sequence[int] = SIZES) -> dict[tuple[bool, str], 
     scratch, rng = Scratch(index, MEASURED_BYTES, MEASURED_BYTES + SPARE_BYTES), np.random.default_rng(0)
     out: dict[tuple[bool, str], list[float]] = {}
     for name, choice in (("dma", ALWAYS_DMA), ("kernel", NEVER_DMA)):
-        with copies(scratch, index, choice) as copy:
+        with copies(scratch, index, choice, lanes=lanes) as copy:
             if (name == "dma" and not copy.driver.has_batches) or (name == "kernel" and copy.kernels is None):
                 continue
             for to_slots in (True, False):
@@ -129,7 +133,9 @@ def _time(copy: CudaCopy, scratch: Scratch, size: int, to_slots: bool, rng: np.r
 # -- the check -------------------------------------------------------------------------------------------------------
 
 
-def check(index: int, layouts: Sequence[ByteRuns], choice: Choice, *, kernels: bool = True) -> None:
+def check(
+    index: int, layouts: Sequence[ByteRuns], choice: Choice, *, kernels: bool = True, lanes: Lanes = None
+) -> None:
     """Random bytes to slots and back in each of these layouts. DeviceCopyError, with the first difference."""
     distinct = {signature(runs): runs for runs in layouts if len(runs.nbytes) and runs.part_nbytes}
     rng = np.random.default_rng()
@@ -140,7 +146,7 @@ def check(index: int, layouts: Sequence[ByteRuns], choice: Choice, *, kernels: b
         each = -(-part // 64) * 64
         scratch = Scratch(index, device_bytes, 2 * (-(-blocks // 2) + 1) * each)
         for way, pin in (("pinned slots", True), ("the ring", False)):
-            with copies(scratch, index, choice, pin=pin, kernels=kernels) as copy:
+            with copies(scratch, index, choice, pin=pin, kernels=kernels, lanes=lanes) as copy:
                 _there_and_back(copy, scratch, like(runs, blocks, scratch.device.data_ptr())[0], blocks, way, rng)
 
 
