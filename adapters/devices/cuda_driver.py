@@ -18,6 +18,10 @@ LIBRARY = "libcuda.so.1"
 BATCH_SINCE = 12080
 """CUDA 12.8 brought cuMemcpyBatchAsync; asked for by that version, it keeps that version's arguments."""
 
+FIRST_COPIES, MOST_COPIES = 64, 1024
+"""Of one call: a driver begins a call's copies when it has taken all of them, half a microsecond each. So the first
+call is short, the next ones are taken while the copy engines are busy, and many copies are not many calls."""
+
 _SUCCESS = 0
 _ALREADY_REGISTERED = 712
 _PORTABLE_AND_MAPPED = 1 | 2
@@ -99,15 +103,19 @@ class Driver:
             nbytes: int64[N], none of them 0.
             stream: a CUstream, not the default one.
         """
-        if not len(nbytes):
-            return
-        first, failed = c_size_t(0), c_size_t(-1)
+        begin, count = 0, FIRST_COPIES
+        while begin < len(nbytes):
+            self._call_batch(dst, src, nbytes, begin, min(begin + count, len(nbytes)), stream)
+            begin, count = begin + count, min(2 * count, MOST_COPIES)
+
+    def _call_batch(self, dst: Int64s, src: Int64s, nbytes: Int64s, begin: int, end: int, stream: int) -> None:
+        first, failed, skip = c_size_t(0), c_size_t(-1), 8 * begin
         code = self._batch(
-            dst.ctypes.data, src.ctypes.data, nbytes.ctypes.data, len(nbytes),
+            dst.ctypes.data + skip, src.ctypes.data + skip, nbytes.ctypes.data + skip, end - begin,
             ctypes.addressof(self._attributes), ctypes.addressof(first), 1, ctypes.addressof(failed), stream,
         )  # fmt: skip
         if code != _SUCCESS:
-            at, which = failed.value, ""
+            at, which = begin + failed.value, ""
             if at < len(nbytes):  # SIZE_MAX: it is no copy's fault
                 ends = f"{int(nbytes[at])} bytes from {int(src[at]):#x} to {int(dst[at]):#x}"
                 which = f" at copy {at} of {len(nbytes)} ({ends})"

@@ -140,21 +140,22 @@ def batch_of(content: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray, np.ndar
     return (words(target.ctypes.data), words(content.ctypes.data), words(content.nbytes)), target
 
 
-def test_a_batch_arrives_whole(standin: Standin) -> None:
+def test_a_batch_arrives_whole_in_calls_that_grow(standin: Standin) -> None:
     driver, rng = Driver(0), np.random.default_rng(0)
     source, target = rng.integers(0, 256, 1 << 20, np.uint8), np.zeros(1 << 20, np.uint8)
     nbytes = rng.integers(1, 500, 2000)
     at, to = np.cumsum(nbytes) - nbytes, rng.permutation(2000) * 512
     driver.copy_batch(target.ctypes.data + to, source.ctypes.data + at, nbytes, STREAM)
     seen = standin.seen
-    assert (seen.count, seen.num_attrs, seen.order, seen.stream, seen.batches) == (2000, 1, 1, STREAM, 1)
+    assert (seen.num_attrs, seen.order, seen.stream) == (1, 1, STREAM)
+    assert (seen.batches, seen.count) == (6, 2000 - 64 - 128 - 256 - 512 - 1024)
     expected = np.zeros_like(target)
     for begin, goes, length in zip(at.tolist(), to.tolist(), nbytes.tolist(), strict=True):
         expected[goes : goes + length] = source[begin : begin + length]
     assert np.array_equal(target, expected)
     none = words()
     driver.copy_batch(none, none, none, STREAM)
-    assert seen.batches == 1
+    assert seen.batches == 6
 
 
 def test_what_is_refused_is_named(standin: Standin) -> None:
@@ -165,6 +166,11 @@ def test_what_is_refused_is_named(standin: Standin) -> None:
     said = rf"CUDA_ERROR_INVALID_VALUE at copy 2 of 3 \(800 bytes from {given[1][0]:#x}"
     with pytest.raises(DeviceCopyError, match=said):
         driver.copy_batch(*three, STREAM)
+    many = [np.repeat(numbers, 150) for numbers in given]
+    many[2][100] = 0  # in the second call, where it is the 36th
+    standin.seen.refuse_at = 1000
+    with pytest.raises(DeviceCopyError, match=r"at copy 100 of 150 \(0 bytes"):
+        driver.copy_batch(*many, STREAM)
     with pytest.raises(DeviceCopyError, match=r"cuMemcpyBatchAsync: CUDA_ERROR_INVALID_VALUE$"):
         driver.copy_batch(*given, 0)  # the default stream: the driver says that it is no copy's fault
 
