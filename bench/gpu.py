@@ -164,20 +164,27 @@ def one_way(bed: Bed, copy: Any, report: Report) -> None:
 
 def reasons(bed: Bed, copy: Any, report: Report) -> None:
     """What a ratio below its limit comes from: the mapping's pages, or the batches; and what the driver offers else."""
+    from kvplug.adapters.devices import cuda_driver
+
     slab, block, layers = bed.runs(1, SLAB_BYTES), bed.runs(1, SIZES[0]), bed.runs(LAYERS, 32 * KIB)
     for name, runs in (("whole slabs", slab), ("blocks of 256 KiB", block), ("layers of 32 KiB runs", layers)):
         ids, slots = bed.batch(runs.part_nbytes)
         said = []
-        for order, flags, how in ((1, 0, "as is"), (3, 0, "source in any order"), (1, 1, "overlap asked for")):
-            attributes = copy.driver._attributes
-            attributes.src_access_order, attributes.flags = order, flags
+        for order, flags, first, how in (
+            (1, 0, cuda_driver.FIRST_COPIES, "as is"),
+            (1, 0, 1 << 30, "in one call"),
+            (3, 0, cuda_driver.FIRST_COPIES, "source in any order"),
+            (1, 1, cuda_driver.FIRST_COPIES, "overlap asked for"),
+        ):
+            attributes, usual = copy.driver._attributes, cuda_driver.FIRST_COPIES
+            attributes.src_access_order, attributes.flags, cuda_driver.FIRST_COPIES = order, flags, first
             try:
                 taken = timed(
                     lambda runs=runs, ids=ids, slots=slots: copy.store_unhashed(runs, ids, slots, None),
                     lambda runs=runs, ids=ids, slots=slots: copy.load(runs, slots, ids, None),
                 )
             finally:
-                attributes.src_access_order, attributes.flags = 1, 0
+                attributes.src_access_order, attributes.flags, cuda_driver.FIRST_COPIES = 1, 0, usual
             said.append(f"{how} {' and '.join(rate(TOTAL_BYTES, seconds) for seconds in taken)}")
         report.say(f"{name} by DMA, store and load: {', '.join(said)}")
 

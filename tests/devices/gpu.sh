@@ -37,8 +37,8 @@ everything() {
     local end=$((SECONDS + ${1:-560})) logs=${OUT:-$root/bench/results} rows=() failed=0
     mkdir -p "$logs"
     nvidia-smi --query-gpu=name,driver_version,pcie.link.gen.max,pcie.link.width.current --format=csv,noheader || true
-    "$python" -c 'import numba, numpy, pytest, torch; print(*(f"{m.__name__} {m.__version__}" for m in (
-        torch, numpy, numba, pytest)), "CUDA", torch.version.cuda)' || true
+    "$python" -c 'import importlib.metadata as m, sys; print(sys.version.split()[0], *(f"{d.name} {d.version}"
+        for name in ("torch", "triton", "numpy", "numba", "pytest") for d in m.distributions(name=name)))' || true
 
     part() { # NAME SECONDS ARGUMENTS OF PYTHON
         local name=$1 most=$2 left=$((end - SECONDS)) began=$SECONDS status=0 said
