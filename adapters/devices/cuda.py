@@ -22,8 +22,11 @@ class CudaLane(Lane):
     def __init__(self, device: Any) -> None:
         super().__init__()
         self.stream = torch.cuda.Stream(device=device)
-        self._host_jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, pin_memory=True)
-        self._jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, device=device)
+        with torch.inference_mode(
+            False
+        ):  # else an engine that makes us in that mode makes them read-only outside of it
+            self._host_jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, pin_memory=True)
+            self._jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, device=device)
         self._ends: list[Any] = []
         self._ring = torch.empty(0, dtype=torch.uint8)
 

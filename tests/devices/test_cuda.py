@@ -20,7 +20,7 @@ from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA, Choice  # noq
 from kvplug.errors import Code, DeviceCopyError  # noqa: E402
 from kvplug.store import KvStore  # noqa: E402
 from tests.devices.conformance import Conformance, Rig, Trial, fresh_rng  # noqa: E402
-from tests.devices.layouts import NAMES, layout_of, wide  # noqa: E402
+from tests.devices.layouts import NAMES, layout_of, narrow, wide  # noqa: E402
 from tests.devices.races import Race, without_waits  # noqa: E402
 from tests.vllm_lab.env import temporary_pool  # noqa: E402
 
@@ -138,6 +138,16 @@ def test_a_mark_counts_another_stream_too(new_rig: Callable[..., Rig]) -> None:
     written = trial.layout.build(content)
     for at, block in zip(slots.tolist(), range(4), strict=True):
         assert np.array_equal(rig.host[at : at + trial.part_nbytes], written.get(block))
+
+
+def test_what_is_made_in_inference_mode_copies_outside_of_it(new_rig: Callable[..., Rig]) -> None:
+    """Engines compute in that mode, and copy threads are never in it."""
+    with torch.inference_mode():
+        rig = new_rig(**WAYS["kernel"])
+    trial = Trial(rig, layout_of(NAMES[0], narrow(2)), fresh_rng())
+    slots = trial.slots(4)
+    trial.store(np.arange(4), slots)
+    trial.load(slots, np.arange(4, 8))
 
 
 def test_slabs_are_pinned_when_used_and_given_back() -> None:
