@@ -25,10 +25,10 @@ class CudaLane(Lane):
         with torch.inference_mode(
             False
         ):  # else an engine that makes us in that mode makes them read-only outside of it
-            self._host_jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, pin_memory=True)
+            self._host_jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, device="cpu", pin_memory=True)
             self._jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, device=device)
         self._ends: list[Any] = []
-        self._ring = torch.empty(0, dtype=torch.uint8)
+        self._ring = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     @property
     def handle(self) -> Any:
@@ -68,7 +68,7 @@ class CudaLane(Lane):
         """See :meth:`Lane.halves`; pinned."""
         half = max(RING_HALF_BYTES, nbytes)
         if self._ring.numel() < 2 * half:
-            self._ring = torch.empty(2 * half, dtype=torch.uint8, pin_memory=True)
+            self._ring = torch.empty(2 * half, dtype=torch.uint8, device="cpu", pin_memory=True)
         return self._ring.data_ptr(), self._ring.numel() // 2
 
     def settle(self) -> None:

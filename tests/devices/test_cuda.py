@@ -140,9 +140,9 @@ def test_a_mark_counts_another_stream_too(new_rig: Callable[..., Rig]) -> None:
         assert np.array_equal(rig.host[at : at + trial.part_nbytes], written.get(block))
 
 
-def test_what_is_made_in_inference_mode_copies_outside_of_it(new_rig: Callable[..., Rig]) -> None:
-    """Engines compute in that mode, and copy threads are never in it."""
-    with torch.inference_mode():
+def test_what_is_made_in_an_engines_modes_copies_outside_of_them(new_rig: Callable[..., Rig]) -> None:
+    """Engines compute in inference mode and build models with the device as the default; copy threads do neither."""
+    with torch.inference_mode(), torch.device("cuda"):
         rig = new_rig(**WAYS["kernel"])
     trial = Trial(rig, layout_of(NAMES[0], narrow(2)), fresh_rng())
     slots = trial.slots(4)
