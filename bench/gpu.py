@@ -307,7 +307,8 @@ def by_length(report: Report) -> Any:
             f"{size // KIB} KiB {rate(cuda_check.MEASURED_BYTES, one)}"
             for size, one in zip(cuda_check.SIZES, seconds, strict=True)
         )
-        report.say(f"{'stores' if to_slots else 'loads'} of 16 MiB by {name}, by length of the runs: {text}")
+        what = f"{'stores' if to_slots else 'loads'} of {cuda_check.MEASURED_BYTES // MIB} MiB by {name}"
+        report.say(f"{what}, by length of the runs: {text}")
     again = [cuda_check.measure(0) for _ in range(3)]
     choice, kernels = again[-1]
     report.say(f"chosen: {choice}, kernel {'works' if kernels else 'DOES NOT WORK'}")

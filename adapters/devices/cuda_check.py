@@ -24,9 +24,10 @@ from kvplug.errors import DeviceCopyError, KvplugError
 from kvplug.shm.copy import gather_runs, scatter_runs
 
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10)
-MEASURED_BYTES = 16 << 20
+MEASURED_BYTES = 32 << 20
+"""So much takes more than half a millisecond: what a call and a wake-up cost does not decide."""
 SPARE_BYTES = 2 << 20
-REPEATS = 3
+REPEATS = 5
 CHECKED_BYTES = 8 << 20
 CHECKED_BLOCKS = 7
 PAGE_BYTES = 4096

@@ -18,7 +18,7 @@ LIBRARY = "libcuda.so.1"
 BATCH_SINCE = 12080
 """CUDA 12.8 brought cuMemcpyBatchAsync; asked for by that version, it keeps that version's arguments."""
 
-FIRST_COPIES, MOST_COPIES = 64, 1024
+FIRST_COPIES, MOST_COPIES = 16, 1024
 """Of one call: a driver begins a call's copies when it has taken all of them, half a microsecond each. So the first
 call is short, the next ones are taken while the copy engines are busy, and many copies are not many calls."""
 
@@ -106,7 +106,7 @@ class Driver:
         begin, count = 0, FIRST_COPIES
         while begin < len(nbytes):
             self._call_batch(dst, src, nbytes, begin, min(begin + count, len(nbytes)), stream)
-            begin, count = begin + count, min(2 * count, MOST_COPIES)
+            begin, count = begin + count, min(4 * count, MOST_COPIES)
 
     def _call_batch(self, dst: Int64s, src: Int64s, nbytes: Int64s, begin: int, end: int, stream: int) -> None:
         first, failed, skip = c_size_t(0), c_size_t(-1), 8 * begin
