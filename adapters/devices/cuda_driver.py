@@ -19,8 +19,9 @@ BATCH_SINCE = 12080
 """CUDA 12.8 brought cuMemcpyBatchAsync; asked for by that version, it keeps that version's arguments."""
 
 FIRST_COPIES, MOST_COPIES = 16, 1024
-"""Of one call: a driver begins a call's copies when it has taken all of them, half a microsecond each. So the first
-call is short, the next ones are taken while the copy engines are busy, and many copies are not many calls."""
+"""Of one call. No document says so, but by what vLLM's developers measured on an H100 a driver begins a call's copies
+when it has taken all of them, half a microsecond each. So the first call is short, and the next ones are taken while
+the copy engines are busy; bench-gpu shows it beside one call for all."""
 
 _SUCCESS = 0
 _ALREADY_REGISTERED = 712
