@@ -22,9 +22,8 @@ class CudaLane(Lane):
     def __init__(self, device: Any) -> None:
         super().__init__()
         self.stream = torch.cuda.Stream(device=device)
-        with torch.inference_mode(
-            False
-        ):  # else an engine that makes us in that mode makes them read-only outside of it
+        # An engine may make us in inference mode, and what is made in it can't be written outside of it.
+        with torch.inference_mode(False):
             self._host_jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, device="cpu", pin_memory=True)
             self._jobs = torch.empty(2 * MOST_BLOCKS, dtype=torch.int64, device=device)
         self._ends: list[Any] = []
