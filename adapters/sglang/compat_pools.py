@@ -136,8 +136,8 @@ def _plain(pool: Any, layers: Mapping[int, int], page: int) -> list[LayerBuffer]
         if pool.is_quantized_kv_cache or pool.kv_cache_layout not in ("nhd", "hnd"):
             raise UnsupportedEngineError(f"an MHA page pool that is quantised or laid out as {pool.kv_cache_layout!r}")
         heads = pool.head_num
-        rows = 1 if pool.kv_cache_layout == "hnd" else page
-        inner = (heads, page) if rows == 1 else (heads,)
+        by_heads = pool.kv_cache_layout == "hnd"  # a row is a page then, else a token: of pages of one token, too
+        rows, inner = (1, (heads, page)) if by_heads else (page, (heads,))
         expected = [(*inner, pool.head_dim), (*inner, pool.v_head_dim)]
         buffers = [pool.k_buffer, pool.v_buffer]
     elif type(pool) is MLATokenToKVPool:

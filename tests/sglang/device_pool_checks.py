@@ -47,10 +47,11 @@ class Model:
 
     def __init__(self, kvcache: Any, *more: ComponentType, req_to_token_pool: Any = None, **params: Any) -> None:
         self.kvcache = kvcache
+        self.page_tokens = int(getattr(kvcache, "page_size", PAGE))
         self.components = {ComponentType.FULL, *more}
         self.states = req_to_token_pool
         self.params = SimpleNamespace(
-            page_size=PAGE,
+            page_size=self.page_tokens,
             pp_size=1,
             token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: kvcache),
             req_to_token_pool=req_to_token_pool,
@@ -72,8 +73,8 @@ class Model:
         elif hasattr(pool, "full_kv_pool"):
             pool = pool.full_kv_pool
         if isinstance(pool, MLATokenToKVPool):
-            return [(tensor, PAGE) for tensor in pool.kv_buffer]
-        rows = 1 if pool.kv_cache_layout == "hnd" else PAGE
+            return [(tensor, self.page_tokens) for tensor in pool.kv_buffer]
+        rows = 1 if pool.kv_cache_layout == "hnd" else self.page_tokens
         return [(tensor, rows) for tensor in (*pool.k_buffer, *pool.v_buffer)]
 
     def sources(self) -> list[str]:
@@ -93,6 +94,11 @@ class Model:
 
 def mha(**more: Any) -> Model:
     return Model(MHATokenToKVPool(PAGES * PAGE, **BASE, **HEADS, layer_num=LAYERS, **more))
+
+
+def one_token_a_page(kind: type, **sizes: Any) -> Model:
+    """SGLang's default on most platforms."""
+    return Model(kind(PAGES, **{**BASE, "page_size": 1}, **sizes, layer_num=LAYERS))
 
 
 def hnd() -> Model:
@@ -153,6 +159,8 @@ MODELS: dict[str, Callable[[], Model]] = {
         MHATokenToKVPool(PAGES * PAGE, **{**BASE, "dtype": torch.float8_e4m3fn}, **HEADS, layer_num=LAYERS)
     ),
     "mha, second stage": lambda: mha(start_layer=8),
+    "mha, a token a page": lambda: one_token_a_page(MHATokenToKVPool, **HEADS),
+    "mla, a token a page": lambda: one_token_a_page(MLATokenToKVPool, kv_lora_rank=40, qk_rope_head_dim=8),
     "mla": mla,
     "sliding window": swa,
     "mla with states": mla_with_states,
@@ -181,10 +189,12 @@ def hashes(seed: str, count: int) -> list[str]:
     return out
 
 
-def transfer(source: str, names: Sequence[str], pages: Sequence[int] | None = None) -> PoolTransfer:
+def transfer(
+    source: str, names: Sequence[str], pages: Sequence[int] | None = None, page_tokens: int = PAGE
+) -> PoolTransfer:
     indices = None
     if pages is not None:
-        span = 1 if source == "mamba" else PAGE
+        span = 1 if source == "mamba" else page_tokens
         indices = (torch.tensor(pages)[:, None] * span + torch.arange(span)).reshape(-1)
     policy = PoolHitPolicy.ALL_PAGES if source == "kv" else PoolHitPolicy.TRAILING_PAGES
     return PoolTransfer(name=PoolName(source), keys=list(names), device_indices=indices, hit_policy=policy)
@@ -216,12 +226,15 @@ def carried(kind: str) -> None:
     assert writer.is_on, writer.engine.off_reason
     names = hashes(kind, 5)
     source_pages = [7, 1, 18, 4, 2]
-    assert writer.offload([transfer(source, names, source_pages) for source in one.sources()])
+    tokens = one.page_tokens
+    assert writer.offload([transfer(source, names, source_pages, tokens) for source in one.sources()])
     assert answers(writer, 1) == [True]
     assert lookup(reader, other, "r", names) == [1, 2, 3, 4, 5]
     before = {source: [other.page(source, page) for page in range(PAGES)] for source in other.sources()}
     target = [3, 11, 5, 19, 8]
-    assert reader.load("r", [transfer(s, tail(s, names), target[-len(tail(s, names)) :]) for s in other.sources()])
+    assert reader.load(
+        "r", [transfer(s, tail(s, names), target[-len(tail(s, names)) :], tokens) for s in other.sources()]
+    )
     index = reader.start_layer_wise_loading()
     assert index >= 0
     reader.layer_done_counter.set_consumer(index)
@@ -252,7 +265,7 @@ def all_kinds_keep_apart() -> None:
     made = {kind: (model := make(), linker(model)) for kind, make in kinds.items()}
     for model, one in made.values():
         assert lookup(one, model, "r", names) == []
-        assert one.offload([transfer(source, names, [1, 2]) for source in model.sources()])
+        assert one.offload([transfer(source, names, [1, 2], model.page_tokens) for source in model.sources()])
         assert answers(one, 1) == [True]
         assert one.engine.counts["already_stored_pages"] == 0
     for _, one in made.values():

@@ -21,6 +21,8 @@ KINDS = (
     "mha, heads before tokens",
     "mha, bytes",
     "mha, second stage",
+    "mha, a token a page",
+    "mla, a token a page",
     "mla",
     "sliding window",
     "mla with states",
