@@ -99,6 +99,8 @@ def watch_hits() -> None:
 
     @functools.wraps(match)
     def watched_match(self: Any, key: Any, req: Any, result: Any) -> Any:
+        # What an earlier match found is void, also where this one asks nobody: SGLang would keep it for ever then.
+        self.hit_markers.pop(req.rid, None)
         out = match(self, key, req, result)
         if hasattr(self.cache_linker, "matched"):
             marker = self.hit_markers.get(req.rid)

@@ -133,6 +133,19 @@ def test_many_at_once(pair: dict[str, SglangServer], cases: list[Case], pool: st
         healthy(server, pool)
 
 
+def test_what_the_device_has_by_the_time_of_the_load_is_forgotten(
+    pair: dict[str, SglangServer], cases: list[Case]
+) -> None:
+    """More at once than run at once: what waits has its hit in the pool first, and then all of it on the device."""
+    server, case = pair["second"], cases[0]
+    store(pair["first"], [case])
+    server.flush()
+    before = ask(server, "counts").get("pins_swept", 0)
+    agree([case] * ABORTED, server.generate_many([case.prompt] * ABORTED, len(case.tokens)))
+    assert ask(server, "counts")["pins_swept"] > before, "all were loaded: not a test"
+    eventually("no hit is left with SGLang", lambda: ask(server, "promises") == [0, 0, 0])
+
+
 def test_requests_aborted_between_lookup_and_load_leave_no_pin(
     pair: dict[str, SglangServer], cases: list[Case], pool: str
 ) -> None:
