@@ -84,6 +84,7 @@ class KvplugLinker(UnifiedCacheLinker):
         self.pools: dict[PoolName, object] = {}
         self._works: _Works | None = None
         self._waits: Waits | None = None
+        self._agree: Callable[[Sequence[bool]], list[bool]] = list  # of one rank, until SGLang has taken the linker
         self._asked: tuple[str, list[str], dict[str, int]] | None = None
         # A request that is matched has its state's slot already where there are such: it must not wait with that.
         components = tuple(components)
@@ -122,6 +123,7 @@ class KvplugLinker(UnifiedCacheLinker):
             agree: for each of some statements, whether it holds on all ranks, which all ask at the same time.
         """
         works = self._works
+        self._agree = agree
         self._waits = Waits(
             agree, can_fetch=works is not None and self.engine.fetcher is not None, may_wait=self._may_wait
         )
@@ -187,7 +189,18 @@ class KvplugLinker(UnifiedCacheLinker):
     # -- loads -------------------------------------------------------------------------------------------------------
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        """Queues what was promised into device pages; False, and SGLang computes the prefix, if nothing was."""
+        """Queues what was promised into device pages; False, and SGLang computes the prefix, if a rank can't.
+
+        SGLang takes every rank's answer to be the same and does not compare them: ranks that differ would compute
+        batches of different shapes together. So they agree here, all of them, whatever went wrong on one.
+        """
+        queued = self._queues_load(rid, transfers)
+        (agreed,) = self._agree([queued])
+        if queued and not agreed:
+            self.cancel_queued_load(rid)
+        return agreed
+
+    def _queues_load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         works = self._works
         if works is None:
             return False

@@ -212,6 +212,15 @@ def test_ranks_agree_when_one_ranks_pages_are_gone(boot: Boot, cases: list[Case]
         assert ask(server, "zero", rank=1, tokens=list(some[1].prompt), pages=[1]) == 1
         assert from_pool(serve(server, some)) == [3 * PAGE, PAGE, some[2].whole]
         healthy(server, own_pool)
+        stored(server, some)
+        for method in ("_works.pins.take", "_works.loads.queue"):  # an error on one rank: none loads
+            server.flush()
+            server.ask("tests.sglang.inside_plugin:fail_in", rank=1, mode="linker", path=method)
+            assert from_pool(serve(server, some)) == [0, 0, 0]
+            server.ask("tests.sglang.inside_plugin:recover", rank=1)
+        server.flush()
+        assert from_pool(serve(server, some)) == [case.whole for case in some]
+        eventually("nothing stays pinned", lambda: ask(server, "promises") == ask(server, "promises", 1) == [0, 0, 0])
     finally:
         server.close()
 
