@@ -70,6 +70,9 @@ class Waits:
             time.sleep(PAUSE_S)
         over, useless = self._agree([known.fetch is None or known.fetch.done, not _brought(known.fetch)])
         known.over = over
+        if over and useless and known.fetch is not None:  # nobody looks it up again, and it knows all names of a prompt
+            known.fetch.release()
+            known.fetch = None
         return not (over and useless)
 
     def release(self, rid: str) -> None:

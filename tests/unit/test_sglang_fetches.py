@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -87,8 +88,14 @@ def test_a_request_waits_until_its_fetch_has_ended_and_is_matched_once_more() ->
 
 def test_a_request_for_which_nothing_came_goes_on_at_once() -> None:
     waits, one = Waits(alone, can_fetch=True), fetch()
-    waits.matched("r", True, lambda: one)
+    waits.matched("r", True, [one].pop)
     one.end(Outcome.MISSING)
+    assert not waits.holds_back("r", idle=False)
+    assert one.unwanted
+    kept = weakref.ref(one)
+    del one
+    assert kept() is None, "the names of a prompt are kept after they are of use"
+    waits.matched("r", True, lambda: pytest.fail("asked twice"))
     assert not waits.holds_back("r", idle=False)
 
 
