@@ -221,6 +221,8 @@ class Facts:
     device: str
     backends: dict[str, str]
     is_multimodal: bool
+    is_generation: bool
+    """Requests are answered with tokens, not with embeddings or scores."""
     is_eagle: bool
     tp: tuple[int, int]
     """Rank and size of the attention's tensor parallelism."""
@@ -309,6 +311,7 @@ def facts() -> Facts:
             if server.get(name) is not None
         },
         is_multimodal=bool(getattr(model, "is_multimodal", False)),
+        is_generation=bool(getattr(model, "is_generation", True)),
         is_eagle=bool(getattr(params, "is_eagle", False)),
         tp=_group_rank(getattr(params, "attn_tp_cache_group", None) or params.tp_cache_group, ctx),
         cp=(int(params.attn_cp_rank), int(params.attn_cp_size)),

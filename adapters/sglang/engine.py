@@ -345,6 +345,11 @@ def _refuse(facts: Facts, config: Config) -> None:
             f"multimodal models need SGLang 0.5.23: in {compat.version()} an image is 30 bits of a page's name"
         )
     if facts.is_multimodal and not config.trust_mm_ids:
+        if not facts.is_generation:
+            raise UnsupportedEngineError(
+                "a multimodal model that embeds or scores: SGLang takes no extra key with its requests, so images that "
+                "users name can't be kept within this engine; trust_mm_ids vouches for their names"
+            )
         if not facts.one_tokenizer:
             raise UnsupportedEngineError(
                 "a multimodal model whose requests come in through several tokenizer processes, gRPC, encoders "

@@ -172,7 +172,7 @@ def before_tokenize(manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None
     """Before a request is tokenized: images that are named by the user's word stay within this engine."""
     extra = flags.extra_of(manager.server_args)
     if extra is not None and _names_given(obj) and not _trusts_names(extra):
-        obj.extra_key = flags.PRIVATE + (obj.extra_key or "")
+        obj.extra_key = flags.PRIVATE + (getattr(obj, "extra_key", None) or "")  # one to be embedded has none
 
 
 def _trusts_names(extra: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ def facts(path: Path | str, **changes: Any) -> Facts:
         device="cpu",
         backends={"attention_backend": "torch_native"},
         is_multimodal=False,
+        is_generation=True,
         is_eagle=False,
         tp=(0, 1),
         cp=(0, 1),

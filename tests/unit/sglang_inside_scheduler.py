@@ -14,7 +14,7 @@ from sglang_inside import MODEL, resolved, the_off_line
 
 
 def images_named_by_the_user_stay_in_the_engine() -> None:
-    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     from kvplug.adapters.sglang import flags, plugin
@@ -34,6 +34,7 @@ def images_named_by_the_user_stay_in_the_engine() -> None:
         request = GenerateReqInput(text="x", extra_key=own, **given)
         plugin.before_tokenize(manager, request)
         assert request.extra_key == becomes, (given, request.extra_key)
+    plugin.before_tokenize(manager, EmbeddingReqInput(text="x", image_data=[{"hash": 7}]))  # it has no extra key
     manager.server_args = resolved("--enable-kvplug", "--kvplug-config", '{"trust_mm_ids": true}')
     request = GenerateReqInput(text="x", mm_hashes=["ab"])
     plugin.before_tokenize(manager, request)

@@ -201,6 +201,7 @@ def test_off_is_said_once_and_for_good(make: Make, caplog: pytest.LogCaptureFixt
     [
         ({"is_multimodal": True, "one_tokenizer": False}, {}, "several tokenizer processes"),
         ({"is_multimodal": True, "server": {"trust_mm_content_hashes": True}}, {}, "--trust-mm-content-hashes"),
+        ({"is_multimodal": True, "is_generation": False}, {}, "a multimodal model that embeds"),
         ({"server": {"dllm_algorithm": "LowConfidence"}}, {}, "diffusion language models"),
         ({"server": {"elastic_ep_backend": "mooncake"}}, {}, "--elastic-ep-backend"),
         ({"server": {"forward_hooks": [{}]}}, {}, "--forward-hooks"),
@@ -220,11 +221,15 @@ def test_what_cant_work_is_off_and_says_why(
     assert rank.keys("kv", HASHES) is None
 
 
-def test_images_need_wide_names_and_users_may_vouch_for_them(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_need_wide_names_and_users_may_vouch_for_them(
+    make: Make, monkeypatch: pytest.MonkeyPatch, pool: str
+) -> None:
     monkeypatch.setattr(compat, "wide_image_names", lambda: False)
     assert "multimodal models need SGLang 0.5.23" in (make(began=False, is_multimodal=True).off_reason or "")
     monkeypatch.setattr(compat, "wide_image_names", lambda: True)
     assert make(is_multimodal=True).keys("kv", HASHES) is not None
+    vouched = {"pool": pool, "size": "64mib", "trust_mm_ids": True}
+    assert make(is_multimodal=True, is_generation=False, settings=vouched).keys("kv", HASHES) is not None
 
 
 def test_weights_that_changed_since_the_start_turn_it_off(make: Make, weights: Path) -> None:
