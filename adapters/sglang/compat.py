@@ -182,6 +182,22 @@ def already_resolved(server_args: Any) -> bool:
     )
 
 
+def windows_alone(server_args: Any) -> bool:
+    """Whether a model's layers, or a pipeline stage's, all have a sliding window: by the model's configuration, which
+    SGLang has read when its settings are worked out. False where that is not known."""
+    model = getattr(server_args, "_model_config", None)
+    full = getattr(model, "full_attention_layer_ids", None)
+    if full is None or not getattr(model, "is_hybrid_swa", False):
+        return False
+    stages = int(server_args.resolved_dict().get("pp_size") or 1)
+    if stages == 1:
+        return not full
+    from sglang.srt.distributed.utils import get_pp_indices
+
+    bounds = [get_pp_indices(int(model.num_hidden_layers), stage, stages) for stage in range(stages)]
+    return not all(any(first <= layer < last for layer in full) for first, last in bounds)
+
+
 def session_finished_loads(updater: Any) -> bool:
     """Whether a weight-update session's weights came through calls that were each followed by a flush."""
     return bool(getattr(getattr(updater, "_session", None), "loaded_weights", False))

@@ -111,7 +111,7 @@ def from_cli_args(_cls: Any, args: Any, *_args: Any, **_kwargs: Any) -> None:
 
 def around_resolve_once(plain: _Hook, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``ServerArgs.resolve_once``: kvplug's settings go in first. Should SGLang refuse them together with the
-    model or with other settings, it starts without kvplug."""
+    model or with other settings, or not run with them, it starts without kvplug."""
     before = None
     try:
         before = _apply(server_args)
@@ -123,12 +123,26 @@ def around_resolve_once(plain: _Hook, server_args: Any, *args: Any, **kwargs: An
     if before is None:
         return plain(server_args, *args, **kwargs)
     try:
-        return plain(server_args, *args, **kwargs)
+        answer = plain(server_args, *args, **kwargs)
+        reason = _unfit(server_args)
+        if reason is None:
+            return answer
     except Exception as error:  # noqa: BLE001 - it is raised once more where kvplug has no part in it
-        compat.restore(server_args, before)
-        answer = plain(server_args, *args, **kwargs)  # raises what has nothing to do with kvplug
-        _refuse(f"SGLang does not take it together with this model or these settings: {error}")
-        return answer
+        reason = f"SGLang does not take it together with this model or these settings: {error}"
+    compat.restore(server_args, before)
+    answer = plain(server_args, *args, **kwargs)  # raises what has nothing to do with kvplug
+    _refuse(reason)
+    return answer
+
+
+def _unfit(server_args: Any) -> str | None:
+    """Why kvplug's settings must not stay, although SGLang has taken them; None if they may."""
+    if compat.windows_alone(server_args):
+        return (
+            "a model, or a stage of it, in which every layer has a sliding window: SGLang's cache for those takes no "
+            "storage, and with one that does its answers are wrong, or it ends"
+        )
+    return None
 
 
 def _apply(server_args: Any) -> Any:

@@ -11,6 +11,11 @@ def adapter_ids(scheduler: Any) -> list[str]:
     return sorted(manager.lora_refs)
 
 
+def kind_of_cache(scheduler: Any) -> str:
+    """The class of the prefix cache."""
+    return type(scheduler.tree_cache).__name__
+
+
 def adapters_known(scheduler: Any) -> bool:
     """Whether the content of all adapters that this process has loaded is known."""
     from kvplug.adapters.sglang import lora

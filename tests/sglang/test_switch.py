@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from tests.sglang.common import Control, serve
+from tests.sglang.common import Control, agree, pick, serve
 from tests.sglang_lab.env import base_env
 from tests.sglang_lab.server import PAGE, SglangServer
 from tests.vllm.common import eventually
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, model_dir
+from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, ModelSpec, model_dir
 
 INSIDE = "tests.sglang.inside_plugin"
 ENGINE_S = 240
+WINDOWS_ALONE = ModelSpec(family="mellum", layers=2)
+"""The first layers of :data:`tests.vllm_lab.models.MELLUM`, which all have a sliding window."""
 OFFLINE = """
 import json, sys
 import sglang
@@ -69,6 +71,21 @@ def test_off_is_said_and_the_server_answers(
     assert len(set(off)) == 1, lines(server)
     assert words in off[0]
     assert not any(value for metric, value in server.metrics().items() if metric == "kvplug_stored_pages_total")
+
+
+@pytest.mark.parametrize("mode", ["linker", "hicache"])
+def test_a_model_of_windows_alone_runs_without(boot: Callable[..., SglangServer], mode: Any) -> None:
+    """SGLang keeps a cache of its own for those, unless it is told to load a linker; and ends with a host cache."""
+    small = ("--max-total-tokens", "2048")
+    server = boot(f"windows-{mode}", WINDOWS_ALONE, mode=mode, page_size=1, arguments=small).ready()
+    cases = pick(server, 6, seed=71)
+    for _ in range(2):
+        agree(cases * 3, server.generate_many([case.prompt for case in cases * 3], len(cases[0].tokens)))
+        server.flush()
+    off = {line for line in lines(server) if line.startswith("kvplug: OFF: ")}
+    assert len(off) == 1, lines(server)
+    assert "every layer has a sliding window" in off.pop()
+    assert server.ask(f"{INSIDE}:kind_of_cache") == "PureSWARadixCache", "another one gives wrong answers, now and then"
 
 
 def test_an_offline_engine_needs_the_environment_alone(pool: str, control: Control, tmp_path: Path) -> None:
