@@ -182,6 +182,11 @@ def already_resolved(server_args: Any) -> bool:
     )
 
 
+def keeps_no_prefix_cache(server_args: Any) -> bool:
+    """Whether settings that are worked out leave no prefix cache."""
+    return bool(server_args.resolved_dict().get("disable_radix_cache"))
+
+
 def windows_alone(server_args: Any) -> bool:
     """Whether a model's layers, or a pipeline stage's, all have a sliding window: by the model's configuration, which
     SGLang has read when its settings are worked out. False where that is not known."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvplug.adapters.sglang.engine import RankEngine
 
 logger = logging.getLogger("sglang.kvplug")
+NO_PREFIX_CACHE = "SGLang keeps no prefix cache with this model or these settings"
 _said: set[str] = set()
 _asked: flags.Options | None = None
 """What the command line of this process asked for, until SGLang works its settings out."""
@@ -137,6 +138,8 @@ def around_resolve_once(plain: _Hook, server_args: Any, *args: Any, **kwargs: An
 
 def _unfit(server_args: Any) -> str | None:
     """Why kvplug's settings must not stay, although SGLang has taken them; None if they may."""
+    if compat.keeps_no_prefix_cache(server_args):  # with some models SGLang sees to that after it has looked at ours
+        return NO_PREFIX_CACHE
     if compat.windows_alone(server_args):
         return (
             "a model, or a stage of it, in which every layer has a sliding window: SGLang's cache for those takes no "
@@ -256,7 +259,7 @@ def after_tree_cache(_cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None
             "look for 'storage backend' or 'linker'"
         )
     for each in engines if ctx.disable_radix_cache else ():
-        each.off("SGLang keeps no prefix cache with this model or these settings")
+        each.off(NO_PREFIX_CACHE)
 
 
 @_guarded

@@ -243,6 +243,22 @@ def what_is_in_the_way_is_said_and_left_alone() -> None:
     assert words in the_off_line()
 
 
+def a_model_without_prefix_cache_gets_none() -> None:
+    """SGLang finds that out after it has looked at the settings of its host cache and of a linker."""
+    config = json.loads((Path(MODEL) / "config.json").read_text())
+    sizes = {name: config[name] for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    encoder = {"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text", "use_bidirectional_attention": True}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({**sizes, **heads, **encoder, "dtype": "float32"}))
+        for mode in ("auto", "hicache"):
+            record = resolved("--model-path", folder, "--enable-kvplug", "--kvplug-mode", mode)
+            assert record.resolved_dict()["disable_radix_cache"]
+            for name in ("enable_hierarchical_cache", "enable_unified_cache_external_linker"):
+                assert not record.resolved_dict().get(name), (mode, name)
+            assert "SGLang keeps no prefix cache" in the_off_line()
+
+
 def sglang_starts_without_what_it_refuses() -> None:
     """The settings come out as without kvplug, where SGLang does not take them together with kvplug's."""
     record = parsed("--enable-kvplug", "--kvplug-mode", "hicache", "--hicache-ratio", "2")
@@ -291,6 +307,7 @@ CHECKS = [
     flags_go_with_the_environment,
     what_cant_be_meant_ends_the_command,
     what_is_in_the_way_is_said_and_left_alone,
+    a_model_without_prefix_cache_gets_none,
     sglang_starts_without_what_it_refuses,
     other_versions_are_refused_in_one_line,
 ]
