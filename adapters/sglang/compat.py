@@ -203,6 +203,21 @@ def windows_alone(server_args: Any) -> bool:
     return not all(any(first <= layer < last for layer in full) for first, last in bounds)
 
 
+def linker_lacks(server_args: Any) -> str | None:
+    """What of this model or these settings SGLang's linker does not take, and its host cache does; None if nothing."""
+    if int(server_args.resolved_dict().get("pp_size") or 1) > 1:
+        return "the linker takes no pipeline parallelism"
+    model = getattr(server_args, "_model_config", None)
+    if model is None:
+        return None
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    if mambaish_config(model) is not None and model.attention_arch != AttentionArch.MLA:
+        return "the linker takes recurrent layers beside MLA alone"
+    return None
+
+
 def session_finished_loads(updater: Any) -> bool:
     """Whether a weight-update session's weights came through calls that were each followed by a flush."""
     return bool(getattr(getattr(updater, "_session", None), "loaded_weights", False))

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         default=None,
         help="hicache: behind SGLang's host cache. linker: between device and pool, with no second copy on the host. "
-        "auto, the default: linker where this SGLang has it (0.5.23), else hicache.",
+        "auto, the default: linker where this SGLang has it (0.5.23) and it takes the model, else hicache.",
     )
     group.add_argument(
         "--kvplug-config",

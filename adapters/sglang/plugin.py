@@ -112,32 +112,39 @@ def from_cli_args(_cls: Any, args: Any, *_args: Any, **_kwargs: Any) -> None:
 
 def around_resolve_once(plain: _Hook, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``ServerArgs.resolve_once``: kvplug's settings go in first. Should SGLang refuse them together with the
-    model or with other settings, or not run with them, it starts without kvplug."""
-    before = None
+    model or with other settings, or not run with them, another mode is tried, and at last it starts without kvplug."""
+    modes: tuple[flags.Mode, ...] = ()
+    reason: str | None = None
     try:
-        before = _apply(server_args)
+        modes = _modes(server_args)
     except ConfigError as error:
         _refuse(str(error))
     except Exception as error:
         logger.exception("kvplug: an error at start")
         _refuse(f"{type(error).__name__}: {error}")
-    if before is None:
-        return plain(server_args, *args, **kwargs)
-    try:
-        answer = plain(server_args, *args, **kwargs)
-        reason = _unfit(server_args)
-        if reason is None:
-            return answer
-    except Exception as error:  # noqa: BLE001 - it is raised once more where kvplug has no part in it
-        reason = f"SGLang does not take it together with this model or these settings: {error}"
-    compat.restore(server_args, before)
+    for mode in modes:
+        before = compat.snapshot(server_args)
+        try:
+            _put_in(server_args, mode)
+            answer = plain(server_args, *args, **kwargs)
+            reason = _unfit(server_args, has_choice=mode != modes[-1])
+            if reason is None:
+                _switch_on(mode)
+                return answer
+        except Exception as error:  # noqa: BLE001 - it is raised once more where kvplug has no part in it
+            reason = f"SGLang does not take it together with this model or these settings: {error}"
+        compat.restore(server_args, before)
     answer = plain(server_args, *args, **kwargs)  # raises what has nothing to do with kvplug
-    _refuse(reason)
+    if reason is not None:
+        _refuse(reason)
     return answer
 
 
-def _unfit(server_args: Any) -> str | None:
-    """Why kvplug's settings must not stay, although SGLang has taken them; None if they may."""
+def _unfit(server_args: Any, *, has_choice: bool) -> str | None:
+    """Why kvplug's settings must not stay, although SGLang has taken them; None if they may.
+
+    ``has_choice``: hicache mode can be tried where the linker lacks something. Otherwise the linker says so itself.
+    """
     if compat.keeps_no_prefix_cache(server_args):  # with some models SGLang sees to that after it has looked at ours
         return NO_PREFIX_CACHE
     if compat.windows_alone(server_args):
@@ -145,37 +152,49 @@ def _unfit(server_args: Any) -> str | None:
             "a model, or a stage of it, in which every layer has a sliding window: SGLang's cache for those takes no "
             "storage, and with one that does its answers are wrong, or it ends"
         )
-    return None
+    return compat.linker_lacks(server_args) if has_choice else None
 
 
-def _apply(server_args: Any) -> Any:
-    """Puts kvplug's settings in, if it was asked for: the settings as they were; None if nothing was changed."""
+def _modes(server_args: Any) -> tuple[flags.Mode, ...]:
+    """In which modes kvplug can be switched on, the best first; none if it was not asked for, or can't be."""
     if compat.already_resolved(server_args) or flags.extra_of(server_args) is not None:
-        return None
-    options = _asked or flags.from_environment()
+        return ()
+    options = _options()
     if options is None:
-        return None
+        return ()
     reason = unsupported() or unsupported(compat.TOKENIZER_TARGETS)
-    mode: flags.Mode = "linker" if options.mode == "linker" else "hicache"
+    modes: tuple[flags.Mode, ...] = ("linker",) if options.mode == "linker" else ("hicache",)
     if reason is None:
         if options.mode == "auto" and compat.has_linker() and not flags.host_cache_wanted(server_args):
-            mode = "linker"
-        if mode == "linker" and not compat.has_linker():
+            modes = ("linker", "hicache")
+        if modes[0] == "linker" and not compat.has_linker():
             reason = f"--kvplug-mode linker needs SGLang 0.5.23, this is {compat.version()}; hicache works"
     if reason is None:
-        reason = flags.conflict(server_args, mode)
+        reason = flags.conflict(server_args, modes[0])
     if reason is not None:
         _refuse(reason)
-        return None
-    importlib.import_module(flags.MODULES[mode])  # in a scheduler, an error there would end the engine
-    before = compat.snapshot(server_args)
+        return ()
+    for mode in modes:
+        importlib.import_module(flags.MODULES[mode])  # in a scheduler, an error there would end the engine
+    return modes
+
+
+def _options() -> flags.Options | None:
+    return _asked or flags.from_environment()
+
+
+def _put_in(server_args: Any, mode: flags.Mode) -> None:
+    options = _options()
+    assert options is not None
     for name, value in flags.settings_for(mode, options).items():
         setattr(server_args, name, value)
+
+
+def _switch_on(mode: flags.Mode) -> None:
     os.environ[flags.ENABLE_ENV] = "1"  # what the engine's other processes look at
     compat.hook(compat.TOKENIZE, before_tokenize, "before")
     compat.apply_hooks()
     logger.info("kvplug: %s mode", mode)
-    return before
 
 
 def _refuse(reason: str) -> None:

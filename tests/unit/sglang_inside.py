@@ -154,6 +154,24 @@ def auto_keeps_the_host_cache_that_was_asked_for() -> None:
     assert not record.enable_unified_cache_external_linker
 
 
+def auto_takes_the_host_cache_where_the_linker_lacks_something() -> None:
+    recurrent = {
+        "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "vocab_size": 2048, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"],
+        "num_attention_heads": 4, "num_key_value_heads": 2, "conv_L_cache": 3, "dtype": "float32",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(recurrent))
+        for given in (("--model-path", folder), ("--pp-size", "2")):
+            record = resolved(*given, "--enable-kvplug")
+            assert record.hicache_storage_backend == "dynamic", given
+            assert not record.enable_unified_cache_external_linker, given
+            assert said[-1] == "kvplug: hicache mode", said
+        if NEWEST:
+            record = resolved("--model-path", folder, "--enable-kvplug", "--kvplug-mode", "linker")
+            assert record.enable_unified_cache_external_linker, "what was asked for by name is tried"
+
+
 def a_config_file_says_it_too() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sglang.yaml"
@@ -301,6 +319,7 @@ CHECKS = [
     auto_takes_the_linker_where_there_is_one,
     hicache_mode_is_a_dynamic_storage_backend,
     auto_keeps_the_host_cache_that_was_asked_for,
+    auto_takes_the_host_cache_where_the_linker_lacks_something,
     a_config_file_says_it_too,
     settings_come_from_a_file,
     the_environment_alone_is_enough,
