@@ -282,6 +282,13 @@ def device_facts(vllm_config: VllmConfig) -> tuple[str, str | None]:
 # -- ranks -------------------------------------------------------------------------------------------------------
 
 
+def is_only_connector(connector: Any) -> bool:
+    """In a worker: whether the engine has no other KV connector, which it could have in a MultiConnector."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group() is connector
+
+
 def ranks() -> tuple[int, int]:
     """(pp rank, tp rank) of this worker."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group

@@ -111,6 +111,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[Rank, Any]) -> None:
         """All workers have told where their bytes lie: the engine begins to use kvplug, or says why it does not."""
 
+        if not all(isinstance(layout, RankLayout) for layout in metadata.values()):
+            return  # it is another connector's, beside which kvplug does not work
+
         def begin() -> SchedulerSide | None:
             assert self._start is not None
             side = self._start.begin(self._kv_cache_config, metadata, logger.warning)
@@ -167,10 +170,12 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """What the workers have to say."""
+        if self._scheduler is None:  # then no load is kvplug's
+            return
         if connector_output.finished_recving:
             self._only_awaited(connector_output)
         report = connector_output.kv_connector_worker_meta
-        if self._scheduler is not None and isinstance(report, WorkerReport):
+        if isinstance(report, WorkerReport):
             self._shielded("a report", self._scheduler.reported, None, report)
 
     def _only_awaited(self, connector_output: Any) -> None:
@@ -214,6 +219,12 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Joins the engine's session and works out where the bytes of a block lie."""
+        if not compat.is_only_connector(self):
+            # A load's failure is then dealt with as the others' configuration says, which may be the request's end,
+            # and what the workers tell goes to all of them alike.
+            if compat.ranks() == (0, 0):
+                logger.warning("kvplug: OFF: it is one of several KV connectors, and works only as the only one")
+            return
         from kvplug.adapters.vllm.boot import worker_start
 
         self._layout, self._worker = worker_start(self._vllm_config, self._kv_cache_config, kv_caches, logger.warning)

@@ -147,3 +147,28 @@ def test_the_engine_runs_and_says_how(
     expected = [storable(len(case.prompt)) if scenario.on else 0 for case in cases]
     assert [r["external"] for r in again] == expected
     engine.close()
+
+
+def test_as_one_of_several_connectors_it_stays_out_of_the_others_way(
+    start: Callable[..., InProcess], cases: list[Case]
+) -> None:
+    """A load that fails is dealt with as the others' configuration says, and their loads are nothing of kvplug's."""
+    other = {
+        "kv_connector": "LatecomerConnector",
+        "kv_connector_module_path": "tests.vllm_lab.latecomer",
+        "kv_role": "kv_both",
+    }
+    transfer = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": [OWN, other]},
+    }
+    engine = start("one-of-several", kv_transfer_config=transfer).ready()
+    for _ in range(2):
+        agree(cases, engine.each(requests(cases), timeout_s=30.0))
+        assert engine.do("reset")
+    assert engine.do("metrics").get("vllm:external_prefix_cache_hits_total", 0.0) > 0, "the other one loads"
+    assert "kvplug: OFF: it is one of several KV connectors" in engine.log_text()
+    assert "kvplug: ON" not in engine.log_text()
+    engine.close()
