@@ -239,6 +239,8 @@ def _rule_of(index: int, spec: Any) -> GroupRule:
     }
     if type(spec) not in kinds:
         raise UnsupportedEngineError(f"cache group {index} is a {type(spec).__name__}, which kvplug does not know")
+    if getattr(spec, "non_causal", False):  # vLLM turns its own prefix caching off, after the configuration was seen
+        raise UnsupportedEngineError(f"cache group {index} attends to later tokens, which decide a prefix's KV with it")
     if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "compress_ratio", 1) != 1:
         raise UnsupportedEngineError(f"cache group {index} keeps compressed states")
     if getattr(spec, "extra_retained_tokens", 0):

@@ -14,6 +14,7 @@ import pytest
 from kvplug.shm.segment import lock_path, segment_path
 from tests.vllm.common import Case, Control, agree, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
+from tests.vllm_lab.models import HRM_TEXT
 
 OWN = {"kv_connector": "KvplugConnector", "kv_role": "kv_both"}
 
@@ -171,4 +172,22 @@ def test_as_one_of_several_connectors_it_stays_out_of_the_others_way(
     assert engine.do("metrics").get("vllm:external_prefix_cache_hits_total", 0.0) > 0, "the other one loads"
     assert "kvplug: OFF: it is one of several KV connectors" in engine.log_text()
     assert "kvplug: ON" not in engine.log_text()
+    engine.close()
+
+
+def test_a_model_whose_prompts_attend_to_later_tokens_is_refused(
+    start: Callable[..., InProcess], tmp_path: Path
+) -> None:
+    """The same tokens in front of others have another KV there, so that a hit would be wrong."""
+    limits = {"max_model_len": 512}
+    witness = Control(HRM_TEXT, tmp_path / "control.log", **limits)
+    engine = start("prefix-lm", HRM_TEXT, **limits)
+    try:
+        prompts = witness.pick(make_prompts(6, 63, tokens=(250, 300), shared=200), 4)
+    finally:
+        witness.close()
+    records = engine.each(requests(prompts))
+    agree(prompts, records)
+    assert [record["external"] for record in records] == [0] * len(prompts)
+    assert "kvplug: OFF: rank (0, 0): cache group 0 attends to later tokens" in engine.log_text()
     engine.close()

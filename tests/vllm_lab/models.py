@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 __all__ = [
     "GEMMA3",
+    "HRM_TEXT",
     "LFM2",
     "LLAMA",
     "LLAMA_BIG",
@@ -39,7 +40,7 @@ __all__ = [
     "model_dir",
 ]
 
-Family = Literal["llama", "gemma3", "mla", "mellum", "mistral", "lfm2"]
+Family = Literal["llama", "gemma3", "mla", "mellum", "mistral", "lfm2", "hrm_text"]
 
 VOCAB = 2048
 
@@ -78,6 +79,8 @@ GEMMA3 = ModelSpec(family="gemma3", layers=6)
 MLA = ModelSpec(family="mla", layers=3)
 LFM2 = ModelSpec(family="lfm2", layers=6)
 """Two layers of three keep a state of the last tokens instead of keys and values."""
+HRM_TEXT = ModelSpec(family="hrm_text", layers=2)
+"""A prefix LM: every token of a prompt attends to the whole prompt, so a prefix's KV depends on what comes after it."""
 MISTRAL = ModelSpec(family="mistral", window=100)
 """Every layer with a sliding window: one cache group that does not keep its whole prefix."""
 MELLUM = ModelSpec(family="mellum", layers=6)
@@ -134,6 +137,8 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
         DeepseekV2ForCausalLM,
         Gemma3ForCausalLM,
         Gemma3TextConfig,
+        HrmTextConfig,
+        HrmTextForCausalLM,
         Lfm2Config,
         Lfm2ForCausalLM,
         LlamaConfig,
@@ -171,6 +176,10 @@ def _make_model(spec: ModelSpec, out: Path) -> None:
                     layer_types=kinds,
                     **common,
                 )
+            )
+        elif spec.family == "hrm_text":
+            model = HrmTextForCausalLM(
+                HrmTextConfig(head_dim=spec.head_dim, H_cycles=1, L_cycles=1, embedding_scale=1.0, **common)
             )
         elif spec.family == "lfm2":
             model = Lfm2ForCausalLM(
