@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 _DUMMY_SEED = 1234
 """vLLM fills dummy weights from a seed of its own, whatever the model's seed is."""
+
+_MULTIMODAL_SETTINGS = (
+    "mm_processor_kwargs", "media_io_kwargs", "mm_device_do_normalize", "mm_encoder_attn_backend",
+    "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path", "video_pruning_rate", "video_pruning_method",
+)  # fmt: skip
+"""What an engine makes of an image, audio or video. Its content hash has only what a request says about that."""
 
 
 def plan_parts(rules: Sequence[GroupRule], layouts: dict[Rank, RankLayout]) -> Plan:
@@ -74,6 +81,15 @@ def model_configuration(vllm_config: VllmConfig) -> dict[str, Any]:
         "disable_sliding_window": bool(getattr(model, "disable_sliding_window", False)),
         "architecture": [str(name) for name in model.architectures],
     }
+
+
+def multimodal_settings(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What decides the embeddings of images, audio and video beside their content; nothing for a model of text."""
+    config = getattr(vllm_config.model_config, "multimodal_config", None)
+    if config is None:
+        return {}
+    values = {name: getattr(config, name, None) for name in _MULTIMODAL_SETTINGS}
+    return {"multimodal": json.loads(json.dumps(values, default=str, sort_keys=True))}
 
 
 def weights_probe(vllm_config: VllmConfig, config: Config, loading_since_ns: int | None) -> WeightsProbe:
@@ -143,6 +159,7 @@ def build(
         pp=int(parallel.pipeline_parallel_size),
         cp=1,
         other={
-            "kv_cache_dtype_skip_layers": [str(x) for x in getattr(cache, "kv_cache_dtype_skip_layers", None) or ()]
+            "kv_cache_dtype_skip_layers": [str(x) for x in getattr(cache, "kv_cache_dtype_skip_layers", None) or ()],
+            **multimodal_settings(vllm_config),
         },
     )

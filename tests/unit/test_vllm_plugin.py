@@ -197,6 +197,28 @@ def test_whatever_decides_bytes_changes_the_namespace() -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_what_an_engine_makes_of_an_image_changes_the_namespace() -> None:
+    """The content hash of an image holds the image and what its request says, and nothing of the engine's settings."""
+    from vllm.config.multimodal import MultiModalConfig
+
+    made = [build(make())]
+    for settings in (
+        {},
+        {"mm_processor_kwargs": {"do_normalize": False}},
+        {"mm_processor_kwargs": {"size": {"longest_edge": 64}}},
+        {"media_io_kwargs": {"video": {"num_frames": 4}}},
+        {"video_pruning_rate": 0.5},
+    ):
+        config = make()
+        object.__setattr__(config.model_config, "multimodal_config", MultiModalConfig(**settings))
+        made.append(build(config))
+    digests = [one.digest() for one in made]
+    assert len(set(digests)) == len(digests)
+    limited = make()
+    object.__setattr__(limited.model_config, "multimodal_config", MultiModalConfig(mm_processor_cache_gb=0))
+    assert build(limited).digest() == digests[1]
+
+
 def test_scales_that_depend_on_history_are_refused() -> None:
     config = make()
     object.__setattr__(config.cache_config, "calculate_kv_scales", True)
