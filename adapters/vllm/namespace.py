@@ -92,6 +92,14 @@ def multimodal_settings(vllm_config: VllmConfig) -> dict[str, Any]:
     return {"multimodal": json.loads(json.dumps(values, default=str, sort_keys=True))}
 
 
+def _quantization(model: Any) -> Any:
+    """The method; with what the user says of it beyond the model's own configuration, where there is anything."""
+    method = str(model.quantization) if model.quantization else None
+    settings = getattr(model, "quantization_config", None)
+    # As text with every field in it: str() of a layer kind's leaves the activations out.
+    return method if settings is None else {"method": method, "settings": repr(settings)}
+
+
 def weights_probe(vllm_config: VllmConfig, config: Config, loading_since_ns: int | None) -> WeightsProbe:
     """Begins to find out, in the background, which weights the engine has loaded."""
     model, load = vllm_config.model_config, vllm_config.load_config
@@ -143,7 +151,7 @@ def build(
     return Namespace(
         weights=weights,
         config_digest=digest_of(configuration, "configuration"),
-        quantization=str(model.quantization) if model.quantization else None,
+        quantization=_quantization(model),
         kv_dtype=kv_dtype,
         kv_scales=None,
         draft=None,

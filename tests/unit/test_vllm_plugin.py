@@ -197,6 +197,25 @@ def test_whatever_decides_bytes_changes_the_namespace() -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_how_weights_are_quantized_while_they_are_loaded_changes_the_namespace() -> None:
+    """Which layers, and how, is said on the command line and stands in no file of the model's."""
+    from vllm.config.quantization import QuantizationConfigArgs
+
+    made = []
+    for settings in (
+        None,
+        QuantizationConfigArgs(linear="fp8_per_tensor"),
+        QuantizationConfigArgs(linear="fp8_per_tensor", ignore=["*.o_proj"]),
+        {"linear": {"weight": "fp8_per_tensor_static"}},
+        {"linear": {"weight": "fp8_per_tensor_static", "activation": "fp8_per_token"}},
+    ):
+        config = make()
+        object.__setattr__(config.model_config, "quantization", "fp8_per_tensor")
+        object.__setattr__(config.model_config, "quantization_config", settings)
+        made.append(build(config).digest())
+    assert len(set(made)) == len(made)
+
+
 def test_what_an_engine_makes_of_an_image_changes_the_namespace() -> None:
     """The content hash of an image holds the image and what its request says, and nothing of the engine's settings."""
     from vllm.config.multimodal import MultiModalConfig
