@@ -325,6 +325,17 @@ def extra_key_count(request: Request, end: int) -> int:
     return len(keys or ())
 
 
+def mm_named_by_content(config: Any) -> bool:
+    """Whether images, audio and video have content hashes: without caches of its own vLLM counts them instead.
+
+    Such a name does not show: with arguments for the processor in the request it is hashed along with these.
+    """
+    multimodal = getattr(config.model_config, "multimodal_config", None)
+    if multimodal is None or config.cache_config.enable_prefix_caching:
+        return True
+    return bool(multimodal.mm_processor_cache_gb)
+
+
 def embeds_digest(request: Request, start: int, end: int) -> bytes:
     """Digest of the prompt embeddings of tokens start..end."""
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys

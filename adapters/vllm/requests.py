@@ -99,12 +99,14 @@ def open_chain(
     *,
     lora_identity: Callable[[Any], bytes | None],
     trust_mm_ids: bool,
+    mm_by_content: bool = True,
 ) -> KeyChain:
     """The chain of a request's keys; NamespaceError if its contents can't be identified.
 
     Args:
         lora_identity: the content identity of an adapter, None while (or for ever if) it is not known.
         trust_mm_ids: take users' identifiers of images and sound for their content.
+        mm_by_content: whether the engine hashes the content of those that users have not named.
     """
     if request.resumable:
         raise NamespaceError("a streaming session's tokens may be replaced")
@@ -115,6 +117,10 @@ def open_chain(
         lora = lora_identity(request.lora_request)
         if lora is None:
             raise NamespaceError("the LoRA adapter is not identified")
+    if request.mm_features and not mm_by_content:
+        raise NamespaceError(
+            "multimodal inputs are counted, not hashed (mm_processor_cache_gb=0 without prefix caching)"
+        )
     mm = _multimodal_steps(request, step_tokens, trust_mm_ids)
     embeds = _embeds_steps(request, step_tokens)
     expected = (lora is not None) + len(mm.get(0, ())) + bool(request.cache_salt) + (request.prompt_embeds is not None)

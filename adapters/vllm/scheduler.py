@@ -65,6 +65,7 @@ class SchedulerSide:
         self._layouts = layouts
         self._kv_layout = kv_cache_config.kv_cache_layout
         self._config = config
+        self._mm_by_content = compat.mm_named_by_content(vllm_config)
         self._probe: WeightsProbe | None = probe
         self._say = say
         rules = compat.group_rules(kv_cache_config)
@@ -200,6 +201,7 @@ class SchedulerSide:
                 self.state.step_tokens,
                 lora_identity=self._lora,
                 trust_mm_ids=self._config.trust_mm_ids,
+                mm_by_content=self._mm_by_content,
             )
             record.next_at = min(rule.span for rule in self.state.rules)
         except NamespaceError as error:

@@ -14,6 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.request import Request
 
+from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.requests import LoraIdentities, open_chain
 from kvplug.errors import NamespaceError
 
@@ -26,8 +27,8 @@ def request(**more: Any) -> Request:
     return Request("r", list(TOKENS), params, None, **more)
 
 
-def keys(made: Request, lora: Any = None, trust: bool = False) -> bytes:
-    chain = open_chain(made, ROOT, 16, lora_identity=lambda _: lora, trust_mm_ids=trust)
+def keys(made: Request, lora: Any = None, trust: bool = False, **more: bool) -> bytes:
+    chain = open_chain(made, ROOT, 16, lora_identity=lambda _: lora, trust_mm_ids=trust, **more)
     chain.extend(TOKENS)
     return chain.step_keys.tobytes()
 
@@ -133,3 +134,22 @@ def test_an_adapter_that_is_loaded_in_place_is_not_cached() -> None:
     known = LoraIdentities({"/a": b"x" * 32}.get)
     assert known(adapter("a", 1, "/a", load_inplace=True)) is None
     assert known(adapter("a", 1, "/a")) is None
+
+
+def test_images_that_the_engine_counts_are_not_cached() -> None:
+    """Without caches of its own vLLM names an image by its number, hashed with what the request says of it."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_processor_cache_gb=4)),
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+    )
+    assert compat.mm_named_by_content(config)
+    config.model_config.multimodal_config.mm_processor_cache_gb = 0
+    assert not compat.mm_named_by_content(config)
+    config.cache_config.enable_prefix_caching = True
+    assert compat.mm_named_by_content(config)
+    config.model_config.multimodal_config = None
+    assert compat.mm_named_by_content(config)
+    for trust in (False, True):
+        with pytest.raises(NamespaceError, match="counted"):
+            keys(request(**image(FIRST)), trust=trust, mm_by_content=False)
+    assert keys(request(), mm_by_content=False) == keys(request())
