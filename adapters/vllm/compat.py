@@ -16,16 +16,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvplug.adapters.vllm.compat_requests import processing
 from kvplug.adapters.vllm.fingerprint import weights_fingerprint
 from kvplug.adapters.vllm.groups import GroupRule
-from kvplug.errors import NamespaceError, UnsupportedEngineError
+from kvplug.errors import UnsupportedEngineError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.request import Request
 
 MIN_VERSION = (0, 30)
 BELOW_VERSION = (0, 33)
@@ -101,6 +101,7 @@ def problems() -> list[str]:
             ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
         ),
         (VllmConfig, "__post_init__", ()),
+        *processing(),
     ]
     found = []
     for owner, name, names in expected:
@@ -312,40 +313,6 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
     if pp.world_size > 1:
         value = pp.broadcast_object(value, src=0)
     return value
-
-
-# -- requests ----------------------------------------------------------------------------------------------------
-
-
-def extra_key_count(request: Request, end: int) -> int:
-    """How many extra keys the engine itself sees in tokens 0..end; one more than expected is one that is not known."""
-    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
-
-    keys, _ = generate_block_hash_extra_keys(request, 0, end, 0)
-    return len(keys or ())
-
-
-def mm_named_by_content(config: Any) -> bool:
-    """Whether images, audio and video have content hashes: without caches of its own vLLM counts them instead.
-
-    Such a name does not show: with arguments for the processor in the request it is hashed along with these.
-    """
-    multimodal = getattr(config.model_config, "multimodal_config", None)
-    if multimodal is None or config.cache_config.enable_prefix_caching:
-        return True
-    return bool(multimodal.mm_processor_cache_gb)
-
-
-def embeds_digest(request: Request, start: int, end: int) -> bytes:
-    """Digest of the prompt embeddings of tokens start..end."""
-    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
-
-    keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
-    last = keys[-1] if keys else b""
-    digest = last[1] if isinstance(last, tuple) else last  # plain bytes up to 0.30, tagged since
-    if not isinstance(digest, bytes):
-        raise NamespaceError("the engine gives no digest for prompt embeddings")
-    return digest
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------

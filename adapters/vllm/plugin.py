@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from kvplug import config as settings
-from kvplug.adapters.vllm import compat
+from kvplug.adapters.vllm import compat, compat_requests
 from kvplug.adapters.vllm.started import STARTED_KEY, started_ns
 from kvplug.errors import KvplugError
 
@@ -41,8 +41,23 @@ def _register() -> None:
             _say(f"kvplug: OFF: {reason}")
         return
     compat.register_connector()
+    compat.after_config_init(configured)
+
+
+def configured(config: VllmConfig) -> None:
+    """A configuration is complete: in the process that runs the engine, and in those that process prompts for it."""
     if wanted_by_environment():
-        compat.after_config_init(switch_on)
+        switch_on(config)
+    transfer = config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != compat.CONNECTOR_NAME:
+        return
+    try:
+        if not settings.load().trust_mm_ids:
+            compat_requests.mark_named_media()
+    except Exception as error:
+        config.kv_transfer_config = None  # else an image could be taken for another
+        logger.exception("kvplug: an error at start")
+        _say(f"kvplug: OFF: {type(error).__name__}: {error}")
 
 
 def wanted_by_environment() -> bool:

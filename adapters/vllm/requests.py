@@ -12,7 +12,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from kvplug.adapters.devices.base import Int64s
-from kvplug.adapters.vllm import compat
+from kvplug.adapters.vllm import compat_requests as compat
 from kvplug.errors import NamespaceError
 from kvplug.extras import encode_extras
 from kvplug.fetching import Fetch
@@ -121,6 +121,8 @@ def open_chain(
         raise NamespaceError(
             "multimodal inputs are counted, not hashed (mm_processor_cache_gb=0 without prefix caching)"
         )
+    if compat.has_named_media(request) and not trust_mm_ids:
+        raise NamespaceError("a multimodal input is named by the user")
     mm = _multimodal_steps(request, step_tokens, trust_mm_ids)
     embeds = _embeds_steps(request, step_tokens)
     expected = (lora is not None) + len(mm.get(0, ())) + bool(request.cache_salt) + (request.prompt_embeds is not None)

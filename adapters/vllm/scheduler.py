@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvplug.adapters.vllm import compat, namespace
+from kvplug.adapters.vllm import compat, compat_requests, namespace
 from kvplug.adapters.vllm.fetches import Fetches
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
@@ -65,7 +65,7 @@ class SchedulerSide:
         self._layouts = layouts
         self._kv_layout = kv_cache_config.kv_cache_layout
         self._config = config
-        self._mm_by_content = compat.mm_named_by_content(vllm_config)
+        self._mm_by_content = compat_requests.mm_named_by_content(vllm_config)
         self._probe: WeightsProbe | None = probe
         self._say = say
         rules = compat.group_rules(kv_cache_config)

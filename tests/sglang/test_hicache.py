@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, attached, eventually, make_prompts
 from tests.vllm_lab.env import core_split, temporary_pool
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
+from tests.vllm_lab.models import LFM2, LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
 
 BACKEND = "/hicache/storage-backend"
 KEY = "key"
@@ -341,3 +342,34 @@ def test_other_kinds_of_cache(boot: Boot, own_pool: str, kind: str) -> None:
                 assert outside.stats().sealed_blocks >= 2 * pages
     finally:
         server.close()
+
+
+def test_a_model_with_recurrent_layers_takes_this_mode_by_itself(boot: Boot, own_pool: str, tmp_path: Path) -> None:
+    """The linker does not take it. Its cache ends where a request did, so it is the next turn that is asked for."""
+    more: dict[str, Any] = {
+        "page_size": 1,
+        "arguments": ("--max-total-tokens", "4096", "--hicache-storage-prefetch-policy", "wait_complete"),
+    }
+    witness = Control(LFM2, tmp_path / "control.log", **more | {"arguments": ("--max-total-tokens", "4096")})
+    firsts = witness.pick(2, seed=79, tokens=(300, 500))
+    more_words = make_prompts(2, 80, tokens=(60, 80))
+    turns = [(*case.prompt, *case.tokens, *words) for case, words in zip(firsts, more_words, strict=True)]
+    answers = []
+    for turn in turns:
+        witness.server.flush()
+        answers.append(witness.server.generate(list(turn), TOKENS).tokens)
+    witness.close()
+    for name in ("one", "two"):
+        server = boot(f"recurrent-{name}", LFM2, mode="auto", pool=own_pool, size="512mib", **more).ready()
+        assert "kvplug: ON in hicache mode" in server.log.read_text()
+        if name == "one":
+            eventually("the weights are known", lambda: ask(server, "there", tokens=list(firsts[0].prompt)))  # noqa: B023
+            serve(server, firsts)
+            for case in firsts:
+                eventually("it is stored", lambda: all(ask(server, "there", tokens=list(case.prompt))))  # noqa: B023
+            server.flush()
+        for case, turn, tokens in zip(firsts, turns, answers, strict=True):
+            answer = server.generate(list(turn), TOKENS)
+            assert answer.tokens == tokens
+            assert from_storage([answer])[0] >= len(case.prompt)
+        server.kill_all()

@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.request import Request
 
-from kvplug.adapters.vllm import compat
+from kvplug.adapters.vllm import compat_requests
 from kvplug.adapters.vllm.requests import LoraIdentities, open_chain
 from kvplug.errors import NamespaceError
 
@@ -136,19 +136,57 @@ def test_an_adapter_that_is_loaded_in_place_is_not_cached() -> None:
     assert known(adapter("a", 1, "/a")) is None
 
 
+@pytest.mark.parametrize(
+    ("uuids", "is_named"),
+    [
+        (None, False),
+        ({}, False),
+        ({"image": [None, None]}, False),
+        ({"image": None, "audio": []}, False),
+        ({"image": [None, FIRST]}, True),
+        ({"video": "a"}, True),
+        ({"audio": [None], "image": [""]}, True),
+    ],
+)
+@pytest.mark.parametrize("processed", [True, False], ids=["by a renderer", "by the engine's input processor"])
+@pytest.mark.parametrize("salt", [None, "tenant"])
+def test_images_that_a_user_names_are_not_cached(uuids: Any, is_named: bool, processed: bool, salt: str | None) -> None:
+    """Whatever their names look like: as vLLM's own hashes do, too."""
+
+    def render(renderer: Any, prompt: Any, mm_data: Any, mm_uuids: Any, **more: Any) -> dict[str, Any]:
+        return {"prompt_token_ids": prompt, **more}
+
+    def process(processor: Any, request_id: str, prompt: Any, params: Any = None) -> Any:
+        return request(**image(FIRST), cache_salt=salt)
+
+    if processed:
+        prompt = compat_requests._around_media(render)(None, [1], {}, uuids, cache_salt=salt)
+    else:
+        prompt = {"prompt_token_ids": [1], "multi_modal_uuids": uuids}
+    made = compat_requests._around_inputs(process)(None, "r", prompt, params=None)
+    assert compat_requests.has_named_media(made) is is_named
+    assert made.cache_salt == (f"kvplug-private|{salt or ''}" if is_named else salt)
+    if not is_named:
+        assert keys(made) == keys(request(**image(FIRST), cache_salt=salt))
+        return
+    with pytest.raises(NamespaceError, match="named by the user"):
+        keys(made)
+    assert keys(made, trust=True) != keys(request(**image(FIRST), cache_salt=salt))
+
+
 def test_images_that_the_engine_counts_are_not_cached() -> None:
     """Without caches of its own vLLM names an image by its number, hashed with what the request says of it."""
     config = SimpleNamespace(
         model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_processor_cache_gb=4)),
         cache_config=SimpleNamespace(enable_prefix_caching=False),
     )
-    assert compat.mm_named_by_content(config)
+    assert compat_requests.mm_named_by_content(config)
     config.model_config.multimodal_config.mm_processor_cache_gb = 0
-    assert not compat.mm_named_by_content(config)
+    assert not compat_requests.mm_named_by_content(config)
     config.cache_config.enable_prefix_caching = True
-    assert compat.mm_named_by_content(config)
+    assert compat_requests.mm_named_by_content(config)
     config.model_config.multimodal_config = None
-    assert compat.mm_named_by_content(config)
+    assert compat_requests.mm_named_by_content(config)
     for trust in (False, True):
         with pytest.raises(NamespaceError, match="counted"):
             keys(request(**image(FIRST)), trust=trust, mm_by_content=False)

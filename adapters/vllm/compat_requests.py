@@ -1,0 +1,106 @@
+"""What vLLM's requests hold, and how images in them get their names: private interfaces, checked at the start.
+
+vLLM names an image, audio or video by a hash of its content, or takes the name that a user gives it. In the engine
+both may look alike. So kvplug looks where prompts are processed, and tells by the request's cache salt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvplug.errors import NamespaceError
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+PRIVATE = "kvplug-private|"
+"""How the salt begins of a request with an image that a user has named. vLLM's own cache shares it as before."""
+_MARK = "kvplug_named"
+
+
+def processing() -> list[tuple[Any, str, tuple[str, ...]]]:
+    """Where prompts are processed: owner, method, its first parameters."""
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    return [
+        (BaseRenderer, "_process_multimodal", ("prompt", "mm_data", "mm_uuids")),
+        (InputProcessor, "process_inputs", ("request_id", "prompt")),
+    ]
+
+
+def mark_named_media() -> None:
+    """From now on requests with an image that a user has named are marked. A second call changes nothing."""
+    for (owner, name, _), around in zip(processing(), (_around_media, _around_inputs), strict=True):
+        plain = getattr(owner, name)
+        if not hasattr(plain, "_kvplug"):
+            setattr(owner, name, around(plain))
+
+
+def _around_media(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def process_multimodal(self: Any, prompt: Any, mm_data: Any, mm_uuids: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = plain(self, prompt, mm_data, mm_uuids, *args, **kwargs)
+        if _names(mm_uuids):
+            inputs[_MARK] = True
+        return inputs
+
+    process_multimodal._kvplug = True  # type: ignore[attr-defined]
+    return process_multimodal
+
+
+def _around_inputs(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def process_inputs(self: Any, request_id: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        request = plain(self, request_id, prompt, *args, **kwargs)
+        raw = isinstance(prompt, Mapping)  # as a renderer made it, or as the user gave it
+        if raw and (prompt.get(_MARK) or _names(prompt.get("multi_modal_uuids"))):
+            request.cache_salt = PRIVATE + (request.cache_salt or "")
+        return request
+
+    process_inputs._kvplug = True  # type: ignore[attr-defined]
+    return process_inputs
+
+
+def _names(mm_uuids: Any) -> bool:
+    """Whether anything in ``{"image": ["a name", None]}`` is a name."""
+    some = mm_uuids.values() if isinstance(mm_uuids, Mapping) else ()
+    return any(one is not None for names in some for one in ([names] if isinstance(names, str) else names or ()))
+
+
+def has_named_media(request: Request) -> bool:
+    """Whether a user has named an image, audio or video of this request."""
+    return bool(request.mm_features) and (request.cache_salt or "").startswith(PRIVATE)
+
+
+def extra_key_count(request: Request, end: int) -> int:
+    """How many extra keys the engine itself sees in tokens 0..end; one more than expected is one that is not known."""
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    keys, _ = generate_block_hash_extra_keys(request, 0, end, 0)
+    return len(keys or ())
+
+
+def mm_named_by_content(config: Any) -> bool:
+    """Whether images, audio and video have content hashes: without caches of its own vLLM counts them instead.
+
+    Such a name does not show: with arguments for the processor in the request it is hashed along with these.
+    """
+    multimodal = getattr(config.model_config, "multimodal_config", None)
+    if multimodal is None or config.cache_config.enable_prefix_caching:
+        return True
+    return bool(multimodal.mm_processor_cache_gb)
+
+
+def embeds_digest(request: Request, start: int, end: int) -> bytes:
+    """Digest of the prompt embeddings of tokens start..end."""
+    from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+    keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
+    last = keys[-1] if keys else b""
+    digest = last[1] if isinstance(last, tuple) else last  # plain bytes up to 0.30, tagged since
+    if not isinstance(digest, bytes):
+        raise NamespaceError("the engine gives no digest for prompt embeddings")
+    return digest
