@@ -150,9 +150,13 @@ def test_beside_python(benchmark: Any, hosts: Hosts, figure: Figure) -> None:
         hosts.reader.remove(wanted)
         if size != "2 MiB":
             hosts.owner.remove(wanted)
-    benchmark.pedantic(fetch, setup=lambda: hosts.reader.remove(wanted), rounds=3)
+
+    def forget() -> None:
+        hosts.reader.remove(wanted)
+
+    benchmark.pedantic(fetch, setup=forget, rounds=3)
     process.close()
-    hosts.reader.remove(wanted)
+    forget()
     hosts.owner.remove(wanted)
     figure("fetch_beside_python", max(waits), rounds=BESIDE_ROUNDS, beside="; ".join(said))
 

@@ -36,7 +36,6 @@ from kvplug.config import Config
 from kvplug.errors import Code, StoreClosedError
 from kvplug.fetchprocess import FetchProcess
 from kvplug.holders import Sources, Standing
-from kvplug.rdma.protocol import MAX_KEYS
 from kvplug.rdma.speed import Measured
 from kvplug.store import KvStore
 from kvplug.wanted import Fetch, Outcome, Plan, Planner, Wanted, leading
@@ -306,7 +305,7 @@ def _slice(speed: Measured, nbytes: I64) -> int:
     """How many of these blocks to read before looking at the clock again."""
     rate = speed.bytes_per_s
     room = FIRST_SLICE_BYTES if rate is None else min(max(int(rate * SLICE_S), FIRST_SLICE_BYTES), MOST_SLICE_BYTES)
-    return min(max(1, int(np.searchsorted(np.cumsum(nbytes), room, "right"))), MAX_KEYS)
+    return max(1, int(np.searchsorted(np.cumsum(nbytes), room, "right")))
 
 
 def _why(code: int) -> Outcome:
