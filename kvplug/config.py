@@ -453,7 +453,7 @@ def load(**overrides: Any) -> Config:
     return Config(**{name: value for name, value in overrides.items() if value is not None})
 
 
-class _GivenOnly(Config):
+class GivenConfig(Config):
     """Settings of the values that are handed in, whatever environment and file say. Raises pydantic's own error."""
 
     def __init__(self, /, **values: Any) -> None:
@@ -479,7 +479,7 @@ def explain() -> tuple[list[Setting], list[str]]:
     good, bad = dict(layers), set[str]()
     while True:  # each round has fewer of what was set
         try:
-            config = _GivenOnly(**{name: value for name, (value, _) in good.items()})
+            config = GivenConfig(**{name: value for name, (value, _) in good.items()})
             break
         except pydantic.ValidationError as error:
             wrong += [_explained(detail, layers) for detail in error.errors()]

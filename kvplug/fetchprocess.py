@@ -11,6 +11,7 @@ under way counts as not answered, and the next question starts another.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import socket
@@ -40,12 +41,20 @@ I8 = npt.NDArray[np.int8]
 Bools = npt.NDArray[np.bool_]
 A = TypeVar("A", Found, Fetched)
 
-PROGRAM: Final = "from kvplug.fetchworker import main; main()"
+# It imports what this process imports, and nothing of the working directory; Ctrl-C is the engine's to answer.
+PROGRAM: Final = """import sys
+sys.path[:] = sys.argv.pop(1).split("\\n")
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from kvplug.fetchworker import main
+main()"""
 BEGIN_S: Final = 120.0
 """Until it answers: a fresh installation may compile the pool's inner loops first."""
+FIRST_S: Final = 10.0
+"""How long after the beginning questions wait for the first one. Later, computing is better than to wait for it."""
 LATE_S: Final = 2.0
 """How long after a question's deadline its answer may come. Then the process is taken to be stuck, and ended."""
-END_S: Final = 1.0
+END_S: Final = 2.0
 """How long it may take to hang up everywhere before it is killed."""
 KILLED_S: Final = 5.0
 BACK_OFF_FIRST_S: Final = 0.5
@@ -65,15 +74,16 @@ class FetchProcess:
         """``channels``: how many questions may be asked at a time. Raises ConfigError: settings that can't work."""
         check_directory(config)
         # As this process has them, whatever environment and files say by the time that it starts.
-        settings = {name: getattr(config, name) for name in config.model_fields_set}
-        self._begin = Begin(store.pool.segment.uuid, _written(settings | {"pool": store.pool_name}))
+        settings = {name: _written(getattr(config, name)) for name in Config.model_fields}
+        self._begin = Begin(store.pool.segment.uuid, settings | {"pool": store.pool_name})
+        self._late_s = LATE_S + 2 * config.lock_timeout_s
         self._wanted = channels
         self._changed = threading.Condition()
         self._running: _Running | None = None
         self._coming: _Running | None = None
         self._starts = False
-        self._was_up = False
         self._closed = False
+        self._patient_until = time.monotonic() + FIRST_S
         self._back_off_s = 0.0
         self._not_before = 0.0
         with self._changed:
@@ -101,32 +111,43 @@ class FetchProcess:
         if taken is None:
             return None
         running, channel = taken
+        why = "an error here"
         try:
-            channel.send(question, deadline + LATE_S)
-            answer = channel.receive(deadline + LATE_S)
+            channel.send(question, deadline + self._late_s)
+            answer = channel.receive(deadline + self._late_s)
             if isinstance(answer, Problem):
+                why = "" if answer.goes_on else "an error there"
                 raise FetchError(answer.text)
-            answer = expected(answer, kind)
+            answer, why = expected(answer, kind), ""
         except ChannelError as error:
-            self._lost(running, str(error))
+            why = str(error)
             return None
         finally:
-            self._give_back(running, channel)
+            if why:  # nobody knows what comes next on this channel
+                channel.close()
+                self._lost(running, why)
+            else:
+                self._give_back(running, channel)
         return answer
 
     def _take(self, deadline: float) -> tuple[_Running, Channel] | None:
         """A channel that nobody uses, of the process that runs; one is started if there is none."""
         with self._changed:
             while not self._closed:
-                if self._running is not None and self._running.idle:
-                    return self._running, self._running.idle.pop()
-                if self._running is None:
+                until = deadline
+                if self._running is not None:
+                    if self._running.idle:
+                        return self._running, self._running.idle.pop()
+                else:
                     if not self._starts and time.monotonic() >= self._not_before:
                         self._start_soon()
-                    if self._was_up or not self._starts:  # computing is better than to wait for the next one
+                    if not self._starts:
                         return None
-                if not self._changed.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    until = min(until, self._patient_until)
+                left = until - time.monotonic()
+                if left <= 0:
                     return None
+                self._changed.wait(left)
         return None
 
     def _give_back(self, running: _Running, channel: Channel) -> None:
@@ -143,46 +164,62 @@ class FetchProcess:
         """With the mutex held."""
         self._starts = True
         try:
-            threading.Thread(target=self._start, name="kvplug-fetch-start", daemon=True).start()
-        except RuntimeError:  # no thread is left: tried again with the next question
+            threading.Thread(target=self._run, name="kvplug-fetch-process", daemon=True).start()
+        except RuntimeError:  # no thread is left: tried again with a later question
             self._starts = False
             self._put_off()
 
-    def _start(self) -> None:
-        running, problem = None, ""
+    def _run(self) -> None:
+        """Start a process, and be there when it ends."""
+        running, problem = _Running(), "an error"
         try:
-            running = _Running(self._wanted)
             with self._changed:
-                self._coming = running
+                self._coming = running  # from here on it ends with this
+            running.launch(self._wanted)
             if not self._closed:
                 running.begin(self._begin)
+            problem = ""
         except (ChannelError, FetchError, OSError, ValueError) as error:
             problem = str(error)
+        finally:
+            is_up = self._is_up(running, problem)
+        if is_up:
+            self._lost(running, f"exit status {running.wait()}")
+
+    def _is_up(self, running: _Running, problem: str) -> bool:
+        """The start is over: whether this process is the one to be asked now."""
         with self._changed:
             self._starts, self._coming = False, None
             is_wanted = not problem and not self._closed
             if is_wanted:
-                self._running, self._was_up = running, True
+                self._running, running.idle = running, list(running.channels)
             else:
+                running.is_over = True
                 self._put_off()
             self._changed.notify_all()
-        if not is_wanted and running is not None:
-            running.idle = running.channels  # nobody else has had one
+        if not is_wanted:
             running.end(0.0)
+            for channel in running.channels:
+                channel.close()
         if problem and not self._closed:
             log.warning("kvplug: no process to fetch from other hosts could be started: %s", problem)
+        return is_wanted
 
     def _lost(self, running: _Running, why: str) -> None:
-        """It has ended, or is stuck."""
+        """It has ended, or is stuck, or can't be trusted any more."""
         with self._changed:
             if self._running is not running or self._closed:
                 return
             self._running = None
+            idle = running.give_up()
             if time.monotonic() < running.since + STEADY_S:
                 self._put_off()
             else:
                 self._back_off_s = 0.0
+            self._changed.notify_all()
         running.end(0.0)
+        for channel in idle:
+            channel.close()
         log.warning("kvplug: the process that fetches from other hosts was lost (%s); another one is started", why)
 
     def _put_off(self) -> None:
@@ -202,39 +239,48 @@ class FetchProcess:
             self._closed = True
             ending = [running for running in (self._running, self._coming) if running is not None]
             self._running = None
+            idle = [channel for running in ending for channel in running.give_up()]
             self._changed.notify_all()
         for running in ending:
             running.end(END_S)
+        for channel in idle:
+            channel.close()
 
 
 class _Running:
     """One process and its channels."""
 
-    def __init__(self, channels: int) -> None:
-        """Raises OSError, ValueError: it can't be started."""
+    def __init__(self) -> None:
         self.since = time.monotonic()
-        pairs = [socket.socketpair() for _ in range(channels)]
-        self.channels = [Channel(ours) for ours, _ in pairs]
-        descriptors = [other.fileno() for _, other in pairs]
-        try:
+        self.channels: list[Channel] = []
+        self.idle: list[Channel] = []
+        """Those that nobody uses, for whoever has the mutex."""
+        self.is_over = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """None before it was launched."""
+        return None if self._process is None else self._process.pid
+
+    def launch(self, channels: int) -> None:
+        """Start it. Raises OSError, ValueError."""
+        if not sys.executable:
+            raise OSError("sys.executable does not say which Python this is")
+        with contextlib.ExitStack() as theirs:
+            descriptors = []
+            for _ in range(channels):
+                ours, other = map(_above_standard, socket.socketpair())
+                theirs.enter_context(other)
+                descriptors.append(other.fileno())
+                self.channels.append(Channel(ours))
             self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *map(str, (os.getpid(), *descriptors))],
-                env=os.environ | {"PYTHONSAFEPATH": "1"},  # nothing of the working directory is imported
+                [sys.executable, "-c", PROGRAM, "\n".join(map(str, sys.path)), *map(str, (os.getpid(), *descriptors))],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=None if _is_open(2) else subprocess.DEVNULL,
             )
-        except BaseException:
-            for channel in self.channels:
-                channel.close()
-            raise
-        finally:
-            for _, other in pairs:
-                other.close()
-        self.pid = self._process.pid
-        self.is_over = False
-        self.idle: list[Channel] = []
-        """Those that nobody uses."""
 
     def begin(self, word: Begin) -> None:
         """Tell it what it is for. Raises ChannelError, FetchError."""
@@ -244,15 +290,24 @@ class _Running:
         if isinstance(answer, Problem):
             raise FetchError(answer.text)
         expected(answer, Begun)
-        self.idle = list(self.channels)
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended: there is nothing that this would have to be in time for."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def give_up(self) -> list[Channel]:
+        """With the mutex held: from now on no channel is given back. Those that nobody uses, to be closed."""
+        self.is_over = True
+        idle, self.idle = self.idle, []
+        return idle
 
     def end(self, patience_s: float) -> None:
         """Hang up; it ends by itself, or is killed after so long."""
-        self.is_over = True
         for channel in self.channels:
             channel.interrupt()
-        while self.idle:
-            self.idle.pop().close()
+        if self._process is None:
+            return
         try:
             self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
@@ -261,12 +316,24 @@ class _Running:
                 self._process.wait(KILLED_S)
 
 
-def _written(settings: dict[str, object]) -> dict[str, object]:
-    """Settings as a user writes them, secrets too: they go by a socket that only the other process has."""
-    found: dict[str, object] = {}
-    for name, value in settings.items():
-        if isinstance(value, SecretStr):
-            found[name] = value.get_secret_value()
-        elif value is not None:
-            found[name] = list(value) if isinstance(value, tuple) else value
-    return found
+def _above_standard(sock: socket.socket) -> socket.socket:
+    """The same, and none of the three descriptors that a child's streams are put on."""
+    if sock.fileno() > 2:
+        return sock
+    with sock:
+        return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _written(value: object) -> object:
+    """A setting as a user writes it, secrets too: they go by a socket that only the other process has."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return list(value) if isinstance(value, tuple) else value

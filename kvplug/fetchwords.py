@@ -76,6 +76,8 @@ class Problem(_Word, frozen=True):
     """A question that could not be answered: what is wrong with the settings, or the trace of an error of kvplug's."""
 
     text: str
+    goes_on: bool = True
+    """Whether others will be."""
 
 
 Word = Begin | Begun | WhoHas | Found | Fetch | Fetched | Problem
@@ -99,11 +101,11 @@ class Channel:
 
     def send(self, word: _Word, deadline: float | None = None) -> None:
         """Say it. Raises ChannelError."""
-        body = _ENCODER.encode(word)
         try:
+            body = _ENCODER.encode(word)
             self._limit(socket.SO_SNDTIMEO, deadline)
             self._sock.sendall(_LENGTH.pack(len(body)) + body)
-        except OSError as e:
+        except (OSError, TypeError, ValueError, OverflowError) as e:
             raise ChannelError(f"nothing could be sent: {e}") from None
 
     def receive(self, deadline: float | None = None) -> _Word:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -17,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from kvplug.config import load
+from kvplug.config import GivenConfig
 from kvplug.errors import KvplugError
 from kvplug.exchange import PoolExchange
 from kvplug.fetchwords import Begin, Begun, Channel, ChannelError, Fetch, Fetched, Found, Problem, WhoHas, expected
@@ -28,39 +27,53 @@ __all__ = ["main"]
 
 BEGIN_S: Final = 30.0
 PARENT_LOOK_S: Final = 1.0
+CLOSE_S: Final = 0.5
 ANSWER_S: Final = 5.0
 """How long an answer may stand in a socket that nobody reads."""
 
 
 def main() -> None:
     """``PARENT FD…``: answer on these sockets until one is hung up or the process PARENT is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer; this one ends with it
-    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
     parent, *descriptors = map(int, sys.argv[1:])
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
     channels = [Channel(socket.socket(fileno=fd)) for fd in descriptors]
+    status = 1
     try:
-        begin = expected(channels[0].receive(time.monotonic() + BEGIN_S), Begin)
-        _serve(begin, parent, channels)
+        try:
+            _serve(expected(channels[0].receive(time.monotonic() + BEGIN_S), Begin), channels)
+        except KvplugError as error:
+            channels[0].send(Problem(str(error), goes_on=False), time.monotonic() + ANSWER_S)
+        status = 0
     except ChannelError:
         pass  # whoever started this is gone already
-    except KvplugError as error:
-        channels[0].send(Problem(str(error)), time.monotonic() + ANSWER_S)
-    os._exit(0)  # no thread is waited for: each may stand in a call for as long as its deadline says
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        os._exit(status)  # no thread is waited for: each may stand in a call for as long as its deadline says
 
 
-def _serve(begin: Begin, parent: int, channels: list[Channel]) -> None:
-    config = load(**begin.settings)
+def _watch(parent: int) -> None:
+    """End this process with the one that started it, also where others have copies of the sockets."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_LOOK_S)
+    os._exit(1)
+
+
+def _serve(begin: Begin, channels: list[Channel]) -> None:
+    config = GivenConfig(**begin.settings)
     with KvStore(config=config, create=False, _join=(begin.pool_uuid, 0)) as store:
         sources = Holders(PoolExchange(store), config)
         over = threading.Event()
-        try:
-            channels[0].send(Begun(), time.monotonic() + ANSWER_S)
-            for channel in channels:
-                threading.Thread(target=_answer, args=(channel, sources, over), daemon=True).start()
-            while os.getppid() == parent and not over.wait(PARENT_LOOK_S):
-                pass
-        finally:
-            sources.close()
+        for channel in channels[1:]:
+            threading.Thread(target=_answer, args=(channel, sources, over), daemon=True).start()
+        channels[0].send(Begun(), time.monotonic() + ANSWER_S)
+        threading.Thread(target=_answer, args=(channels[0], sources, over), daemon=True).start()
+        over.wait()
+        closing = threading.Thread(target=sources.close, daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)  # what does not hang up by then ends with the process
 
 
 def _answer(channel: Channel, sources: Sources, over: threading.Event) -> None:
@@ -74,7 +87,7 @@ def _answer(channel: Channel, sources: Sources, over: threading.Event) -> None:
             except KvplugError as error:
                 answer = Problem(str(error))
             except BaseException:  # the engine's process counts it, says it, and starts another one
-                channel.send(Problem(traceback.format_exc()), time.monotonic() + ANSWER_S)
+                channel.send(Problem(traceback.format_exc(), goes_on=False), time.monotonic() + ANSWER_S)
                 raise
             channel.send(answer, time.monotonic() + ANSWER_S)
     except ChannelError:

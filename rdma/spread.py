@@ -174,7 +174,7 @@ class SpreadPath(DataPath, Generic[L]):
         for lane in idle:
             lane.close()
         if threads is not None:
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.shutdown(wait=False)  # shares that have not begun end at once, and whoever waits for them
 
 
 def _first_error(jobs: list[Future[PeerError | None]]) -> PeerError | None:

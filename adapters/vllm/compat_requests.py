@@ -1,12 +1,14 @@
 """What vLLM's requests hold, and how images in them get their names: private interfaces, checked at the start.
 
 vLLM names an image, audio or video by a hash of its content, or takes the name that a user gives it. In the engine
-both may look alike. So kvplug looks where prompts are processed, and tells by the request's cache salt.
+both may look alike. So kvplug looks where prompts are processed, and marks what was named by its content; a request
+with anything else is told by its cache salt.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,14 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 PRIVATE = "kvplug-private|"
-"""How the salt begins of a request with an image that a user has named. vLLM's own cache shares it as before."""
-_MARK = "kvplug_named"
+"""How the salt begins of a request with media that nobody vouches for. vLLM's own cache shares it as before."""
+
+
+class ByContent(dict[str, Any]):
+    """Names of media by modality, as vLLM has them, all of which are hashes of their content.
+
+    It is handed on with the names by whoever makes one prompt of another; where it gets lost, nobody vouches for them.
+    """
 
 
 def processing() -> list[tuple[Any, str, tuple[str, ...]]]:
@@ -32,7 +40,7 @@ def processing() -> list[tuple[Any, str, tuple[str, ...]]]:
 
 
 def mark_named_media() -> None:
-    """From now on requests with an image that a user has named are marked. A second call changes nothing."""
+    """From now on requests with media that a user has named are marked. A second call changes nothing."""
     for (owner, name, _), around in zip(processing(), (_around_media, _around_inputs), strict=True):
         plain = getattr(owner, name)
         if not hasattr(plain, "_kvplug"):
@@ -43,8 +51,8 @@ def _around_media(plain: Any) -> Any:
     @functools.wraps(plain)
     def process_multimodal(self: Any, prompt: Any, mm_data: Any, mm_uuids: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = plain(self, prompt, mm_data, mm_uuids, *args, **kwargs)
-        if _names(mm_uuids):
-            inputs[_MARK] = True
+        if not _names(mm_uuids):
+            inputs["mm_hashes"] = ByContent(inputs["mm_hashes"])
         return inputs
 
     process_multimodal._kvplug = True  # type: ignore[attr-defined]
@@ -55,13 +63,20 @@ def _around_inputs(plain: Any) -> Any:
     @functools.wraps(plain)
     def process_inputs(self: Any, request_id: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = plain(self, request_id, prompt, *args, **kwargs)
-        raw = isinstance(prompt, Mapping)  # as a renderer made it, or as the user gave it
-        if raw and (prompt.get(_MARK) or _names(prompt.get("multi_modal_uuids"))):
+        if request.mm_features and not _is_vouched_for(prompt):
             request.cache_salt = PRIVATE + (request.cache_salt or "")
         return request
 
     process_inputs._kvplug = True  # type: ignore[attr-defined]
     return process_inputs
+
+
+def _is_vouched_for(prompt: Any) -> bool:
+    if not isinstance(prompt, Mapping):
+        return False
+    if "mm_hashes" in prompt:  # as a renderer has made it, or whoever hands hashes in
+        return isinstance(prompt["mm_hashes"], ByContent)
+    return not _names(prompt.get("multi_modal_uuids"))  # as the user has given it: rendered in here
 
 
 def _names(mm_uuids: Any) -> bool:
@@ -71,7 +86,7 @@ def _names(mm_uuids: Any) -> bool:
 
 
 def has_named_media(request: Request) -> bool:
-    """Whether a user has named an image, audio or video of this request."""
+    """Whether nobody vouches that an image, audio or video of this request is named by its content."""
     return bool(request.mm_features) and (request.cache_salt or "").startswith(PRIVATE)
 
 
@@ -84,12 +99,16 @@ def extra_key_count(request: Request, end: int) -> int:
 
 
 def mm_named_by_content(config: Any) -> bool:
-    """Whether images, audio and video have content hashes: without caches of its own vLLM counts them instead.
+    """Whether it can be known that media have content hashes. Without caches of its own vLLM counts them instead.
 
     Such a name does not show: with arguments for the processor in the request it is hashed along with these.
     """
     multimodal = getattr(config.model_config, "multimodal_config", None)
-    if multimodal is None or config.cache_config.enable_prefix_caching:
+    if multimodal is None:
+        return True
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):  # no plugin looks at what comes in there
+        return False
+    if config.cache_config.enable_prefix_caching:
         return True
     return bool(multimodal.mm_processor_cache_gb)
 

@@ -119,10 +119,11 @@ def open_chain(
             raise NamespaceError("the LoRA adapter is not identified")
     if request.mm_features and not mm_by_content:
         raise NamespaceError(
-            "multimodal inputs are counted, not hashed (mm_processor_cache_gb=0 without prefix caching)"
+            "multimodal inputs are counted, not hashed (mm_processor_cache_gb=0 without prefix caching), or come in "
+            "where kvplug can't look at them (VLLM_USE_RUST_FRONTEND)"
         )
     if compat.has_named_media(request) and not trust_mm_ids:
-        raise NamespaceError("a multimodal input is named by the user")
+        raise NamespaceError("a multimodal input may be named by the user, not by its content")
     mm = _multimodal_steps(request, step_tokens, trust_mm_ids)
     embeds = _embeds_steps(request, step_tokens)
     expected = (lora is not None) + len(mm.get(0, ())) + bool(request.cache_salt) + (request.prompt_embeds is not None)

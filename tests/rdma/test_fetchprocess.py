@@ -142,7 +142,7 @@ def test_stopped_it_holds_nobody_beyond_the_deadline(
     make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetchprocess, "LATE_S", 0.2)
-    here, there = make_host(), make_host()
+    here, there = make_host(lock_timeout_s=0.5), make_host()
     of = keys(20, 5)
     put(there.store, of, BLOCK)
     fetcher = make_reader(here, there.agent().address)
@@ -223,17 +223,81 @@ def test_closed_while_it_is_being_started(make_host: MakeHost, monkeypatch: pyte
     assert is_gone(coming.pid)
 
 
+@pytest.mark.parametrize("python", ["/nonexistent/python", None, __file__])
 def test_where_none_can_be_started_nobody_answers(
-    make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_host: MakeHost,
+    make_reader: MakeReader,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    python: str | None,
 ) -> None:
-    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(sys, "executable", python)
     fetcher = make_reader(make_host(), "127.0.0.1:1")
     outcomes = {ended(fetcher.start(wanted(keys(3, 9 + i)))) for i in range(5)}
     assert outcomes == {Outcome.TIMEOUT}
     said = [record.getMessage() for record in caplog.records if "could be started" in record.getMessage()]
     assert 1 <= len(said) <= 3, "tried less and less often"
-    assert "/nonexistent/python" in said[0]
+    assert (python or "sys.executable") in said[0]
     assert fetcher.take_counts()["fetch_timeouts"] == 5
+
+
+def test_one_that_never_answers_is_not_waited_for_by_every_request(
+    make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetchprocess, "PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(fetchprocess, "FIRST_S", 0.5)
+    fetcher = make_reader(make_host(), "127.0.0.1:1")
+    began = time.monotonic()
+    assert {ended(fetcher.start(wanted(keys(3, 30 + i)))) for i in range(20)} == {Outcome.TIMEOUT}
+    assert time.monotonic() - began < END_S / 2, "each would have waited to its deadline"
+
+
+def test_one_that_dies_while_nobody_asks_is_noticed(make_host: MakeHost, make_reader: MakeReader) -> None:
+    fetcher = make_reader(make_host(), "127.0.0.1:1")
+    pid = pid_of(fetcher)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: process_of(fetcher).pid is None, END_S)
+    assert not Path(f"/proc/{pid}").exists(), "not even its exit status is left"
+
+
+def test_without_standard_streams(make_host: MakeHost) -> None:
+    """As a daemon has it that closed them: what is opened next has their numbers."""
+    here, there = make_host(), make_host()
+    of = keys(5, 31)
+    put(there.store, of, BLOCK)
+    config = here.config.with_changes(peers=(there.agent().address,), fetch_timeout_s=END_S)
+
+    def body() -> None:
+        for fd in range(3):
+            os.close(fd)
+        fetcher = Fetcher(here.store, config)
+        good = ended(fetcher.start(wanted(of))) is Outcome.FETCHED
+        fetcher.close()
+        os._exit(0 if good else 3)
+
+    with Child(body) as child:
+        assert child.wait(END_S) == 0
+    assert here.holds(of) == 5
+
+
+def test_it_imports_what_the_engine_imports(
+    make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of the working directory, and a module that only this process's path leads to."""
+    elsewhere, cwd = tmp_path / "elsewhere", tmp_path / "cwd"
+    for folder in (elsewhere, cwd):
+        folder.mkdir()
+    for name in ("json", "signal", "numpy", "kvplug"):
+        (cwd / f"{name}.py").write_text("raise SystemExit('of the working directory')")
+    (elsewhere / "only_here.py").write_text("")
+    monkeypatch.chdir(cwd)
+    monkeypatch.syspath_prepend(elsewhere)
+    needs = fetchprocess.PROGRAM.replace("from kvplug", "import only_here\nfrom kvplug")
+    monkeypatch.setattr(fetchprocess, "PROGRAM", needs)
+    here, there = make_host(), make_host()
+    of = keys(5, 32)
+    put(there.store, of, BLOCK)
+    assert ended(make_reader(here, there.agent().address).start(wanted(of))) is Outcome.FETCHED
 
 
 def test_another_pool_of_that_name_is_not_filled(
@@ -280,19 +344,20 @@ def test_an_error_that_nobody_foresaw_ends_it_and_the_next_one_goes_on(
     assert here.holds(of) == 5
 
 
-def test_secrets_are_not_where_others_can_read_them(
-    make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_are_not_where_others_can_read_them(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the settings are those of the engine's process, whatever the environment says by now."""
     here, there = make_host(), make_host()
     of = keys(5, 22)
     put(there.store, of, BLOCK)
-    address = there.agent().address
+    config = here.config.with_changes(peers=(there.agent().address,), fetch_timeout_s=END_S)
     monkeypatch.setenv("KVPLUG_AUTH_KEY", "another key, which nobody here has")
-    fetcher = make_reader(here, address)
+    monkeypatch.setenv("KVPLUG_TLS_CERT", "/one/of/three")
+    fetcher = Fetcher(here.store, config)
+    monkeypatch.setenv("KVPLUG_NONSENSE", "1")
     assert ended(fetcher.start(wanted(of))) is Outcome.FETCHED
     for file in ("cmdline", "environ"):
         assert KEY.encode() not in Path(f"/proc/{pid_of(fetcher)}/{file}").read_bytes()
+    fetcher.close()
 
 
 def test_ctrl_c_is_the_engines(make_host: MakeHost, make_reader: MakeReader) -> None:

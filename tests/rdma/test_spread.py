@@ -168,11 +168,17 @@ def test_lanes_of_an_earlier_connection_are_not_used(path: SlowPath) -> None:
 def test_closing_ends_a_read_at_once(path: SlowPath) -> None:
     thread, landings = reading(path, 2, SOON_S)
     until(lambda: len(path.carried) == 2)
+    second, seconds = reading(path, 2, SOON_S)
+    time.sleep(0.1)
     path.close()
     thread.join(SOON_S / 2)
     assert landings
     assert isinstance(landings[0].error, PeerError)
     assert landings[0].is_settled
+    second.join(SOON_S / 2)
+    assert seconds, "shares that had not begun are waited for to their deadline"
+    assert isinstance(seconds[0].error, PeerError)
+    assert seconds[0].is_settled
     late = path.read(wanted(1), time.monotonic() + 1, lambda _: None)
     assert isinstance(late.error, PeerError)
     assert late.is_settled

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
+from vllm.inputs.engine import mm_input
 from vllm.lora.request import LoRARequest
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItems, PlaceholderRange
 from vllm.v1.request import Request
 
 from kvplug.adapters.vllm import compat_requests
@@ -148,21 +149,24 @@ def test_an_adapter_that_is_loaded_in_place_is_not_cached() -> None:
         ({"audio": [None], "image": [""]}, True),
     ],
 )
-@pytest.mark.parametrize("processed", [True, False], ids=["by a renderer", "by the engine's input processor"])
+@pytest.mark.parametrize("way", ["renderer", "as given", "made anew", "by hand"])
 @pytest.mark.parametrize("salt", [None, "tenant"])
-def test_images_that_a_user_names_are_not_cached(uuids: Any, is_named: bool, processed: bool, salt: str | None) -> None:
+def test_images_that_a_user_names_are_not_cached(uuids: Any, is_named: bool, way: str, salt: str | None) -> None:
     """Whatever their names look like: as vLLM's own hashes do, too."""
 
-    def render(renderer: Any, prompt: Any, mm_data: Any, mm_uuids: Any, **more: Any) -> dict[str, Any]:
-        return {"prompt_token_ids": prompt, **more}
+    def render(renderer: Any, prompt: Any, mm_data: Any, mm_uuids: Any) -> Any:
+        return mm_input(prompt, MultiModalKwargsItems(), {"image": [FIRST]}, {})
 
     def process(processor: Any, request_id: str, prompt: Any, params: Any = None) -> Any:
         return request(**image(FIRST), cache_salt=salt)
 
-    if processed:
-        prompt = compat_requests._around_media(render)(None, [1], {}, uuids, cache_salt=salt)
-    else:
-        prompt = {"prompt_token_ids": [1], "multi_modal_uuids": uuids}
+    prompt: Any = {"prompt_token_ids": [1], "multi_modal_uuids": uuids}
+    if way != "as given":
+        prompt = compat_requests._around_media(render)(None, [1], {}, uuids)
+    if way == "made anew":  # as beam search does
+        prompt = mm_input([1, 2], prompt["mm_kwargs"], prompt["mm_hashes"], prompt["mm_placeholders"])
+    if way == "by hand":  # hashes that a client sends
+        prompt, is_named = render(None, [1], {}, None), True
     made = compat_requests._around_inputs(process)(None, "r", prompt, params=None)
     assert compat_requests.has_named_media(made) is is_named
     assert made.cache_salt == (f"kvplug-private|{salt or ''}" if is_named else salt)
@@ -172,6 +176,13 @@ def test_images_that_a_user_names_are_not_cached(uuids: Any, is_named: bool, pro
     with pytest.raises(NamespaceError, match="named by the user"):
         keys(made)
     assert keys(made, trust=True) != keys(request(**image(FIRST), cache_salt=salt))
+
+
+def test_requests_of_text_are_as_they_were() -> None:
+    made = compat_requests._around_inputs(lambda *_: request(cache_salt="a"))(None, "r", {"prompt_token_ids": [1]})
+    assert made.cache_salt == "a"
+    made = compat_requests._around_inputs(lambda *_: request())(None, "r", "a text")
+    assert made.cache_salt is None
 
 
 def test_images_that_the_engine_counts_are_not_cached() -> None:
@@ -185,6 +196,9 @@ def test_images_that_the_engine_counts_are_not_cached() -> None:
     assert not compat_requests.mm_named_by_content(config)
     config.cache_config.enable_prefix_caching = True
     assert compat_requests.mm_named_by_content(config)
+    with pytest.MonkeyPatch.context() as rust:
+        rust.setenv("VLLM_USE_RUST_FRONTEND", "1")
+        assert not compat_requests.mm_named_by_content(config)
     config.model_config.multimodal_config = None
     assert compat_requests.mm_named_by_content(config)
     for trust in (False, True):
