@@ -60,6 +60,18 @@ class Stream:
         self.process.wait(10)
 
 
+def wait_until_mapped(pid: int, timeout_s: float = 60.0) -> None:
+    """Until a process has mapped its pool, which it does in the background and with a core."""
+    deadline = time.monotonic() + timeout_s
+    used = cpu_s(pid)
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        before, used = used, cpu_s(pid)
+        if used - before < 0.05:
+            return
+    raise TimeoutError(f"process {pid} still works after {timeout_s:g} s")
+
+
 class Hosts:
     """Two pools, the first one's agent, and a reader in this process."""
 
@@ -81,18 +93,7 @@ class Hosts:
         assert self.agent.stdout is not None
         self.address = self.agent.stdout.readline().split()[-1]
         self.peer = Peer(self.address, PoolExchange(self.reader), ours[1])
-        self._wait_for_agent()
-
-    def _wait_for_agent(self, timeout_s: float = 60.0) -> None:
-        """Until it has mapped the pool, which it does in the background and with a core."""
-        deadline = time.monotonic() + timeout_s
-        used = cpu_s(self.agent.pid)
-        while time.monotonic() < deadline:
-            time.sleep(0.5)
-            before, used = used, cpu_s(self.agent.pid)
-            if used - before < 0.05:
-                return
-        raise TimeoutError(f"the agent still works after {timeout_s:g} s")
+        wait_until_mapped(self.agent.pid)
 
     def close(self) -> None:
         """End everything."""

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from bench.harness import KIB, MIB, keys, room_for
-from bench.rdma_hosts import POOL_BYTES, Hosts, Stream, cpu
+from bench.rdma_hosts import POOL_BYTES, Hosts, Stream, cpu, wait_until_mapped
 from kvplug.fetchprocess import FetchProcess
 from kvplug.shm import segment
 
@@ -115,6 +115,10 @@ def test_beside_python(benchmark: Any, hosts: Hosts, figure: Figure) -> None:
     waits: list[float] = []
     said: list[str] = []
     process = FetchProcess(hosts.reader, hosts.reader.config.with_changes(peers=(hosts.address,)), 1)
+
+    while process.pid is None:
+        time.sleep(0.1)
+    wait_until_mapped(process.pid)
 
     def fetch() -> None:
         codes, _ = process.fetch(hosts.address, wanted, time.monotonic() + FETCH_S)
