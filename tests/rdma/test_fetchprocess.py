@@ -168,7 +168,7 @@ def test_an_engine_that_is_killed_takes_it_along(make_host: MakeHost, has_heirs:
         pid = pid_of(fetcher)
         heir = 0
         if has_heirs and (heir := os.fork()) == 0:  # it has copies of the sockets, which keep them open
-            time.sleep(END_S)
+            time.sleep(3 * END_S)  # longer than anybody waits: else its own end would hang up
             os._exit(0)
         far.send((pid, heir))
         time.sleep(END_S)
