@@ -362,6 +362,12 @@ def _refuse(facts: Facts, config: Config) -> None:
             )
     if facts.server.get("dllm_algorithm"):
         raise UnsupportedEngineError("diffusion language models: their cache is not named by tokens alone")
+    for name in ("enable_return_routed_experts", "enable_return_indexer_topk"):
+        if facts.server.get(name):
+            raise UnsupportedEngineError(
+                f"--{name.replace('_', '-')}: answers list what was chosen for each prompt token, which SGLang keeps "
+                "beside its device pages, and pages from the pool come without it"
+            )
     if facts.server.get("elastic_ep_backend"):
         raise UnsupportedEngineError("--elastic-ep-backend: pages depend on which experts are alive")
     if facts.server.get("forward_hooks"):

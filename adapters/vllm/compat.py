@@ -176,11 +176,25 @@ def config_problem(config: Any) -> str | None:
         return f"speculative decoding by {speculative.method} keeps a draft model's state beside the model's own"
     if getattr(config.attention_config, "hisparse_config", None) is not None:
         return "HiSparse keeps KV outside the device's cache"
+    if getattr(config, "diffusion_config", None) is not None:
+        return "diffusion language models: a block's KV depends on more than the tokens up to its end"
+    if returns_routed_experts(config):
+        return (
+            "--enable-return-routed-experts: answers list the experts of each prompt token, which vLLM keeps beside "
+            "its own blocks, and blocks from the pool come without them"
+        )
     if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") and not getattr(
         config.model_config, "enable_cumem_allocator", False
     ):
         return "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True moves the cache's memory"
     return None
+
+
+def returns_routed_experts(config: Any) -> bool:
+    """Whether answers bring along what each of the prompt's tokens went through, and not only what was generated."""
+    outputs = getattr(config, "aux_output_config", None)  # 0.31 and later; the model's own setting before
+    older = getattr(config.model_config, "enable_return_routed_experts", False)
+    return bool(older or getattr(outputs, "enabled", False))
 
 
 def reuse_problem(config: Any) -> str | None:

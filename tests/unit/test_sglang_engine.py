@@ -203,6 +203,8 @@ def test_off_is_said_once_and_for_good(make: Make, caplog: pytest.LogCaptureFixt
         ({"is_multimodal": True, "server": {"trust_mm_content_hashes": True}}, {}, "--trust-mm-content-hashes"),
         ({"is_multimodal": True, "is_generation": False}, {}, "a multimodal model that embeds"),
         ({"server": {"dllm_algorithm": "LowConfidence"}}, {}, "diffusion language models"),
+        ({"server": {"enable_return_routed_experts": True}}, {}, "--enable-return-routed-experts"),
+        ({"server": {"enable_return_indexer_topk": True}}, {}, "--enable-return-indexer-topk"),
         ({"server": {"elastic_ep_backend": "mooncake"}}, {}, "--elastic-ep-backend"),
         ({"server": {"forward_hooks": [{}]}}, {}, "--forward-hooks"),
         ({"server": {"uno_lora_path": "/x"}}, {}, "--uno-lora-path"),

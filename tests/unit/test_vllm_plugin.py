@@ -155,6 +155,36 @@ def test_where_the_engine_does_not_reuse_kv_kvplug_does_not_either(
     assert make(model_dir(MLA)).kv_transfer_config is not None
 
 
+def _with_outputs(config: VllmConfig) -> None:
+    config.aux_output_config.enable_return_routed_experts = True
+
+
+def _with_outputs_of_older_releases(config: VllmConfig) -> None:
+    object.__setattr__(config.model_config, "enable_return_routed_experts", True)
+
+
+def _with_diffusion(config: VllmConfig) -> None:
+    from vllm.config.diffusion import DiffusionConfig
+
+    config.diffusion_config = DiffusionConfig(canvas_length=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_with_outputs, "--enable-return-routed-experts"),
+        (_with_outputs_of_older_releases, "--enable-return-routed-experts"),
+        (_with_diffusion, "diffusion"),
+    ],
+)
+def test_what_a_hit_does_not_bring_along_is_refused(change: Any, words: str) -> None:
+    """Its release for CPUs refuses these settings itself, so they are made on a configuration that is complete."""
+    config = make()
+    assert plugin.against(config) is None
+    change(config)
+    assert words in (plugin.against(config) or "")
+
+
 def page(layer: str, nbytes: int, shape: str = "float32 (2, 128, 64) (8192, 64, 1)") -> LayerPage:
     return LayerPage(layer, nbytes, shape)
 
