@@ -1,4 +1,4 @@
-"""Promises of the sources themselves: typed, in form, imports one way, small functions, nothing of one machine in them."""
+"""Promises of the sources themselves: typed, in form, imports one way, small functions, nothing of one machine."""
 
 from __future__ import annotations
 
