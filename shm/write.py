@@ -142,6 +142,30 @@ def take_slot(T: Any, L: Any, cls: int, victims: Any, words: Any, ticks: Any, at
     return -1
 
 
+@kernel
+def begin_writing(T: Any, L: Any, row: int, keys: Any, i: int, size_word: int, tick: int, part_nbytes: Any) -> int:
+    """FREE → WRITING, into the index: a slot on no list becomes that of ``keys[i]``. Its generation."""
+    r = row_at(T, row)
+    for w in range(4):
+        T[r + R_KEY + w] = keys[i, w]
+    T[r + R_SIZE] = size_word
+    T[r + R_DONE] = 0
+    T[r + R_SESSION] = L[L_SESSION]
+    T[r + R_TICK] = tick
+    for w in range(PIN_WORDS):
+        T[r + R_PIN + w] = 0
+    T[r + R_NEXT] = L[L_CLIENT]
+    p0 = T[H_O_PART] + row * PART_WORDS
+    for p in range(part_nbytes.shape[0]):
+        T[p0 + p * PART_WORDS] = part_nbytes[p]
+        T[p0 + p * PART_WORDS + 1] = 0
+    fail(L, RESERVE_FIELDS)
+    gen = set_word(T, L, row, WRITING)
+    fail(L, RESERVE_WORD)
+    insert(T, row)
+    return gen
+
+
 @entry("i(I, I, K, i, i, i, i, i, I, I, I, I, I, I8, I, I, I, i, i, i)")
 def reserve(
     T: Any, L: Any, keys: Any, begin: int, end: int, stride: int, size: int, siblings: int, part_nbytes: Any,
@@ -177,10 +201,9 @@ def reserve(
             dirty(T, L)
             cls = class_of(T, stride)
             at[1] = 0
-        k0, k1, k2, k3 = keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3]
         tick = tick_of(first, total, before + i, L[L_TOUCH])
         worth = tick if total == keys.shape[0] else first + total
-        there = find(T, k0, k1, k2, k3)
+        there = find(T, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
         rows[i] = -1
         if there >= 0:
             r = row_at(T, there)
@@ -199,26 +222,7 @@ def reserve(
         row = take_slot(T, L, cls, victims, words, ticks, at, worth) if 0 <= cls < MAX_CLASSES else -1
         if row < 0:
             break
-        r = row_at(T, row)
-        T[r + R_KEY] = k0
-        T[r + R_KEY + 1] = k1
-        T[r + R_KEY + 2] = k2
-        T[r + R_KEY + 3] = k3
-        T[r + R_SIZE] = siblings | (n_parts << SIZE_BITS) | size
-        T[r + R_DONE] = 0
-        T[r + R_SESSION] = L[L_SESSION]
-        T[r + R_TICK] = tick
-        for w in range(PIN_WORDS):
-            T[r + R_PIN + w] = 0
-        T[r + R_NEXT] = L[L_CLIENT]
-        p0 = T[H_O_PART] + row * PART_WORDS
-        for p in range(n_parts):
-            T[p0 + p * PART_WORDS] = part_nbytes[p]
-            T[p0 + p * PART_WORDS + 1] = 0
-        fail(L, RESERVE_FIELDS)
-        gens[i] = set_word(T, L, row, WRITING)
-        fail(L, RESERVE_WORD)
-        insert(T, row)
+        gens[i] = begin_writing(T, L, row, keys, i, siblings | (n_parts << SIZE_BITS) | size, tick, part_nbytes)
         T[me + C_RESERVED] += 1
         fail(L, RESERVE_INDEXED)
         codes[i] = OK

@@ -66,8 +66,8 @@ MUTANTS: Final[dict[str, Mutant]] = {
     ),
     "dirty_cleared_early": Mutant(
         "shm/write.py",
-        "        fail(L, RESERVE_WORD)\n",
-        "        clean(T, L)\n        fail(L, RESERVE_WORD)\n",
+        "    fail(L, RESERVE_WORD)\n",
+        "    clean(T, L)\n    fail(L, RESERVE_WORD)\n",
         "the tables are called whole before they are",
     ),
     "freed_on_abort": Mutant(
@@ -149,8 +149,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
 def build(mutant: Mutant, into: Path) -> None:
     """A copy of the packages, as they are installed, with the bug in it."""
     ignore = shutil.ignore_patterns("__pycache__", "*.nb?")
-    shutil.copytree(ROOT / "kvplug", into / "kvplug", ignore=ignore)
-    shutil.copytree(ROOT / "shm", into / "kvplug" / "shm", ignore=ignore)
+    shutil.copytree(ROOT / "kvplug", into / "kvplug", ignore=ignore)  # follows its links: shm and all
     path = into / "kvplug" / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
