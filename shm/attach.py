@@ -16,7 +16,7 @@ from kvplug.shm import failpoints, segment
 from kvplug.shm import layout as lay
 from kvplug.shm.jit import warm_up
 from kvplug.shm.layout import DEFAULT_MIN_BLOCK_BYTES, Geometry
-from kvplug.shm.liveness import alive_clients, close_private, is_locked, try_lock_byte, unlock_byte
+from kvplug.shm.liveness import close_private, count_locks, is_locked, try_lock_byte, unlock_byte
 from kvplug.shm.local import (
     L_BASE,
     L_FD,
@@ -116,8 +116,7 @@ def _open_or_remove(pool: str) -> Segment:
 
 def _left_by_the_last(seg: Segment) -> bool:
     """A pool that was to go with its last client, whose last client was killed before it could see to that."""
-    t = seg.table
-    return bool(t[lay.H_PERSIST]) and not alive_clients(seg.lock_fd, int(t[lay.P_LIVE_OFFSET]), lay.MAX_CLIENTS)
+    return int(seg.table[lay.H_PERSIST]) == 1 and not count_locks(seg.lock_fd)
 
 
 def _local_words(seg: Segment, options: PoolOptions) -> npt.NDArray[np.int64]:
@@ -137,7 +136,7 @@ def _local_words(seg: Segment, options: PoolOptions) -> npt.NDArray[np.int64]:
 def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: PoolOptions) -> bool:
     """Take a free client row. False if the segment was retired meanwhile."""
     t = seg.table
-    offset = int(t[lay.P_LIVE_OFFSET])
+    offset = seg.geometry.o_client * 8
     if session:  # whose processes may all be dead, and their rows not say so yet
         reap_dead(seg, local)
     for attempt in range(2):
@@ -170,7 +169,7 @@ def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: Po
 
 def find_dead(seg: Segment, me: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(client rows whose process is gone, when each client had started). No lock: starts are read before the probe."""
-    t, offset = seg.table, int(seg.table[lay.P_LIVE_OFFSET])
+    t, offset = seg.table, seg.geometry.o_client * 8  # as it was when attached, whatever the header says by now
     first = seg.geometry.o_client
     rows = t[first : first + lay.MAX_CLIENTS * lay.CLIENT_WORDS].reshape(-1, lay.CLIENT_WORDS)
     states, started = rows[:, lay.C_STATE].copy(), rows[:, lay.C_STARTED_NS].copy()

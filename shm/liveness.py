@@ -10,13 +10,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import struct
 import threading
+from collections.abc import Collection
 from typing import Final
 
 F_OFD_GETLK: Final = 36
 F_OFD_SETLK: Final = 37
 _FLOCK: Final = "hhqqi"  # struct flock: type, whence, start, length, pid (native alignment)
+LOCKS_END: Final = 1 << 60
+"""Clients' bytes lie below, whatever the format. What an agent locks for itself lies above."""
+_MAX_LOCKS: Final = 4096
+PROC: Final = "/proc"
+Inode = tuple[int, int]
+"""(device, inode) as `os.stat` has them: no two files that exist have the same."""
 
 
 _private: set[int] = set()
@@ -78,6 +86,56 @@ def is_locked(fd: int, at: int) -> bool:
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
-def alive_clients(fd: int, offset: int, count: int) -> list[int]:
-    """Client rows whose byte another description holds. ``count`` is bounded by what a header may claim."""
-    return [i for i in range(min(max(count, 0), 4096)) if is_locked(fd, offset + i)]
+def count_locks(fd: int) -> int:
+    """How many locks other descriptions of the file have on bytes below :data:`LOCKS_END`: one for each client.
+
+    It takes no word of the file to know where they are. OSError where the kernel has no such locks.
+    """
+    found, ranges = 0, [(0, LOCKS_END)]
+    while ranges and found < _MAX_LOCKS:
+        start, end = ranges.pop()
+        if start >= end:
+            continue
+        answer = fcntl.fcntl(fd, F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, end - start, 0))
+        kind, _, at, length, _ = struct.unpack(_FLOCK, answer)
+        if kind != fcntl.F_UNLCK:  # any of those in the range, not the first
+            found += 1
+            ranges += [(start, at), (at + length if length else end, end)]
+    return found
+
+
+def count_listed(inodes: Collection[Inode]) -> int:
+    """The same for files that can't be opened, by the kernel's list of all locks. -1: there is no such list."""
+    try:
+        with open(os.path.join(PROC, "locks")) as file:
+            lines = file.read().splitlines()
+    except (OSError, ValueError):
+        return -1
+    found = 0
+    for line in lines:
+        # 1: OFDLCK  ADVISORY  WRITE -1 00:1b:1290 1024 1024
+        match = re.match(r"\d+: (?:OFDLCK|POSIX) .* ([0-9a-f]+):([0-9a-f]+):(\d+) (\d+) ", line)
+        if match and (os.makedev(int(match[1], 16), int(match[2], 16)), int(match[3])) in inodes:
+            found += int(match[4]) < LOCKS_END
+    return found
+
+
+def mapped_under(path: str, device: int) -> set[Inode]:
+    """The files that processes of this user have mapped and that had this path, though another file may have it now."""
+    found: set[Inode] = set()
+    for name in os.listdir(PROC) if os.path.isdir(PROC) else ():
+        if not name.isdigit():
+            continue
+        try:
+            with open(os.path.join(PROC, name, "maps"), errors="surrogateescape") as file:
+                lines = file.read().splitlines()
+        except OSError:  # it has ended, or is another user's
+            continue
+        for line in lines:
+            # 7f1c-7f1d rw-s 00000000 00:1b 1290    /dev/shm/kvplug.u0.v2 (deleted)
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].removesuffix(" (deleted)") == path:
+                major, minor = (int(part, 16) for part in fields[3].split(":"))
+                if os.makedev(major, minor) == device:
+                    found.add((device, int(fields[4])))
+    return found

@@ -30,7 +30,7 @@ from kvplug.shm.batch import I8, I64, SlotBatch, part_offsets
 from kvplug.shm.events import EventReader
 from kvplug.shm.integrity import findings, prepare, raise_findings
 from kvplug.shm.layout import Geometry
-from kvplug.shm.liveness import alive_clients, close_private
+from kvplug.shm.liveness import close_private, count_locks
 from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SESSION
 from kvplug.shm.maintenance import Maintenance, reserve_next_slab
 from kvplug.shm.policies import by_number
@@ -468,14 +468,13 @@ class Pool:
             if int(reap.withdraw(self.T, self.L)) == 0:
                 reap_dead(self.segment, self.L)
             _attached.discard(self)
-            if int(self.T[lay.H_PERSIST]):
+            if int(self.T[lay.H_PERSIST]) == 1:  # any other value was never written by kvplug
                 self._remove_if_last()
             _let_go(self._description)
 
     def _remove_if_last(self) -> None:
         with contextlib.suppress(PoolError), segment.name_lock(self.name):
-            alive = alive_clients(self.lock_fd, int(self.T[lay.P_LIVE_OFFSET]), lay.MAX_CLIENTS)
-            if not alive and self.segment.still_named():
+            if not count_locks(self.lock_fd) and self.segment.still_named():
                 segment.remove_segment_file(self.segment.path)
 
     def _after_fork(self) -> None:

@@ -1,9 +1,10 @@
 """The named segment: created whole or not at all, attached through ordered gates, removed under its name's lock.
 
 A segment is built under a temporary name and linked to its own when it is complete, so nobody ever sees half of one.
-All of create, adopt and unlink happens under a lock file per pool name and user, which is never deleted (deleting a
-lock file is how two processes come to hold "the same" lock). Its name is part of the format: versions that disagree on
-it must not share segments. Nothing of a segment is mapped before its size was compared with
+All of create, adopt and unlink happens under a lock file per pool name and user. It is there as long as somebody holds
+it or the pool is there: who holds it deletes it where it leaves no pool, and who gets it looks whether the name still
+leads to what was locked (else two processes come to hold "the same" lock). Its name is part of the format: versions
+that disagree on it must not share segments. Nothing of a segment is mapped before its size was compared with
 what its header says: past the end of a truncated file comes SIGBUS, not an error.
 """
 
@@ -39,7 +40,16 @@ from kvplug.errors import (
 )
 from kvplug.shm import layout as lay
 from kvplug.shm.layout import Geometry
-from kvplug.shm.liveness import alive_clients, byte_lock_path_fd, close_private, open_private
+from kvplug.shm.liveness import (
+    byte_lock_path_fd,
+    close_private,
+    count_listed,
+    count_locks,
+    mapped_under,
+    open_private,
+    try_lock_byte,
+    unlock_byte,
+)
 from kvplug.sizes import format_size
 
 NAME_LOCK_TIMEOUT_S: Final = 10.0
@@ -47,6 +57,9 @@ POLL_S: Final = 0.002
 SPACE_RESERVE_BYTES: Final = 16 << 20  # left free in /dev/shm for everybody else
 _SEGMENT = re.compile(r"kvplug\.(?P<pool>[A-Za-z0-9_-][A-Za-z0-9._-]{0,63})\.v(?P<format>\d{1,6})")
 _READ_WRITE: Final = 0o600
+_REMOVE: Final = "`kvplug rm` removes it when nobody uses it; or choose another pool name (KVPLUG_POOL)"
+CREATING_BYTE: Final = 0
+"""Locked while its creator makes a segment: no client's, for those follow the header."""
 
 
 def segment_name(pool: str) -> str:
@@ -66,32 +79,68 @@ def lock_path(pool: str) -> str:
 
 @contextlib.contextmanager
 def name_lock(pool: str, timeout_s: float = NAME_LOCK_TIMEOUT_S) -> Iterator[None]:
-    """Hold the lock file of a pool's name. Raises LockTimeoutError, PoolOwnerError, PoolError."""
+    """Hold the lock file of a pool's name, which goes where no pool is left.
+
+    Raises LockTimeoutError, PoolOwnerError, PoolError.
+    """
     path = lock_path(pool)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        fd = _open_lock(path)
+        try:
+            _wait_for_lock(fd, path, deadline, timeout_s)
+            if _is_named(fd, path):
+                break
+        except BaseException:
+            close_private(fd)
+            raise
+        close_private(fd)  # its holder has deleted it: the name leads nowhere, or to another one
     try:
-        fd = open_private(path, os.O_CREAT | os.O_RDWR, _READ_WRITE)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if not _files_of(pool):
+                os.unlink(path)
+        close_private(fd)
+
+
+def _open_lock(path: str) -> int:
+    try:
+        return open_private(path, os.O_CREAT | os.O_RDWR, _READ_WRITE)
     except PermissionError as e:
         raise PoolOwnerError(f"{path} belongs to another user: choose another pool name (KVPLUG_POOL)") from e
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise PoolError(f"{path} is a symbolic link, which is not followed: remove it") from e
         raise PoolError(f"cannot open {path}: {e.strerror}. Is {hostmem.DEV_SHM} there and writable?") from e
+
+
+def _wait_for_lock(fd: int, path: str, deadline: float, timeout_s: float) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise LockTimeoutError(
+                    f"{path} was held by another process for {timeout_s} s while it creates, attaches or removes "
+                    f"the pool"
+                ) from None
+            time.sleep(POLL_S)
+
+
+def _is_named(fd: int, path: str) -> bool:
     try:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LockTimeoutError(
-                        f"{path} was held by another process for {timeout_s} s while it creates, attaches or removes "
-                        f"the pool"
-                    ) from None
-                time.sleep(POLL_S)
-        yield
-    finally:
-        close_private(fd)
+        named = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(fd))
+
+
+def _files_of(pool: str, what: str = r"v\d{1,6}|new\.\d+\.[0-9a-f]{8}") -> list[str]:
+    """Paths under the pool's name: segments of any format, and what a creator has begun."""
+    name = re.compile(rf"kvplug\.{re.escape(pool)}\.(?:{what})")
+    return [os.path.join(hostmem.DEV_SHM, one) for one in os.listdir(hostmem.DEV_SHM) if name.fullmatch(one)]
 
 
 @dataclasses.dataclass(slots=True)
@@ -114,9 +163,9 @@ class Segment:
     def still_named(self) -> bool:
         """Whether the pool's name still leads to this segment."""
         try:
-            return os.stat(self.path).st_ino == self.inode
-        except FileNotFoundError:
-            return False
+            return os.stat(self.path, follow_symlinks=False).st_ino == self.inode
+        except OSError as e:
+            return e.errno not in (errno.ENOENT, errno.ENOTDIR)  # any other says nothing about the name
 
 
 def check_space(pool_bytes: int) -> None:
@@ -161,11 +210,7 @@ def _header_words(
 def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool, grace_ns: int) -> None:
     """Make the segment and link its name. The caller holds the name lock and knows that the name is free."""
     check_space(geometry.segment_bytes)
-    for name in os.listdir(hostmem.DEV_SHM):  # what a creator that was killed left behind
-        if re.fullmatch(rf"kvplug\.{re.escape(pool)}\.new\.\d+\.[0-9a-f]{{8}}", name) and _ours(
-            os.path.join(hostmem.DEV_SHM, name)
-        ):
-            os.unlink(os.path.join(hostmem.DEV_SHM, name))
+    _remove_unfinished(pool)
     name = f"kvplug.{pool}.new.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     temporary = os.path.join(hostmem.DEV_SHM, name)
     try:
@@ -173,6 +218,7 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
     except (OSError, posix_ipc.Error, ValueError) as e:
         raise PoolError(f"cannot create {temporary}: {e}") from e
     try:
+        try_lock_byte(shm.fd, CREATING_BYTE)
         try:
             reserve(shm.fd, 0, geometry.data_offset)
             words = _header_words(
@@ -193,8 +239,10 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
                 f"cannot reserve {geometry.data_offset} bytes of tables in {temporary}: {e.strerror}"
             ) from e
     finally:
+        unlock_byte(shm.fd, CREATING_BYTE)  # a child that was forked meanwhile keeps the description
         shm.close_fd()
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def reserve(fd: int, offset: int, nbytes: int) -> None:
@@ -202,35 +250,43 @@ def reserve(fd: int, offset: int, nbytes: int) -> None:
     os.posix_fallocate(fd, offset, nbytes)
 
 
-def _ours(path: str) -> bool:
-    try:
-        return os.lstat(path).st_uid == os.geteuid()
-    except FileNotFoundError:
-        return False
+def _remove_unfinished(pool: str) -> int:
+    """Remove what creators of this user that were killed had begun. How many. The caller holds the name lock."""
+    n = 0
+    for path in _files_of(pool, r"new\.\d+\.[0-9a-f]{8}"):
+        with contextlib.suppress(OSError):  # gone, or nothing that can be unlinked
+            st = os.lstat(path)
+            fd = _open_to_look(path, st)
+            try:
+                # A creator may live all the same: the same user under another number, in a container.
+                if st.st_uid == os.geteuid() and _count_clients(fd, path, st) == 0:
+                    os.unlink(path)
+                    n += 1
+            finally:
+                if fd >= 0:
+                    close_private(fd)
+    return n
 
 
 def _read_preamble(fd: int, path: str) -> tuple[list[int], os.stat_result]:
     """The gates that hold for pools of every format, in order: kind, owner, mode, length, magic."""
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
-        raise PoolFormatError(f"{path} is not a regular file: not a pool. Remove it, or choose another KVPLUG_POOL")
+        raise PoolFormatError(f"{path} is not a regular file: not a pool. {_REMOVE}")
     if st.st_uid != os.geteuid():
         raise PoolOwnerError(
             f"{path} belongs to uid {st.st_uid}, this process runs as {os.geteuid()}: choose another KVPLUG_POOL"
         )
     if st.st_mode & 0o777 != _READ_WRITE:
         raise PoolOwnerError(
-            f"{path} has mode {st.st_mode & 0o777:o}, a pool has 600: it is not one, or was tampered with"
+            f"{path} has mode {st.st_mode & 0o777:o}, a pool has 600: it is not one, or was tampered with. {_REMOVE}"
         )
     raw = os.pread(fd, lay.HEADER_WORDS * 8, 0)
     if len(raw) < lay.HEADER_WORDS * 8:
-        raise PoolFormatError(f"{path} is {st.st_size} bytes long, too short for a header: not a pool. Remove it")
+        raise PoolFormatError(f"{path} is {st.st_size} bytes long, too short for a header: not a pool. {_REMOVE}")
     words = list(struct.unpack(f"<{lay.HEADER_WORDS}q", raw))
     if raw[:8] != lay.MAGIC:
-        raise PoolFormatError(
-            f"{path} begins with {raw[:8]!r} instead of {lay.MAGIC!r}: not a pool. Remove it, or choose another "
-            f"KVPLUG_POOL"
-        )
+        raise PoolFormatError(f"{path} begins with {raw[:8]!r} instead of {lay.MAGIC!r}: not a pool. {_REMOVE}")
     return words, st
 
 
@@ -238,7 +294,9 @@ def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
     """The gates that need no mapping: those of every format, then the format."""
     words, st = _read_preamble(fd, path)
     if words[lay.P_FORMAT] != lay.FORMAT:
-        raise PoolFormatError(f"{path} has format {words[lay.P_FORMAT]}, this version of kvplug uses {lay.FORMAT}")
+        raise PoolFormatError(
+            f"{path} has format {words[lay.P_FORMAT]}, this version of kvplug uses {lay.FORMAT}. {_REMOVE}"
+        )
     return words, st
 
 
@@ -247,16 +305,15 @@ def _check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
     if words[lay.P_LAYOUT0] != lay.layout_hash():
         raise PoolFormatError(
             f"{path} was laid out by another build of kvplug (layout {words[lay.P_LAYOUT0] & (1 << 64) - 1:016x}, here "
-            f"{lay.layout_hash() & (1 << 64) - 1:016x}): stop its users and run `kvplug rm`, or choose another "
-            f"KVPLUG_POOL"
+            f"{lay.layout_hash() & (1 << 64) - 1:016x}): stop its users. {_REMOVE}"
         )
     geometry = Geometry.from_header(words)
     if words[lay.H_MAX_CLIENTS] != lay.MAX_CLIENTS or words[lay.P_LIVE_OFFSET] != geometry.o_client * 8:
-        raise PoolFormatError(f"{path}: the header's client table is not where this version has it")
+        raise PoolFormatError(f"{path}: the header's client table is not where this version has it. {_REMOVE}")
     if st.st_size != geometry.segment_bytes:
         change = "truncated" if st.st_size < geometry.segment_bytes else "something was appended"
         raise PoolFormatError(
-            f"{path} is {st.st_size} bytes long, its header says {geometry.segment_bytes}: {change}. Remove it"
+            f"{path} is {st.st_size} bytes long, its header says {geometry.segment_bytes}: {change}. {_REMOVE}"
         )
     return geometry
 
@@ -316,14 +373,16 @@ class PoolInfo:
     mode: int
     created_unix_s: float
     clients_alive: int
-    """-1: it can't be opened, so nobody can say."""
+    """By the locks that they hold, whatever has become of the file. -1: nobody can say, so it counts as in use."""
     usable: bool
     problem: str
 
 
 def attached(n_clients: int) -> str:
-    """``3 processes attached``, or ``? processes attached`` where nobody can say."""
-    return f"{'?' if n_clients < 0 else n_clients} process{'es' * (n_clients != 1)} attached"
+    """``3 processes attached``, or that nobody can say."""
+    if n_clients < 0:
+        return "perhaps processes attached (the file can't be opened, and /proc/locks can't be read)"
+    return f"{n_clients} process{'es' * (n_clients != 1)} attached"
 
 
 def list_pools() -> list[PoolInfo]:
@@ -343,27 +402,55 @@ def list_pools() -> list[PoolInfo]:
     return found
 
 
+_KINDS: Final = {
+    stat.S_IFLNK: "is a symbolic link, which is not followed",
+    stat.S_IFDIR: "is a folder, not a pool",
+    stat.S_IFIFO: "is a pipe, not a pool",
+    stat.S_IFSOCK: "is a socket, not a pool",
+}
+
+
+def _open_to_look(path: str, st: os.stat_result) -> int:
+    """A private description of what is there, if it is a file that can be opened; else -1."""
+    if stat.S_ISREG(st.st_mode):  # opening a pipe or a device could do something to it
+        with contextlib.suppress(OSError):
+            return open_private(path, os.O_RDONLY | os.O_NONBLOCK)
+    return -1
+
+
+def _count_clients(fd: int, path: str, st: os.stat_result) -> int:
+    """How many clients hold a lock on what is there: asked by ``fd`` if that is one. -1: nobody can say."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            return count_locks(fd)
+    inodes = {(st.st_dev, st.st_ino)}
+    if stat.S_ISLNK(st.st_mode):
+        with contextlib.suppress(OSError):
+            target = os.stat(path)
+            inodes.add((target.st_dev, target.st_ino))
+    return count_listed(inodes)
+
+
 def _inspect(pool: str, fmt: int, path: str) -> PoolInfo:
     st = os.lstat(path)
-    created, alive, problem = 0.0, 0, ""
-    try:
-        fd = byte_lock_path_fd(path)
-    except OSError as e:
-        alive, problem = -1, f"cannot be opened: {e.strerror}"
-        if e.errno == errno.ELOOP:
-            alive, problem = 0, "is a symbolic link, which is not followed"
+    created, problem = 0.0, ""
+    fd = _open_to_look(path, st)
+    alive = _count_clients(fd, path, st)
+    if fd < 0:
+        problem = f"{path} {_KINDS.get(stat.S_IFMT(st.st_mode), 'can not be opened by this user')}"
     else:
         try:
             words, st = _read_preamble(fd, path)
             created = words[lay.P_CREATED_UNIX_NS] / 1e9
-            alive = len(alive_clients(fd, words[lay.P_LIVE_OFFSET], words[lay.P_LIVE_COUNT]))
             _check_layout(_read_header(fd, path)[0], st, path)
         except PoolError as e:
             problem = str(e)
         except OSError as e:
-            problem = f"{path}: the header names no place to ask whether its clients live ({e.strerror})"
+            problem = f"{path} can not be read: {e.strerror}"
         finally:
             close_private(fd)
+    if problem and alive == 0:  # the pool itself may have been pushed aside under its clients
+        alive = _pushed_aside(path, st)
     return PoolInfo(
         pool,
         path,
@@ -379,27 +466,50 @@ def _inspect(pool: str, fmt: int, path: str) -> PoolInfo:
     )
 
 
+def _pushed_aside(path: str, st: os.stat_result) -> int:
+    """How many clients are attached to another file that had this path before. -1: nobody can say."""
+    others = mapped_under(path, st.st_dev) - {(st.st_dev, st.st_ino)}
+    return count_listed(others) if others else 0
+
+
 def remove_pool(name: str, *, force: bool = False) -> None:
     """Unlink a pool's segments, of this and of other formats. Attached processes keep their mapping until they end.
 
-    Raises PoolNotFoundError, PoolError while processes are attached (unless ``force``), PoolOwnerError.
+    What can't be read is in use if the kernel says so, or can't say. Raises PoolNotFoundError, PoolError while
+    processes are attached (unless ``force``), PoolOwnerError.
     """
-    if not any(info.name == name for info in list_pools()):
-        raise PoolNotFoundError(f"there is no pool {name!r}")
+    nobody = PoolNotFoundError(f"there is no pool {name!r} (`kvplug pools` lists those that are there)")
+    if not _files_of(name) and not os.path.lexists(lock_path(name)):
+        raise nobody
+    _refuse_others([info for info in list_pools() if info.name == name])
     with name_lock(name):
+        unfinished = _remove_unfinished(name)
         infos = [info for info in list_pools() if info.name == name]
-        if not infos:
-            raise PoolNotFoundError(f"there is no pool {name!r}")
+        if not infos and not unfinished:
+            raise nobody
+        _refuse_others(infos)
         for info in infos:
-            if info.uid != os.geteuid():
-                raise PoolOwnerError(f"{info.path} belongs to uid {info.uid}")
-            if info.clients_alive > 0 and not force:
-                raise PoolError(f"pool {name!r} has {attached(info.clients_alive)}; stop them, or force it")
+            if info.clients_alive and not force:
+                raise PoolError(
+                    f"pool {name!r} has {attached(info.clients_alive)}; stop them, or remove it all the same with "
+                    f"--force: they go on and store nothing more"
+                )
         for info in infos:
             try:
                 remove_segment_file(info.path)
+            except IsADirectoryError as e:
+                raise PoolError(f"cannot remove {info.path}: it is a folder, not a pool; remove it with rmdir") from e
             except OSError as e:
                 raise PoolError(f"cannot remove {info.path}: {e.strerror}") from e
+
+
+def _refuse_others(infos: list[PoolInfo]) -> None:
+    for info in infos:
+        if info.uid != os.geteuid():
+            raise PoolOwnerError(
+                f"{info.path} belongs to uid {info.uid}, this process runs as {os.geteuid()}: remove it as its owner "
+                f"(sudo -u '#{info.uid}' kvplug rm --pool {info.name})"
+            )
 
 
 def remove_segment_file(path: str) -> None:

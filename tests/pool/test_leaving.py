@@ -265,7 +265,7 @@ def test_pools_are_listed_and_removed_past_an_absurd_header(make_store: Make) ->
     store = make_store()
     store.close()
     overwrite(store, lay.P_LIVE_OFFSET, -5)
-    assert "names no place" in problem_of(store.pool_name)
+    assert "client table is not where" in problem_of(store.pool_name)
     with pytest.raises(PoolFormatError):
         make_store()
     segment.remove_pool(store.pool_name)

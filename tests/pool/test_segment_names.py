@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from kvplug import errors
+from kvplug import errors, hostmem
 from kvplug.shm import segment
+from kvplug.shm.liveness import close_private, open_private, try_lock_byte
 from kvplug.store import KvStore
+from tests.pool.children import DEADLINE_S, Child
 
 
 def child(code: str, pool: str) -> subprocess.CompletedProcess[str]:
@@ -24,9 +27,7 @@ def child(code: str, pool: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_lock_file_that_another_user_left_is_not_in_the_way(pool_name: str) -> None:
     """Of a pool that is gone; nobody but its owner could open or delete the file."""
-    with segment.name_lock(pool_name):
-        pass
-    os.chmod(segment.lock_path(pool_name), 0)
+    os.close(os.open(segment.lock_path(pool_name), os.O_CREAT | os.O_EXCL, 0))
     done = child(
         """
         import os, sys
@@ -98,3 +99,103 @@ def test_a_reservation_that_is_open_at_exit_is_no_noise(pool_name: str) -> None:
         pool_name,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- what is left under a name -----------------------------------------------------------------------------------
+
+
+def files_of(pool: str) -> list[str]:
+    return sorted(name for name in os.listdir(hostmem.DEV_SHM) if name.startswith(f"kvplug.{pool}."))
+
+
+def test_who_asks_for_a_pool_that_is_not_there_leaves_nothing(
+    make_store: Callable[..., KvStore], pool_name: str
+) -> None:
+    with pytest.raises(errors.PoolNotFoundError):
+        make_store(create=False)
+    assert files_of(pool_name) == []
+    for force in (False, True):
+        with pytest.raises(errors.PoolNotFoundError, match="kvplug pools"):
+            segment.remove_pool(pool_name, force=force)
+        assert files_of(pool_name) == []
+    with pytest.raises(errors.PoolSpaceError):
+        make_store(size="8tb")
+    assert files_of(pool_name) == []
+
+
+def test_a_lock_file_that_an_older_version_left_goes_when_the_pool_is_asked_to(pool_name: str) -> None:
+    Path(segment.lock_path(pool_name)).touch(0o600)
+    with pytest.raises(errors.PoolNotFoundError):
+        segment.remove_pool(pool_name)
+    assert files_of(pool_name) == []
+
+
+def test_a_pool_that_is_gone_leaves_nothing(make_store: Callable[..., KvStore], pool_name: str) -> None:
+    make_store(size="8mib").close()
+    assert len(files_of(pool_name)) == 2, "pool and lock file"
+    segment.remove_pool(pool_name)
+    assert files_of(pool_name) == []
+    make_store(size="8mib", persist="until-last-exit").close()
+    assert files_of(pool_name) == []
+
+
+def test_one_at_a_time_holds_a_name_though_its_lock_file_comes_and_goes(pool_name: str, tmp_path: Path) -> None:
+    """Each round deletes the file under those who wait for it."""
+    inside = tmp_path / "inside"
+
+    def body() -> None:
+        for _ in range(300):
+            with segment.name_lock(pool_name, timeout_s=DEADLINE_S):
+                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # somebody else is in there: an error
+                os.unlink(inside)
+
+    with contextlib.ExitStack() as running:
+        children = [running.enter_context(Child(body)) for _ in range(6)]
+        assert [child.wait(120) for child in children] == [0] * 6
+    assert files_of(pool_name) == []
+
+
+@pytest.fixture
+def unfinished(pool_name: str) -> Path:
+    """What a creator that was killed leaves."""
+    path = Path(hostmem.DEV_SHM, f"kvplug.{pool_name}.new.1.0123abcd")
+    path.write_bytes(bytes(8192))
+    path.chmod(0o600)
+    return path
+
+
+def test_what_a_killed_creator_left_goes_with_the_next_pool_or_by_rm(
+    make_store: Callable[..., KvStore], pool_name: str, unfinished: Path
+) -> None:
+    segment.remove_pool(pool_name)
+    assert files_of(pool_name) == []
+    unfinished.write_bytes(bytes(8192))
+    make_store(size="8mib").close()
+    assert not unfinished.exists()
+
+
+def test_what_a_creator_that_lives_has_begun_stays(
+    make_store: Callable[..., KvStore], pool_name: str, unfinished: Path
+) -> None:
+    """It may hold another lock file: the same user has another number inside a container."""
+    fd = open_private(str(unfinished), os.O_RDWR)
+    try:
+        assert try_lock_byte(fd, segment.CREATING_BYTE)
+        make_store(size="8mib").close()
+        segment.remove_pool(pool_name)
+        assert unfinished.exists()
+    finally:
+        close_private(fd)
+    make_store(size="8mib")
+    assert not unfinished.exists()
+
+
+def test_a_folder_where_a_creator_would_have_left_a_file_is_not_in_the_way(
+    make_store: Callable[..., KvStore], pool_name: str
+) -> None:
+    folder = Path(hostmem.DEV_SHM, f"kvplug.{pool_name}.new.1.0123abcd")
+    folder.mkdir()
+    try:
+        make_store(size="8mib")
+    finally:
+        folder.rmdir()

@@ -32,7 +32,7 @@ from kvplug.keys import fold
 from kvplug.shm import copy as copies
 from kvplug.shm.failpoints import NAMES, arm
 from kvplug.shm.jit import warm_up
-from kvplug.shm.segment import lock_path, remove_pool
+from kvplug.shm.segment import remove_pool
 from tests.pool.children import Child, Peer, another, blocks, keys, quiet
 
 SIZES: Final = (4096, 3 * 4096, 8 * 4096)
@@ -200,7 +200,6 @@ class PoolMachine(RuleBasedStateMachine):
             self.peer.kill()
         self.store.close()
         remove_pool(self.config.pool)
-        os.unlink(lock_path(self.config.pool))
 
     # ---- the model -------------------------------------------------------------------------------
 

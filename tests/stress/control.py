@@ -22,7 +22,7 @@ from kvplug.shm import copy as copies
 from kvplug.shm import failpoints
 from kvplug.shm import layout as lay
 from kvplug.shm.batch import SlotBatch
-from kvplug.shm.segment import lock_path, remove_pool
+from kvplug.shm.segment import remove_pool
 from tests.stress import actors, content
 from tests.stress.board import CALLS, CHILD, HITS, MAX_ACTORS, SINCE_NS, SLOWEST_NS, Board
 from tests.stress.groups import KeptGroups
@@ -135,8 +135,6 @@ class Controller:
                 self.checker.close()
                 with contextlib.suppress(PoolError):
                     remove_pool(name, force=True)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(lock_path(name))
             print(
                 f"  {self.report.kills} kills, {time.monotonic() - began:.0f} s, {self.report.violations} violations",
                 file=sys.stderr,

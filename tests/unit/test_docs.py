@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import pytest
 
 from kvplug.config import Config
-from kvplug.shm.segment import lock_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -81,8 +80,6 @@ def run(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 def remove_pool(name: str, tmp_path: Path) -> None:
     run(["kvplug", "rm", "--force", "--pool", name], tmp_path)
-    if name.startswith(POOL):  # nobody else knows this name, so its lock file can go
-        Path(lock_path(name)).unlink(missing_ok=True)
 
 
 def test_the_pages_have_something_to_run() -> None:
