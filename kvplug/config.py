@@ -22,8 +22,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvplug import hostmem
-from kvplug.endpoint import Endpoint
-from kvplug.errors import ConfigError
+from kvplug.endpoint import Endpoint, is_host_and_port
+from kvplug.errors import ConfigError, DecodeError
+from kvplug.outside import decoded_by
 from kvplug.sizes import format_size, parse_size
 
 if sys.version_info >= (3, 11):
@@ -98,8 +99,7 @@ def _addresses(value: object) -> object:
 
 
 def _address(value: str) -> str:
-    known = re.fullmatch(r"(?:[\w.-]+|\[[\w.:%]+\]):(\d{1,5})", value, re.ASCII)
-    if known is None or int(known[1]) > 65535:
+    if not is_host_and_port(value):
         raise ValueError(f"{value!r} is not host:port, such as 10.0.0.7:9410 or [::1]:9410")
     return value
 
@@ -391,7 +391,9 @@ def _from_environment() -> tuple[Layer, list[str]]:
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name in Config.model_fields and variable == variable.upper():
-            if value.strip():
+            if not _is_text(value):
+                wrong.append(f"{variable} in the environment has bytes in it that are not UTF-8: write it again")
+            elif value.strip():
                 found[name] = (value, f"environment {variable}")
         elif not _FOREIGN_ENV.fullmatch(variable):
             wrong.append(
@@ -401,19 +403,28 @@ def _from_environment() -> tuple[Layer, list[str]]:
     return found, wrong
 
 
+def _is_text(value: str) -> bool:
+    """Whether a variable's bytes were UTF-8: Python keeps what was not as lone surrogates, which nothing can encode."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _from_file() -> tuple[Layer, list[str]]:
     """The settings in the file, and what is wrong there."""
     path, required = config_path()
     try:
         with path.open("rb") as file:
-            content = tomllib.load(file)
+            content = decoded_by(tomllib.load, file, "its text")
     except FileNotFoundError:
         missing = f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}"
         return {}, [missing] * required
     except (NotADirectoryError, PermissionError) as error:
         # A home that this user can't look into holds no settings of this user's.
         return {}, [f"the settings file {path}, named by {PATH_ENV}, can't be read: {error.strerror}"] * required
-    except (OSError, ValueError) as error:
+    except (OSError, DecodeError) as error:
         return {}, [f"the settings file {path} can't be used: {error}. It is TOML: one `name = value` a line"]
     known = {name: (value, f"file {path}") for name, value in content.items() if name in Config.model_fields}
     return known, [

@@ -28,6 +28,7 @@ import kvplug
 from kvplug import config as settings
 from kvplug import engines, hostmem
 from kvplug.errors import ConfigError, DirectoryError
+from kvplug.outside import file_text
 from kvplug.sizes import format_size
 
 __all__ = ["Finding", "Status", "examine", "report"]
@@ -337,7 +338,7 @@ def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
 def _huge_pages(around: _Surroundings) -> Iterator[Finding]:
     path = around.root / "sys/kernel/mm/transparent_hugepage/shmem_enabled"
     try:
-        choice = re.search(r"\[(\w+)\]", path.read_text())
+        choice = re.search(r"\[(\w+)\]", file_text(path))
     except OSError:
         choice = None
     value = choice[1] if choice else "unknown"

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import re
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from kvplug.errors import ConfigError
+from kvplug.errors import ConfigError, DecodeError
+from kvplug.outside import whole_number
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "is_host_and_port"]
 
 DEFAULT_PORT: Final = 6379
 _SCHEMES: Final = {"redis": False, "valkey": False, "rediss": True, "valkeys": True, "unix": False}
+
+
+_HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\w.:%]+\]):(\d{1,5})", re.ASCII)
+
+
+def is_host_and_port(text: str) -> bool:
+    """Whether this is host:port, such as 10.0.0.7:9410 or [::1]:9410."""
+    known = _HOST_AND_PORT.fullmatch(text)
+    return known is not None and int(known[1]) <= 65535
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ class Endpoint:
                 host=parts.hostname or "",
                 port=parts.port or DEFAULT_PORT,
                 path=unquote(parts.path) if parts.scheme == "unix" else "",
-                database=int(database or 0),
+                database=whole_number(database.encode() or b"0", "a database"),
                 tls=tls,
                 username=unquote(parts.username or ""),
                 password=unquote(parts.password or ""),
@@ -54,7 +65,7 @@ class Endpoint:
             )
             if asked or endpoint.database < 0 or not (endpoint.path or endpoint.host):
                 raise ValueError
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, DecodeError):
             raise ConfigError(
                 "directory_url must be redis://[[user]:password@]host[:port][/db], rediss://…[?ca=file.pem] for TLS, "
                 "or unix:///path/of/socket[?db=n]; what is set is none of these"

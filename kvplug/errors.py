@@ -16,6 +16,7 @@ __all__ = [
     "ClientLimitError",
     "Code",
     "ConfigError",
+    "DecodeError",
     "DeviceCopyError",
     "DirectoryError",
     "IntegrityError",
@@ -75,6 +76,10 @@ class KvplugError(Exception):
 
 class ConfigError(KvplugError, ValueError):
     """A configuration value is unknown, malformed or out of range."""
+
+
+class DecodeError(KvplugError, ValueError):
+    """Bytes from outside this process are not what they should be; the message says what they are no form of."""
 
 
 class PoolError(KvplugError):

@@ -21,7 +21,6 @@ That is by a table in this process; other processes are told by the pool that it
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -38,11 +37,10 @@ from kvplug.fetchprocess import FetchProcess
 from kvplug.holders import Sources, Standing
 from kvplug.rdma.speed import Measured
 from kvplug.store import KvStore
+from kvplug.threads import LivingThread, note
 from kvplug.wanted import Fetch, Outcome, Plan, Planner, Wanted, leading
 
 __all__ = ["Fetch", "Fetcher", "Outcome", "Plan", "Planner", "Wanted", "leading"]
-
-log = logging.getLogger("kvplug")
 
 I64 = npt.NDArray[np.int64]
 I8 = npt.NDArray[np.int8]
@@ -94,7 +92,6 @@ class Fetcher:
         self._running: set[Future[None]] = set()
         self._misses: OrderedDict[bytes, float] = OrderedDict()
         self._counts: Counter[str] = Counter()
-        self._warned = False
         self._closing = threading.Event()
         self._pins = _Pins(store)
         self._threads = ThreadPoolExecutor(THREADS, "kvplug-fetch")
@@ -148,9 +145,7 @@ class Fetcher:
         error = None if running.cancelled() else running.exception()
         if error is not None:
             self._count("fetch_errors")
-            if not self._warned:
-                self._warned = True
-                log.error("a fetch from another host failed; the engine computes instead", exc_info=error)
+            note("kvplug-fetch", error, "what was being fetched from another host is computed instead")
 
     # ---- on the fetcher's threads ------------------------------------------------------------------------------------
 
@@ -322,7 +317,7 @@ class _Pins:
         self._held: OrderedDict[Fetch, float] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
-        self._watch: threading.Thread | None = None
+        self._watch: LivingThread | None = None
 
     def keep(self, fetch: Fetch) -> None:
         """Pin what this fetch's engine can use now."""
@@ -334,10 +329,8 @@ class _Pins:
         slots, gens = batch.slots[ok], batch.gens[ok]
         with self._changed:
             if self._watch is None and not self._closed:
-                watch = threading.Thread(target=self._expire, name="kvplug-fetch-pins", daemon=True)
-                try:
-                    watch.start()
-                except RuntimeError:  # no more threads: nobody would let go of them
+                watch = LivingThread("kvplug-fetch-pins", self._expire)
+                if not watch.start():  # nobody would let go of them
                     self._store.unpin(slots, gens)
                     return
                 self._watch = watch

@@ -31,6 +31,7 @@ from kvplug.fetchwords import Begin, Begun, Channel, ChannelError, Fetch, Fetche
 from kvplug.holders import Standing
 from kvplug.peering import check_directory
 from kvplug.store import KvStore
+from kvplug.threads import guarded
 
 __all__ = ["FetchError", "FetchProcess"]
 
@@ -94,14 +95,14 @@ class FetchProcess:
     def who_has(self, keys: U8, deadline: float) -> tuple[list[tuple[Standing, Bools]], bool]:
         """See :class:`kvplug.holders.Sources`. Raises FetchError."""
         answer = self._ask(WhoHas(keys.tobytes(), deadline), Found, deadline)
-        if answer is None:
+        if answer is None or any(len(have) != len(keys) for _, have in answer.peers):
             return [], True
         return [(peer, np.frombuffer(have, np.bool_)) for peer, have in answer.peers], answer.silent
 
     def fetch(self, address: str, keys: U8, deadline: float) -> tuple[I8, Standing | None]:
         """See :class:`kvplug.holders.Sources`. Raises FetchError."""
         answer = self._ask(Fetch(address, keys.tobytes(), deadline), Fetched, deadline)
-        if answer is None:
+        if answer is None or len(answer.codes) != len(keys):
             return np.full(len(keys), Code.TIMEOUT, np.int8), None
         return np.frombuffer(answer.codes, np.int8), answer.standing
 
@@ -164,7 +165,8 @@ class FetchProcess:
         """With the mutex held."""
         self._starts = True
         try:
-            threading.Thread(target=self._run, name="kvplug-fetch-process", daemon=True).start()
+            run = guarded("kvplug-fetch-process", self._run, "a later question starts another process")
+            threading.Thread(target=run, name="kvplug-fetch-process", daemon=True).start()
         except RuntimeError:  # no thread is left: tried again with a later question
             self._starts = False
             self._put_off()

@@ -13,8 +13,9 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from kvplug.errors import KvplugError
+from kvplug.errors import DecodeError, KvplugError
 from kvplug.holders import Standing
+from kvplug.outside import decoded
 
 __all__ = ["Begin", "Begun", "Channel", "ChannelError", "Fetch", "Fetched", "Found", "Problem", "WhoHas"]
 
@@ -128,9 +129,9 @@ class Channel:
                     buffer += bytes(length - len(buffer))
             got += n
         try:
-            word: _Word = _DECODER.decode(memoryview(buffer)[_LENGTH.size : length])
-        except (msgspec.MsgspecError, ValueError) as e:
-            raise ChannelError(f"that is no word: {e}") from None
+            word: _Word = decoded(_DECODER, memoryview(buffer)[_LENGTH.size : length], "that is no word")
+        except DecodeError as e:
+            raise ChannelError(str(e)) from None
         return word
 
     def _limit(self, option: int, deadline: float | None) -> None:

@@ -25,7 +25,8 @@ from typing import TypeAlias
 import msgspec
 from blake3 import blake3
 
-from kvplug.errors import NamespaceError
+from kvplug.errors import DecodeError, NamespaceError
+from kvplug.outside import decoded
 from kvplug.shm.liveness import close_private, open_private, try_lock_byte, unlock_byte
 
 __all__ = ["FileStamp", "HashCache", "hash_file", "stamp_of"]
@@ -52,6 +53,9 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 class _CacheFile(msgspec.Struct, forbid_unknown_fields=True):
     format: int
     files: list[tuple[int, int, int, int, int, str]]
+
+
+_CACHE_DECODER = msgspec.json.Decoder(_CacheFile)
 
 
 def stamp_of(status: os.stat_result) -> FileStamp:
@@ -144,8 +148,8 @@ class HashCache:
         if data is None:
             return {}
         try:
-            content = msgspec.json.decode(data, type=_CacheFile)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            content = decoded(_CACHE_DECODER, data, self.path)
+        except DecodeError:
             return {}
         if content.format != _CACHE_FORMAT or not all(_HEX64.fullmatch(row[5]) for row in content.files):
             return {}

@@ -23,6 +23,7 @@ from kvplug.exchange import PoolExchange
 from kvplug.peering import directory_reader, known_peers
 from kvplug.rdma.remote import Peer
 from kvplug.rdma.speed import Measured
+from kvplug.threads import note
 
 __all__ = ["Holders", "Sources", "Standing"]
 
@@ -117,7 +118,7 @@ class Holders:
         except RuntimeError:  # closed meanwhile, or no thread is left
             pass
         done = wait(asked, max(0.0, min(ASK_SHARE * self._config.peer_timeout_s, deadline - time.monotonic()))).done
-        answers = {peer: future.result() for future, peer in asked.items() if future in done}
+        answers = {peer: _answer_of(future) for future, peer in asked.items() if future in done}
         silent = len(peers) < len(here) or any(answers.get(peer) is None for peer in peers[:MAX_ASKED])
         return [(peer, have) for peer, have in answers.items() if have is not None and have.any()], silent
 
@@ -147,6 +148,14 @@ class Holders:
             peer.close()
         if self._directory is not None:
             self._directory.close()
+
+
+def _answer_of(asked: Future[Bools | None]) -> Bools | None:
+    """What a peer has answered, None if it has not or if that failed here."""
+    unforeseen = None if asked.cancelled() else asked.exception()
+    if unforeseen is not None:
+        note("kvplug-ask", unforeseen, "that host counts as silent this time")
+    return None if asked.cancelled() or unforeseen is not None else asked.result()
 
 
 def _standing(peer: Peer) -> Standing:

@@ -10,6 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvplug.errors import DecodeError
+from kvplug.outside import file_text, whole_number
+
 __all__ = ["DEV_SHM", "Memory", "ShmSpace", "memory", "shm_space"]
 
 DEV_SHM = "/dev/shm"
@@ -40,15 +43,14 @@ class ShmSpace:
 
 def _read_int(path: Path) -> int | None:
     try:
-        text = path.read_text().strip()
-        return int(text)
-    except (OSError, ValueError):  # "max", absent, or not ours to read
+        return whole_number(file_text(path).strip().encode("utf-8", "surrogateescape"), str(path))
+    except (OSError, DecodeError):  # "max", absent, or not ours to read
         return None
 
 
 def _stat_value(path: Path, name: str) -> int:
     try:
-        for line in path.read_text().splitlines():
+        for line in file_text(path).splitlines():
             key, _, value = line.partition(" ")
             if key == name:
                 return int(value)
@@ -67,7 +69,7 @@ def _groups(root: Path) -> tuple[str, str | None]:
     """This process's paths in the version 2 hierarchy and in version 1's memory controller."""
     v2, v1 = "", None
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = file_text(root / "proc/self/cgroup").rstrip("\n").split("\n")  # names may have any bytes in them
     except OSError:
         return v2, v1
     for line in lines:
@@ -93,20 +95,25 @@ def memory(root: str | os.PathLike[str] = "/") -> Memory:
         limit = _read_int(folder / "memory.max")
         if limit is not None:
             used = (_read_int(folder / "memory.current") or 0) - _stat_value(folder / "memory.stat", "inactive_file")
-            found.append(Memory(limit, max(0, used), str(folder / "memory.max")))
+            found.append(Memory(limit, max(0, used), _shown(folder / "memory.max")))
     if v1 is not None:
         for folder in _upwards(mount / "memory", v1):
             limit = _read_int(folder / "memory.limit_in_bytes")
             if limit is not None and limit < _UNLIMITED_BYTES:
                 used = _read_int(folder / "memory.usage_in_bytes") or 0
                 used -= _stat_value(folder / "memory.stat", "total_inactive_file")
-                found.append(Memory(limit, max(0, used), str(folder / "memory.limit_in_bytes")))
+                found.append(Memory(limit, max(0, used), _shown(folder / "memory.limit_in_bytes")))
     return min(found, key=lambda one: one.limit_bytes, default=Memory(0, 0, "nothing"))
+
+
+def _shown(path: Path) -> str:
+    """A path for messages, whatever bytes the group's name has in it."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _meminfo(path: Path, name: str) -> int:
     try:
-        for line in path.read_text().splitlines():
+        for line in file_text(path).splitlines():
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError):

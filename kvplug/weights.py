@@ -25,6 +25,7 @@ from kvplug.errors import NamespaceError
 from kvplug.filehash import FileStamp, HashCache, hash_file, stamp_of
 from kvplug.hub import blob_hash, resolve_snapshot
 from kvplug.namespace import WeightsIdentity, digest_of
+from kvplug.threads import guarded
 
 __all__ = ["AdapterProbe", "WeightsIdentity", "WeightsProbe", "identify_adapter", "identify_weights"]
 
@@ -239,10 +240,11 @@ class _Probe:
     def __init__(self, identify: Callable[[threading.Event], WeightsIdentity], name: str) -> None:
         self._stop = threading.Event()
         self._done = threading.Event()
-        # What result() says if the thread ends by an error of ours, which threading.excepthook reports.
+        # What result() says if the thread ends by an error of ours, which is in the log with its traceback.
         self._outcome: WeightsIdentity | NamespaceError = NamespaceError(f"{name}: ended by an unexpected error")
         self._identify = identify
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        run = guarded(name, self._run, "these weights count as not identified")
+        self._thread = threading.Thread(target=run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

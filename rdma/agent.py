@@ -55,6 +55,7 @@ from kvplug.rdma.peers import PeerSource, StaticPeers
 from kvplug.rdma.queues import QueueServer
 from kvplug.rdma.tcp import IDLE_S, Sender
 from kvplug.rdma.wire import ClosedError, Connection, address_text, is_loopback, resolve, split_address
+from kvplug.threads import LivingThread, guarded, troubles
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -137,7 +138,7 @@ class Agent:
         self._node = CacheNode(blocks, config, peers, self.count) if config.cache_node else None
         self._offerer = None if config.cache_node else Offerer(blocks, config, peers, self.count)
         self._listeners: list[socket.socket] = []
-        self._acceptor: threading.Thread | None = None
+        self._acceptor: LivingThread | None = None
         self._names: frozenset[str] = frozenset()
         self.address = ""
         """ip:port that it listens on."""
@@ -148,9 +149,14 @@ class Agent:
             self._counters[what] += n
 
     def counters(self) -> dict[str, int]:
-        """All counters since the start."""
+        """All counters since the start, and what went wrong in this process's threads that nobody foresaw."""
         with self._mutex:
-            return dict(self._counters)
+            counters = dict(self._counters)
+        trouble = troubles()
+        for name, n in (("thread_errors", trouble.errors), ("threads_dead", trouble.dead)):
+            if n:
+                counters[name] = sum(n.values())
+        return counters
 
     # ---- listening ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +187,7 @@ class Agent:
         if self._config.data_path == "auto" and is_loopback(split_address(self.address)[0]):
             self._queues = None  # who comes over loopback takes TCP
         self._welcome()  # devices are opened now, not while a reader waits
-        self._acceptor = threading.Thread(target=self._accept, args=(listener,), name="kvplug-accept", daemon=True)
+        self._acceptor = LivingThread("kvplug-accept", lambda: self._accept(listener))
         self._acceptor.start()
         if self._node is not None:
             self._node.start()
@@ -213,7 +219,8 @@ class Agent:
                 self.count("refused")
                 sock.close()
                 continue
-            thread = threading.Thread(target=self._first, args=(sock,), name="kvplug-reader", daemon=True)
+            serve = guarded("kvplug-reader", self._first, "that reader was hung up on, and may dial again")
+            thread = threading.Thread(target=serve, args=(sock,), name="kvplug-reader", daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # no more threads
@@ -429,7 +436,7 @@ class Agent:
             if part is not None:
                 part.close()
         if self._acceptor is not None:
-            self._acceptor.join(STOP_S)  # else its address stays taken
+            self._acceptor.end(STOP_S)  # else its address stays taken
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.close()

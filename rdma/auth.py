@@ -26,24 +26,27 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from blake3 import blake3
 
 from kvplug.errors import AgentError, ConfigError, PeerAuthError, PeerError, PeerTimeoutError, ProtocolError
-from kvplug.rdma import faults
+from kvplug.rdma import faults, tlsfaults
 from kvplug.rdma.protocol import (
     NONCE_BYTES,
     Challenge,
     Failed,
     Hello,
     Proof,
+    StrangerError,
     Welcome,
     WrongVersionError,
     expect,
 )
-from kvplug.rdma.wire import ClosedError, Connection, is_loopback, resolve, split_address
+from kvplug.rdma.wire import ClosedError, Connection, address_text, is_loopback, resolve, split_address
 
 if TYPE_CHECKING:
     from kvplug.config import Config
 
 T = TypeVar("T")
 HANDSHAKE_S: Final = 2.0
+LINGER_S: Final = 0.5
+"""How long an agent waits for a reader that it refuses to have read why."""
 _KEY_CONTEXT: Final = "kvplug agent protocol 1: key shared by all hosts"
 
 REFUSALS: Final = {
@@ -64,7 +67,9 @@ def shared_key(config: Config) -> bytes | None:
     """The key that all hosts derive from KVPLUG_AUTH_KEY, 32 bytes; None: none is set."""
     if config.auth_key is None:
         return None
-    return blake3(config.auth_key.get_secret_value().encode(), derive_key_context=_KEY_CONTEXT).digest()
+    return blake3(
+        config.auth_key.get_secret_value().encode("utf-8", "surrogatepass"), derive_key_context=_KEY_CONTEXT
+    ).digest()
 
 
 class Session:
@@ -90,12 +95,14 @@ def knock(
 ) -> tuple[Session, Welcome, Challenge]:
     """The reader's side of the handshake. Raises PeerAuthError, PeerTimeoutError, PeerError."""
     hello = Hello("data" if ticket else "control", secret is not None, os.urandom(NONCE_BYTES), connection.peer, ticket)
+    is_known = False
     try:
         said = connection.send(hello, 0, deadline)
         answer, _, answered = connection.receive(deadline)
         if isinstance(answer, Failed):
             raise PeerAuthError(f"the agent at {connection.peer} refused: {REFUSALS[answer.code]}")
         challenge = expect(answer, Challenge)
+        is_known = True
         if challenge.keyed != hello.keyed:
             raise PeerAuthError(f"the agent at {connection.peer}: {REFUSALS['keyed']}")
         session = Session(secret or NO_KEY, said, answered)
@@ -103,13 +110,47 @@ def knock(
         connection.send(Proof(), 0, deadline)
         welcome = expect(connection.receive(deadline)[0], Welcome)
     except ClosedError:
-        raise PeerAuthError(
-            f"the agent at {connection.peer} closed the connection during the handshake: does it have the same "
-            f"KVPLUG_AUTH_KEY?"
-        ) from None
+        if is_known:
+            raise PeerAuthError(
+                f"the agent at {connection.peer} closed the connection during the handshake: does it have the same "
+                f"KVPLUG_AUTH_KEY?"
+            ) from None
+        raise PeerAuthError(f"{connection.peer} {_HUNG_UP[connection.is_tls]}") from None
     except WrongVersionError as e:
-        raise PeerAuthError(f"the agent at {connection.peer}: {e}") from None
+        raise PeerAuthError(f"the agent at {connection.peer}: {e}; use one version of kvplug on all hosts") from None
+    except StrangerError as e:
+        raise PeerAuthError(f"{connection.peer} is no agent that this host can talk to: {e}") from None
+    except PeerAuthError:
+        raise
+    except PeerTimeoutError as e:
+        if is_known:
+            raise
+        raise PeerTimeoutError(f"{e}: it took the connection and did not say who it is. Is it an agent?") from None
+    except PeerError as e:
+        if isinstance(e, ProtocolError) or is_known:
+            raise
+        raise _refusal(connection, deadline) from None
     return session, welcome, challenge
+
+
+_HUNG_UP: Final = {
+    False: "hung up before it had said who it is: it may be no agent, want TLS (tls_cert, tls_key, tls_ca), or have as "
+    "many connections as it takes",
+    True: "hung up after TLS was agreed on and before it had said who it is: it may refuse this host's certificate, or "
+    "have as many connections as it takes; its own log says which",
+}
+"""By whether it is with TLS."""
+
+
+def _refusal(connection: Connection, deadline: float) -> PeerError:
+    """Why an agent hung up while something was being sent to it: what it had said before, if it had."""
+    try:
+        connection.receive(deadline)
+    except (PeerAuthError, StrangerError) as e:
+        return e
+    except PeerError:
+        pass
+    return PeerAuthError(f"{connection.peer} {_HUNG_UP[connection.is_tls]}")
 
 
 def answer_knock(
@@ -173,11 +214,13 @@ def tls_context(config: Config, *, server: bool) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
+        # A key with a passphrase would be asked for on the terminal, and be waited for.
+        context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
         context.load_verify_locations(config.tls_ca)
-    except (OSError, ssl.SSLError) as e:
+    except (OSError, ValueError) as e:
         raise ConfigError(
-            f"TLS with tls_cert={config.tls_cert!r}, tls_key={config.tls_key!r}, tls_ca={config.tls_ca!r}: {e}"
+            f"TLS with tls_cert={config.tls_cert!r}, tls_key={config.tls_key!r}, tls_ca={config.tls_ca!r}: {e}. All "
+            "three are PEM files that this user can read, the key without a passphrase and the one of that certificate"
         ) from None
     return context
 
@@ -186,13 +229,40 @@ def accept_tls(sock: socket.socket, context: ssl.SSLContext | None) -> socket.so
     """The agent's end of a new connection. Raises PeerAuthError, PeerError."""
     if context is None:
         return sock
+    who = "a reader"
+    tls: ssl.SSLSocket | None = None
     try:
+        who = address_text(sock.getpeername())
         sock.settimeout(HANDSHAKE_S)
-        return context.wrap_socket(sock, server_side=True)
+        tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        tls.do_handshake()
     except ssl.SSLError as e:
-        raise PeerAuthError(f"no TLS with who dialled: {e.reason}") from None
+        if tls is not None:
+            _let_it_be_read(tls)
+        raise PeerAuthError(f"no TLS with {who}: {tlsfaults.meaning(e)}") from None
+    except TimeoutError:
+        _drop(tls)
+        raise PeerTimeoutError(f"{who} began no TLS within {HANDSHAKE_S:g} s") from None
     except (OSError, ValueError) as e:
-        raise PeerError(f"a connection broke in the TLS handshake: {e}") from None
+        _drop(tls)
+        raise PeerError(f"the connection with {who} broke in the TLS handshake: {e}") from None
+    return tls
+
+
+def _drop(sock: socket.socket | None) -> None:
+    if sock is not None:
+        sock.close()
+
+
+def _let_it_be_read(sock: ssl.SSLSocket) -> None:
+    """Close, but not at once: what is still coming from the other end would make the kernel take the alert back."""
+    end = time.monotonic() + LINGER_S
+    with sock, contextlib.suppress(OSError, ValueError):
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while (left := end - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not socket.socket.recv(sock, 1 << 12):
+                return
 
 
 def dial(address: str, places: list[tuple[socket.AddressFamily, tuple[str, int]]], context: ssl.SSLContext | None,
@@ -210,19 +280,38 @@ def dial(address: str, places: list[tuple[socket.AddressFamily, tuple[str, int]]
                 time.sleep(left)
                 raise TimeoutError
             sock.connect(place)
-            if context is not None:
-                sock = context.wrap_socket(sock, server_hostname=split_address(address)[0])
-            return Connection(sock)
-        except ssl.SSLError as e:
-            sock.close()
-            raise PeerAuthError(f"no TLS with {address}: {getattr(e, 'verify_message', '') or e.reason}") from None
         except TimeoutError:
             sock.close()
             last = PeerTimeoutError(f"{address} did not take a connection within the deadline")
+            continue
         except (OSError, ValueError) as e:
             sock.close()
             last = PeerError(f"{address} can't be reached: {e}")
+            continue
+        return _spoken_to(sock, address, place, context)
     raise last
+
+
+def _spoken_to(sock: socket.socket, address: str, place: tuple[str, int], context: ssl.SSLContext | None) -> Connection:
+    """The connection over a socket that was just connected, with TLS if that is wanted. Raises as :func:`dial`."""
+    try:
+        if context is not None:
+            sock = context.wrap_socket(sock, server_hostname=split_address(address)[0])
+        # Named by what was dialled: an agent that refuses our certificate may have hung up by now.
+        return Connection(sock, place)
+    except ssl.SSLError as e:
+        sock.close()
+        raise PeerAuthError(f"no TLS with {address}: {tlsfaults.meaning(e)}") from None
+    except TimeoutError:
+        sock.close()
+        raise PeerTimeoutError(
+            f"{address} took the connection and agreed on no TLS within the deadline: is it an agent with tls_cert?"
+        ) from None
+    except (OSError, ValueError) as e:
+        sock.close()
+        if context is None:
+            raise PeerError(f"{address} took the connection and hung up at once: {e}") from None
+        raise PeerAuthError(f"no TLS with {address}: {tlsfaults.REASONS['UNEXPECTED_EOF_WHILE_READING']}") from None
 
 
 def check_exposure(listen: str, *, guarded: bool) -> None:

@@ -24,6 +24,7 @@ from kvplug.rdma.blocks import U8, Blocks
 from kvplug.rdma.peers import PeerSource
 from kvplug.rdma.protocol import KEY_BYTES, MAX_BLOCK_BYTES, Failed, Message, Offer, Offered, array, raw
 from kvplug.rdma.remote import Peer
+from kvplug.threads import LivingThread
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -62,7 +63,7 @@ class CacheNode:
         self._at_work: list[_Waiting] = []
         self._sources: collections.OrderedDict[str, Peer] = collections.OrderedDict()
         self._stopping = False
-        self._threads = [threading.Thread(target=self._run, name="kvplug-take", daemon=True) for _ in range(READERS)]
+        self._threads = [LivingThread("kvplug-take", self._run) for _ in range(READERS)]
 
     def start(self) -> None:
         """Take over what is offered from now on."""
@@ -134,8 +135,9 @@ class CacheNode:
                     offer = self._next()
                 if offer is None or self._stopping:
                     return
-                source = self._source(offer.address)
             try:
+                with self._changed:
+                    source = self._source(offer.address)
                 self._take(source, offer)
             except PoolError:
                 self._count("pool_errors", 1)
@@ -184,5 +186,4 @@ class CacheNode:
         for source in sources:
             source.close()
         for thread in self._threads:
-            if thread.is_alive():
-                thread.join(STOP_S)
+            thread.end(STOP_S)

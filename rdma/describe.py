@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from kvplug.errors import ConfigError, PeerError, VerbsError
+from kvplug.errors import ConfigError, PeerAuthError, PeerError, ProtocolError, VerbsError
+from kvplug.outside import file_text
 from kvplug.rdma.binding import BINDINGS, Binding, binding
 from kvplug.rdma.link import Link
 from kvplug.rdma.protocol import Stats, StatsReply
@@ -66,7 +67,6 @@ def describe_peers(config: Config) -> Iterator[Remark]:
 
 
 def _peer(address: str, config: Config) -> Remark:
-    mend = "start `kvplug agent` there, with the same KVPLUG_AUTH_KEY as here, and look at its own log"
     try:
         link = Link(address, config)
         try:
@@ -74,6 +74,9 @@ def _peer(address: str, config: Config) -> Remark:
         finally:
             link.close()
     except PeerError as error:
+        mend = "start `kvplug agent` there, with the same KVPLUG_AUTH_KEY as here, and look at its own log"
+        if isinstance(error, PeerAuthError | ProtocolError):  # it is there, and the error says what to do
+            mend = "correct the settings of whichever of the two is wrong; the agent's own log has its side of it"
         return Remark("warning", f"{address}: {str(error).removeprefix(f'{address} ')}", mend)
     except ConfigError as error:
         return Remark("fault", f"{address}: {error}", "correct the settings")
@@ -142,7 +145,7 @@ def _memlock(config: Config) -> Iterator[Remark]:
 
 def _may_lock() -> bool:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = file_text("/proc/self/status").splitlines()
         return bool(int(next(line for line in lines if line.startswith("CapEff")).split()[1], 16) >> CAP_IPC_LOCK & 1)
     except (OSError, StopIteration, ValueError, IndexError):
         return os.geteuid() == 0

@@ -26,7 +26,8 @@ from kvplug.keys import as_key_array
 from kvplug.rdma.auth import shared_key
 from kvplug.rdma.names import BUCKETS, Names
 from kvplug.rdma.peers import MAX_PEERS, PeerInfo, from_record
-from kvplug.rdma.resp import Connection, Endpoint, Reply, ServerError, checked, command, members, variadic
+from kvplug.rdma.resp import Connection, Endpoint, Reply, ServerError, command, listed, members, number, text, variadic
+from kvplug.threads import LivingThread
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -115,12 +116,13 @@ class Directory:
     def _begin(self) -> None:
         self._is_forked = False
         self._asking: Connection | None = None
+        self._watching: Connection | None = None
         self._not_before = 0.0
         self._timeouts_in_a_row = 0
         self._absent_since: dict[str, float] = {}
         self._first_poll = threading.Event()
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="kvplug-directory", daemon=True)
+        self._thread = LivingThread("kvplug-directory", self._watch)
         self._thread.start()
 
     def _ready(self) -> None:
@@ -133,7 +135,8 @@ class Directory:
         """In the child: the parent's connections and thread are not ours; the next call begins anew."""
         self._lock = threading.Lock()
         self._is_forked = True
-        self._drop(self._asking)  # closes this process's copy of the descriptor, and says nothing to the server
+        self._lose_watching()  # closes this process's copy of the descriptor, and says nothing to the server
+        self._drop(self._asking)
 
     # ---- what engines and agents call --------------------------------------------------------------------------------
 
@@ -182,7 +185,7 @@ class Directory:
         self._closed = True
         self._wake.set()
         if not self._is_forked:
-            self._thread.join(EXCHANGE_S + 1)
+            self._thread.end(EXCHANGE_S + 1)
         self._drop(self._asking)
 
     # ---- looking up --------------------------------------------------------------------------------------------------
@@ -245,7 +248,7 @@ class Directory:
             for b, lo, hi in pieces:
                 frames += (variadic(hi - lo, "SMISMEMBER", self._names.has(peer.id, peer.epoch, b)), packed[b])
         c.send(frames, deadline)
-        records = checked(c.read(deadline))
+        records = listed(c.read(deadline), len(peers))
         for row in have:
             for _, lo, hi in pieces:
                 flags = c.read_flags(hi - lo, deadline)
@@ -281,14 +284,24 @@ class Directory:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        try:
+            self._keep_up()
+        finally:
+            self._lose_watching()
+
+    def _lose_watching(self) -> None:
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.close()
+
+    def _keep_up(self) -> None:
         failed = 0
         complained = False
-        watching: Connection | None = None
         while not self._closed:
             try:
-                if watching is None:
-                    watching = self._open()
-                self._poll(watching)
+                if self._watching is None:
+                    self._watching = self._open()
+                self._poll(self._watching)
                 if self._asking is None and time.monotonic() >= self._not_before:
                     self._asking = self._open()
                 if complained:
@@ -308,9 +321,7 @@ class Directory:
                         self._endpoint,
                         error,
                     )
-                if watching is not None:
-                    watching.close()
-                    watching = None
+                self._lose_watching()
                 if self._lock.acquire(timeout=EXCHANGE_S):
                     try:
                         self._drop(self._asking)
@@ -320,8 +331,6 @@ class Directory:
                 failed += 1
             self._wake.wait(wait_s)
             self._wake.clear()
-        if watching is not None:
-            watching.close()
 
     def _open(self) -> Connection:
         return Connection.open(self._endpoint, time.monotonic() + CONNECT_S)
@@ -329,14 +338,13 @@ class Directory:
     def _poll(self, c: Connection) -> None:
         """Read the members and their records."""
         deadline = time.monotonic() + EXCHANGE_S
-        listed: Reply
-        (listed,) = c.call(deadline, command("SMEMBERS", self._names.members))
-        ids = sorted(m.decode("ascii", "replace") for m in checked(listed) if isinstance(m, bytes) and len(m) <= 64)
+        (answer,) = c.call(deadline, command("SMEMBERS", self._names.members))
+        ids = sorted({m.decode("ascii", "replace") for m in listed(answer) if isinstance(m, bytes) and len(m) <= 64})
         others = [i for i in ids if i != self._own_id][:MAX_PEERS]
         records: list[Reply] = []
         if others:
             (answer,) = c.call(deadline, command("MGET", *map(self._names.host, others)))
-            records = checked(answer)
+            records = listed(answer, len(others))
         found = [from_record(record, i, self._names) for i, record in zip(others, records, strict=True)]
         self._n["bad_records"] += sum(
             peer is None and record is not None for peer, record in zip(found, records, strict=True)
@@ -375,11 +383,10 @@ def describe_server(config: Config) -> str:
             command("SCARD", names.members),
             command("SMISMEMBER", names.members, ""),
         )
-        text = checked(info).decode("utf-8", "replace")
-        about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-        checked(flags)
+        about = dict(line.split(":", 1) for line in text(info).splitlines() if ":" in line)
+        listed(flags, 1)
         version = next((about[name] for name in ("valkey_version", "redis_version") if name in about), "of no version")
-        return f"{endpoint} answers ({about.get('server_name', 'redis')} {version}), {checked(n_hosts)} hosts"
+        return f"{endpoint} answers ({about.get('server_name', 'redis')} {version}), {number(n_hosts)} hosts"
     finally:
         connection.close()
 

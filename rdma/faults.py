@@ -82,7 +82,7 @@ def arm_from_environment() -> None:
     _environment_read = True
     point, _, rest = text.partition(":")
     action, _, skip = rest.partition(":")
-    if skip and not skip.isdigit():
+    if skip and not (skip.isascii() and skip.isdigit()):
         raise ConfigError(f"{ENV}={text!r} is not POINT:ACTION[:SKIP]: {skip!r} is no number")
     arm(point, action, skip=int(skip or 0))
 

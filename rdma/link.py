@@ -12,6 +12,7 @@ from kvplug.rdma import faults
 from kvplug.rdma.auth import REFUSALS, Session, dial, knock, shared_key, tls_context
 from kvplug.rdma.protocol import Challenge, Failed, GetTicket, Message, Ticket, Welcome, expect
 from kvplug.rdma.wire import Connection, resolve, split_address
+from kvplug.threads import guarded
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -88,8 +89,12 @@ class Link:
             except PeerError as e:
                 found.append(e)
 
-        thread = threading.Thread(target=ask, name="kvplug-resolve", daemon=True)
-        thread.start()
+        outcome = "that host is not dialled this time"
+        thread = threading.Thread(target=guarded("kvplug-resolve", ask, outcome), name="kvplug-resolve", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            raise PeerError(f"{self.address} can't be looked up: this process can have no more threads") from None
         thread.join(max(0.0, deadline - time.monotonic()))
         if not found:
             raise PeerTimeoutError(f"no name server said who {self.address} is")

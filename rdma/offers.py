@@ -23,6 +23,7 @@ from kvplug.rdma.blocks import Blocks
 from kvplug.rdma.link import Link, RefusedError
 from kvplug.rdma.peers import PeerInfo, PeerSource
 from kvplug.rdma.protocol import I8, MAX_OFFER_KEYS, Offer, Offered, array, raw
+from kvplug.threads import LivingThread
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -72,7 +73,7 @@ class Offerer:
         self._nodes: dict[str, _Node] = {}
         self._has_seen_node = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvplug-offer", daemon=True)
+        self._thread = LivingThread("kvplug-offer", self._run)
 
     def start(self, addresses: tuple[str, ...]) -> None:
         """Begin. ``addresses``: this host's agent, as others may name it."""
@@ -84,8 +85,7 @@ class Offerer:
         self._stop.set()
         for node in list(self._nodes.values()):
             node.link.close()
-        if self._thread.is_alive():
-            self._thread.join(STOP_S)
+        self._thread.end(STOP_S)
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -8,7 +8,9 @@ from typing import Final, Protocol
 
 import msgspec
 
-from kvplug.errors import ConfigError
+from kvplug.endpoint import is_host_and_port
+from kvplug.errors import ConfigError, DecodeError
+from kvplug.outside import decoded
 from kvplug.rdma.names import Names
 
 __all__ = ["AllPeers", "PeerInfo", "PeerSource", "StaticPeers"]
@@ -99,7 +101,8 @@ def from_record(record: object, host_id: str, names: Names) -> PeerInfo | None:
     if raw is None:
         return None
     try:
-        peer = _decoder.decode(raw)
-    except msgspec.DecodeError:
+        peer = decoded(_decoder, raw, "a host's record")
+    except DecodeError:
         return None
-    return peer if peer.id == host_id and _ID.fullmatch(peer.id) and _ID.fullmatch(peer.epoch) else None
+    sound = peer.id == host_id and _ID.fullmatch(peer.id) and _ID.fullmatch(peer.epoch)
+    return peer if sound and is_host_and_port(peer.address) else None

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from kvplug.errors import ProtocolError
+from kvplug.errors import DecodeError, ProtocolError
+from kvplug.outside import decoded
 
 VERSION: Final = 1
 MAGIC: Final = b"KP"
@@ -290,6 +291,28 @@ def encode(message: Message, request: int) -> tuple[bytes, bytes]:
     return HEADER.pack(MAGIC, VERSION, kind, len(body), request), body
 
 
+STRANGERS: Final[dict[bytes, str]] = {
+    b"\x16\x03": "the other end begins TLS, which this end is not set up for; set tls_cert, tls_key and tls_ca on both "
+    "hosts, or on neither",
+    b"\x15\x03": "the other end speaks TLS, which this end is not set up for; set tls_cert, tls_key and tls_ca on both "
+    "hosts, or on neither",
+    b"HT": "the other end speaks HTTP; name the address of a `kvplug agent`",
+    b"GE": "the other end speaks HTTP, and this is no web server",
+    b"PO": "the other end speaks HTTP, and this is no web server",
+    b"-E": "the other end speaks as Redis does; its address belongs into directory_url, the agent's into peers",
+    b"-N": "the other end speaks as Redis does; its address belongs into directory_url, the agent's into peers",
+    b"*1": "the other end speaks as a client of Redis does; directory_url is the address of a Redis or Valkey",
+    b"*2": "the other end speaks as a client of Redis does; directory_url is the address of a Redis or Valkey",
+    b"*3": "the other end speaks as a client of Redis does; directory_url is the address of a Redis or Valkey",
+    b"SS": "the other end speaks SSH; name the address of a `kvplug agent`",
+}
+"""Who begins so is known, and what to do about it."""
+
+
+class StrangerError(ProtocolError):
+    """Whoever is at the other end speaks something else."""
+
+
 class WrongVersionError(ProtocolError):
     """The other end speaks another version of the protocol."""
 
@@ -298,8 +321,9 @@ def parse_header(header: bytes) -> tuple[int, int, int]:
     """(kind, bytes of the body, request id). Raises ProtocolError, before anything is allocated for the body."""
     magic, version, kind, length, request = HEADER.unpack(header)
     if magic != MAGIC:
-        raise ProtocolError(
-            f"a frame begins with {magic!r}, not {MAGIC!r}: whoever that is does not speak this protocol"
+        raise StrangerError(
+            f"a frame begins with {magic!r}, not {MAGIC!r}: "
+            f"{STRANGERS.get(magic, 'whoever that is does not speak this protocol')}"
         )
     if version != VERSION:
         raise WrongVersionError(f"the other end speaks version {version} of the protocol, this one {VERSION}")
@@ -314,9 +338,9 @@ def parse_header(header: bytes) -> tuple[int, int, int]:
 def decode(kind: int, body: bytes | bytearray | memoryview) -> Message:
     """The message of a body. Raises ProtocolError."""
     try:
-        return _DECODERS[kind].decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as e:  # ValueError: text that is not UTF-8
-        raise ProtocolError(f"a malformed {KINDS[kind][0].__name__}: {e}") from None
+        return decoded(_DECODERS[kind], body, f"a malformed {KINDS[kind][0].__name__}")
+    except DecodeError as e:
+        raise ProtocolError(str(e)) from None
 
 
 def expect(message: Message, wanted: type[M]) -> M:

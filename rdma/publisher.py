@@ -28,7 +28,8 @@ import numpy.typing as npt
 from kvplug.errors import DirectoryError
 from kvplug.rdma.names import BUCKETS, Names
 from kvplug.rdma.peers import PeerInfo, checked_id, from_record, to_record
-from kvplug.rdma.resp import U64, Connection, Endpoint, ServerError, checked, command, members, variadic
+from kvplug.rdma.resp import U64, Connection, Endpoint, ServerError, checked, command, members, number, variadic
+from kvplug.threads import LivingThread
 
 __all__ = ["Changes", "Feed", "Publisher", "PublisherStats"]
 
@@ -132,7 +133,7 @@ class Publisher:
         self._connection: Connection | None = None
         self._complained = self._in_the_way = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvplug-directory-publisher", daemon=True)
+        self._thread = LivingThread("kvplug-directory-publisher", self._run)
 
     def start(self) -> None:
         """Begin, in a thread. Whether the server can be reached then or later does not matter."""
@@ -141,8 +142,7 @@ class Publisher:
     def stop(self, timeout_s: float = 5.0) -> None:
         """Leave the directory, if that can be done in time. Idempotent."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        self._thread.end(timeout_s)
 
     @property
     def is_alive(self) -> bool:
@@ -259,7 +259,7 @@ class Publisher:
         self._next_beat = time.monotonic() + self._beat_s
         lost = [
             bucket
-            for bucket, size in enumerate(answers[BUCKETS:])
+            for bucket, size in enumerate(map(number, answers[BUCKETS:]))
             if size != self._sizes[bucket] and bucket not in self._unsettled
         ]
         if lost:
@@ -301,7 +301,7 @@ class Publisher:
                 self._settle([bucket])
                 self._not_before = time.monotonic() + NO_MEMORY_RETRY_S
             else:
-                self._sizes[bucket] += checked(answer) if what == "SADD" else -checked(answer)
+                self._sizes[bucket] += number(answer) if what == "SADD" else -number(answer)
         return not refused
 
     def _count_refusal(self, answer: Any, n: int) -> bool:

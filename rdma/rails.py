@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvplug.errors import VerbsError
+from kvplug.errors import DecodeError, VerbsError
+from kvplug.outside import decoded_by, file_text
 from kvplug.rdma.binding import LOCAL_WRITE, MAX_READS, Device, Endpoint, Port, binding, open_descriptors
 from kvplug.rdma.blocks import U8
 from kvplug.rdma.regions import Regions, region_bytes
@@ -75,9 +76,11 @@ def gids_of(port: Port, sysfs: Path = SYSFS) -> tuple[Gid, ...]:
     empty = 0
     for index in range(MAX_GIDS):
         try:
-            raw = bytes.fromhex((folder / "gids" / str(index)).read_text().strip().replace(":", ""))
+            raw = decoded_by(bytes.fromhex, file_text(folder / "gids" / str(index)).strip().replace(":", ""), "a GID")
         except OSError:
             break
+        except DecodeError:
+            raw = NO_GID
         if raw == NO_GID or len(raw) != len(NO_GID):
             empty += 1
             if empty == EMPTY_GIDS:
@@ -86,7 +89,7 @@ def gids_of(port: Port, sysfs: Path = SYSFS) -> tuple[Gid, ...]:
         empty = 0
         kind = ""
         with contextlib.suppress(OSError):  # InfiniBand's have none
-            kind = (folder / "gid_attrs" / "types" / str(index)).read_text().strip()
+            kind = file_text(folder / "gid_attrs" / "types" / str(index)).strip()
         found.append(Gid(index, raw, kind != "IB/RoCE v1"))
     return tuple(found)
 

@@ -23,6 +23,7 @@ from kvplug.errors import VerbsError
 from kvplug.rdma.binding import U32, Device, Region
 from kvplug.rdma.blocks import U8
 from kvplug.rdma.protocol import I64
+from kvplug.threads import guarded
 
 REGION_BYTES: Final = 32 << 20
 MAX_REGIONS: Final = 1 << 15
@@ -93,10 +94,32 @@ class Regions:
                 self._failed.pop(one, None)
                 self._asked[one] = None
         if self._worker is None:
-            self._worker = threading.Thread(target=self._register, name="kvplug-register", daemon=True)
-            self._worker.start()
+            register = guarded("kvplug-register", self._register, "the next one who asks begins it again")
+            self._worker = threading.Thread(target=register, name="kvplug-register", daemon=True)
+            try:
+                self._worker.start()
+            except RuntimeError:  # no thread is left: tried again with the next read
+                self._give_up("this process can have no more threads")
+                raise VerbsError("memory can't be registered: this process can have no more threads") from None
 
     def _register(self) -> None:
+        why = "an error of kvplug's own"
+        try:
+            self._register_asked()
+            why = ""
+        finally:
+            if why:
+                with self._changed:
+                    self._give_up(why)
+
+    def _give_up(self, why: str) -> None:
+        """With the mutex held: nobody works on what was asked for, and whoever waits is told."""
+        self._worker = None
+        self._failed |= {one: VerbsError(f"memory can't be registered: {why}") for one in self._asked}
+        self._asked.clear()
+        self._changed.notify_all()
+
+    def _register_asked(self) -> None:
         while True:
             with self._changed:
                 if self._closed or not self._asked:

@@ -20,9 +20,22 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.endpoint import Endpoint
-from kvplug.errors import DirectoryError
+from kvplug.errors import DecodeError, DirectoryError
+from kvplug.outside import whole_number
 
-__all__ = ["NAME_BYTES", "Connection", "Endpoint", "Reply", "ServerError", "command", "members", "variadic"]
+__all__ = [
+    "NAME_BYTES",
+    "Connection",
+    "Endpoint",
+    "Reply",
+    "ServerError",
+    "command",
+    "listed",
+    "members",
+    "number",
+    "text",
+    "variadic",
+]
 
 U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
@@ -34,6 +47,8 @@ MAX_LINE_BYTES: Final = 4096
 MAX_BULK_BYTES: Final = 1 << 20
 MAX_ARRAY: Final = 1 << 22
 MAX_DEPTH: Final = 4
+MAX_ANSWER_BYTES: Final = 32 << 20
+"""Of one answer with all that is in it. Names of blocks come in bulk, and are bounded by MAX_ARRAY."""
 _MEMBER_HEAD: Final = np.frombuffer(b"$%d\r\n" % NAME_BYTES, np.uint8)
 _MEMBER_BYTES: Final = len(_MEMBER_HEAD) + NAME_BYTES + 2
 _CRLF: Final = np.frombuffer(b"\r\n", np.uint8)
@@ -95,6 +110,13 @@ class Connection:
 
         Resolving a host's name takes as long as the system's resolver takes: not for threads that an engine waits for.
         """
+        try:
+            return cls._open(endpoint, deadline)
+        except ValueError as e:  # a name that none can be, a path with a zero in it
+            raise DirectoryError(f"directory_url names no place that can be connected to: {e}") from None
+
+    @classmethod
+    def _open(cls, endpoint: Endpoint, deadline: float) -> Connection:
         timeout = _left(deadline)
         if endpoint.path:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -146,10 +168,17 @@ class Connection:
         self.send(commands, deadline)
         return [self.read(deadline) for _ in commands]
 
-    def read(self, deadline: float, *, depth: int = 0) -> Reply:
+    def read(self, deadline: float) -> Reply:
         """The next answer, whatever it is. Raises OSError, DirectoryError."""
+        return self._read(deadline, 0, [MAX_ANSWER_BYTES])
+
+    def _read(self, deadline: float, depth: int, room: list[int]) -> Reply:
+        """``room``: bytes that what is left of the whole answer may have."""
         line = self._line(deadline)
         kind, rest = line[:1], line[1:]
+        room[0] -= len(line) + 2
+        if room[0] < 0:
+            raise DirectoryError(f"the server answered with more than {MAX_ANSWER_BYTES} bytes")
         if kind == b"+":
             return rest
         if kind == b"-":
@@ -162,10 +191,15 @@ class Connection:
                 return None
             if not 0 <= size <= MAX_BULK_BYTES:
                 raise DirectoryError(f"the server announced {size} bytes; at most {MAX_BULK_BYTES} are taken")
+            room[0] -= size
+            if room[0] < 0:
+                raise DirectoryError(f"the server answered with more than {MAX_ANSWER_BYTES} bytes")
             raw = self._take(size + 2, deadline)
-            return bytes(raw[:size])
+            if raw[size:] != b"\r\n":
+                raise _not_resp(raw[size:])
+            return raw[:size]
         if kind == b"*" and depth < MAX_DEPTH and -1 <= size <= MAX_ARRAY:
-            return None if size == -1 else [self.read(deadline, depth=depth + 1) for _ in range(size)]
+            return None if size == -1 else [self._read(deadline, depth + 1, room) for _ in range(size)]
         raise _not_resp(line)
 
     def read_flags(self, n: int, deadline: float) -> npt.NDArray[np.bool_] | ServerError:
@@ -231,8 +265,8 @@ def _left(deadline: float) -> float:
 
 def _int(raw: bytes) -> int:
     try:
-        return int(raw)
-    except ValueError:
+        return whole_number(raw, "")
+    except DecodeError:
         raise _not_resp(raw) from None
 
 
@@ -245,3 +279,31 @@ def checked(reply: Reply) -> Any:
     if isinstance(reply, ServerError):
         raise reply
     return reply
+
+
+def number(reply: Reply) -> int:
+    """An answer that is a number. Raises DirectoryError: the server's error, or that it is none."""
+    if not isinstance(checked(reply), int):
+        raise _other("a number", reply)
+    return int(checked(reply))
+
+
+def text(reply: Reply) -> str:
+    """An answer that is text; what is not UTF-8 in it is replaced. Raises DirectoryError."""
+    if not isinstance(checked(reply), bytes):
+        raise _other("text", reply)
+    return str(reply, "utf-8", "replace")  # type: ignore[arg-type]
+
+
+def listed(reply: Reply, n: int | None = None) -> list[Reply]:
+    """An answer that is an array, of ``n`` entries if that is known. Raises DirectoryError."""
+    if not isinstance(checked(reply), list):
+        raise _other("an array", reply)
+    entries: list[Reply] = checked(reply)
+    if n is not None and len(entries) != n:
+        raise DirectoryError(f"the server answered {len(entries)} entries where {n} were asked for")
+    return entries
+
+
+def _other(wanted: str, reply: Reply) -> DirectoryError:
+    return DirectoryError(f"the server answered {type(reply).__name__} {str(reply)[:40]!r} where {wanted} was due")

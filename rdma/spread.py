@@ -15,10 +15,11 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from kvplug.errors import PeerError, PeerTimeoutError
+from kvplug.errors import PeerError, PeerTimeoutError, PoolError
 from kvplug.rdma.datapath import Arrived, DataPath, Landing, Wanted
 from kvplug.rdma.link import Link
 from kvplug.rdma.protocol import I64
+from kvplug.threads import note
 
 SHARE_BYTES: Final = 2 << 20
 """A lane is not worth its thread for less."""
@@ -102,7 +103,7 @@ class SpreadPath(DataPath, Generic[L]):
             landing.settle()
         for job in pending:
             job.add_done_callback(lambda _: self._count_down(remaining, stuck, landing))
-        landing.error = closed or _first_error(jobs)
+        landing.error = closed or _first_error(f"kvplug-{self.name}", jobs)
         return landing
 
     def _workers(self) -> ThreadPoolExecutor:
@@ -177,10 +178,17 @@ class SpreadPath(DataPath, Generic[L]):
             threads.shutdown(wait=False)  # shares that have not begun end at once, and whoever waits for them
 
 
-def _first_error(jobs: list[Future[PeerError | None]]) -> PeerError | None:
+def _first_error(name: str, jobs: list[Future[PeerError | None]]) -> PeerError | None:
+    """Raises PoolError, if this host's pool is not to be written to any more."""
     for job in jobs:
         if job.cancelled() or not job.done():
             return PeerTimeoutError("the blocks had not arrived at the deadline")
+        unforeseen = job.exception()
+        if isinstance(unforeseen, PoolError):
+            raise unforeseen
+        if unforeseen is not None:
+            note(name, unforeseen, "the blocks that it was reading are misses")
+            return PeerError(f"an error of kvplug's own ended the read: {unforeseen}")
         error = job.result()
         if error is not None:
             return error

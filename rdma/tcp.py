@@ -128,7 +128,7 @@ class Sender:
             except (BlockingIOError, TimeoutError):
                 self._count("send_stalls", 1)  # a reader that is stopped: its lease ends by itself
             except (OSError, ValueError) as e:
-                raise PeerError(f"the connection with {connection.peer} broke: {e}") from None
+                raise connection.broken(e) from None
 
 
 # ---- the reader's end ------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class TcpPath(SpreadPath[_Lane]):
             except (BlockingIOError, TimeoutError):
                 continue
             except (OSError, ValueError) as e:
-                raise PeerError(f"the connection with {connection.peer} broke: {e}") from None
+                raise connection.broken(e) from None
             progress = time.monotonic()
             if n == 0:
                 raise ClosedError(f"{connection.peer} closed the connection in mid-read")

@@ -17,8 +17,8 @@ from typing import Final
 
 from blake3 import blake3
 
-from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
-from kvplug.rdma import faults
+from kvplug.errors import PeerAuthError, PeerError, PeerTimeoutError, ProtocolError
+from kvplug.rdma import faults, tlsfaults
 from kvplug.rdma.protocol import HEADER, KINDS, MAC_BYTES, Message, decode, encode, parse_header
 
 FRAME_S: Final = 2.0
@@ -44,14 +44,20 @@ class FrameMac:
 class Connection:
     """A connected socket that speaks frames. Every call raises PeerError or one of its kinds, and nothing else."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, peer: tuple[object, ...] | None = None) -> None:
+        """``peer``: the other end's socket address, where it may have hung up already. Raises OSError."""
         self.sock = sock
         self._out: FrameMac | None = None
         self._in: FrameMac | None = None
-        self.peer = address_text(sock.getpeername())
+        try:
+            peer = sock.getpeername()
+        except OSError:
+            if peer is None:
+                raise
+        self.peer = address_text(peer)
         self.local = address_text(sock.getsockname())
         self.is_tls = isinstance(sock, ssl.SSLSocket)
-        self.is_same_host = sock.getpeername()[0] == sock.getsockname()[0]
+        self.is_same_host = peer[0] == sock.getsockname()[0]
         """Whether the other end has our own address: nothing leaves this host's kernel."""
         if not self.is_tls:
             sock.settimeout(None)  # the kernel keeps the time: Python's own way lets go of the interpreter twice more
@@ -81,7 +87,7 @@ class Connection:
         except (TimeoutError, BlockingIOError):
             raise PeerTimeoutError(f"{self.peer} took no {type(message).__name__} within the deadline") from None
         except (OSError, ValueError) as e:
-            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+            raise self.broken(e) from None
         return header + body
 
     def receive(self, deadline: float, *, idle_deadline: float | None = None) -> tuple[Message, int, bytes]:
@@ -124,8 +130,15 @@ class Connection:
         except (TimeoutError, BlockingIOError):
             raise PeerTimeoutError(f"{self.peer} sent nothing within the deadline") from None
         except (OSError, ValueError) as e:
-            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+            raise self.broken(e) from None
         return at
+
+    def broken(self, error: OSError | ValueError) -> PeerError:
+        """What an error of the socket means. The other end's word that it refuses this host comes so with TLS."""
+        why = tlsfaults.meaning(error)
+        if why:
+            return PeerAuthError(f"no TLS with {self.peer}: {why}")
+        return PeerError(f"the connection with {self.peer} broke: {error}")
 
     def _limit(self, seconds: float, *which: int) -> None:
         """How long a call may block in the kernel without any progress."""
@@ -142,7 +155,7 @@ class Connection:
         try:
             self._limit(seconds, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
         except OSError as e:
-            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+            raise self.broken(e) from None
 
     def wake_at(self, nbytes: int) -> None:
         """For bytes without frames: let calls sleep until so many have come, or the time of one call is over."""
@@ -151,7 +164,7 @@ class Connection:
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
         except OSError as e:
-            raise PeerError(f"the connection with {self.peer} broke: {e}") from None
+            raise self.broken(e) from None
 
     def interrupt(self) -> None:
         """From another thread: whoever waits on this connection stops waiting."""
@@ -191,10 +204,13 @@ def address_text(address: tuple[object, ...]) -> str:
 
 def resolve(address: str) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
     """(family, (ip, port)) of every address that a host:port stands for. Raises PeerError."""
-    host, port = split_address(address)
+    try:
+        host, port = split_address(address)
+    except ValueError:
+        raise PeerError(f"{address[:80]!r} is not host:port") from None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as e:
+    except (OSError, ValueError, OverflowError) as e:  # names that no name can be, ports that no port can be
         raise PeerError(f"nobody knows the address of {host!r}: {e}") from None
     return [(family, (str(sockaddr[0]), int(sockaddr[1]))) for family, _, _, _, sockaddr in found]
 

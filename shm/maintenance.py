@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from kvplug import hostmem
 from kvplug.shm import layout as lay
 from kvplug.shm import segment
+from kvplug.threads import LivingThread
 
 if TYPE_CHECKING:
     from kvplug.shm.pool import Pool
@@ -38,14 +39,13 @@ class Maintenance:
         self._prefault = prefault
         self._tables_populated = 0
         self._populated = 0
-        self._thread = threading.Thread(target=self._run, name="kvplug-maintenance", daemon=True)
+        self._thread = LivingThread("kvplug-maintenance", self._run)
         self._thread.start()
 
     def stop(self, timeout_s: float = 2.0) -> None:
         """Ask it to end and wait a bounded time."""
         self._stop.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
+        self._thread.end(timeout_s)
 
     def _run(self) -> None:
         due = time.monotonic()

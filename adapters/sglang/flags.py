@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kvplug.errors import ConfigError
+from kvplug.errors import ConfigError, DecodeError
+from kvplug.outside import json_value
 
 Mode = Literal["hicache", "linker"]
 MODES = ("auto", "hicache", "linker")
@@ -110,18 +111,18 @@ def parse_settings(text: str | None) -> dict[str, Any]:
         return {}
     source = "--kvplug-config"
     if text.startswith("@"):
-        path = Path(text[1:]).expanduser()
+        path = Path(os.path.expanduser(text[1:]))  # Path's raises where there is no such user
         source = f"--kvplug-config {text}"
         try:
             with path.open("rb") as file:
                 text = file.read(MAX_CONFIG_BYTES + 1).decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{source}: the file can't be read: {error}") from None
         if len(text) > MAX_CONFIG_BYTES:
             raise ConfigError(f"{source}: the file is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json_value(text, "its text")
+    except DecodeError as error:
         raise ConfigError(f'{source} is not JSON: {error}. It is an object such as {{"size": "30gb"}}') from None
     if not isinstance(value, dict):
         raise ConfigError(f'{source} is a JSON {type(value).__name__}; an object such as {{"size": "30gb"}} is needed')
@@ -177,8 +178,8 @@ def extra_of(settings: Any) -> dict[str, Any] | None:
     extra = linker.get("linker_extra_config") if isinstance(linker, dict) else None
     if extra is None and isinstance(text, str) and f'"{EXTRA_KEY}"' in text:
         try:
-            extra = json.loads(text)
-        except ValueError:
+            extra = json_value(text, EXTRA_KEY)
+        except DecodeError:
             return None
     found = extra.get(EXTRA_KEY) if isinstance(extra, dict) else None
     return found if isinstance(found, dict) else None

@@ -24,6 +24,7 @@ from kvplug.adapters.sglang.devicepools import DevicePools
 from kvplug.adapters.sglang.engine import RankEngine
 from kvplug.adapters.sglang.pins import Taken
 from kvplug.store import KvStore
+from kvplug.threads import LivingThread
 
 LOAD_TIMEOUT_S = 60.0
 """A load that takes longer is given up, and its requests with it."""
@@ -124,7 +125,7 @@ class Loads:
         self._queued: dict[str, QueuedLoad] = {}
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._started: list[Batch] = []
-        self._thread = threading.Thread(target=self._serve, name="kvplug-load", daemon=True)
+        self._thread = LivingThread("kvplug-load", self._serve)
         self._thread.start()
 
     # -- the scheduler's thread --------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ class Loads:
         """Ends the thread."""
         self.reset()
         self._batches.put(None)
-        self._thread.join(SHUTDOWN_TIMEOUT_S)
+        self._thread.end(SHUTDOWN_TIMEOUT_S)
 
     def _wait(self, batch: Batch) -> None:
         changed = self.counter.changed

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvplug.adapters.sglang import compat
+from kvplug.threads import LivingThread
 
 INTERVAL_S = 1.0
 COUNTERS = {
@@ -60,7 +61,7 @@ class Publisher:
         self._gather = gather
         self._told: Counter[str] = Counter()
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: LivingThread | None = None
         if not compat.metrics_enabled(server):
             return
         # SGLang has named the folder of its processes' files by now; before that this import would go elsewhere.
@@ -68,7 +69,7 @@ class Publisher:
         self._plain, self._not_stored, self._seconds = _counters()
         for counter in self._plain.values():
             counter.labels(*self._labels)  # there, with 0, from the start
-        self._thread = threading.Thread(target=self._run, name="kvplug-metrics", daemon=True)
+        self._thread = LivingThread("kvplug-metrics", self._run)
         self._thread.start()
 
     def _run(self) -> None:
@@ -95,6 +96,6 @@ class Publisher:
         """Publishes what is left and ends the thread."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(INTERVAL_S)
+            self._thread.end(INTERVAL_S)
             self.publish()
             self._thread = None

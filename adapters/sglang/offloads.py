@@ -25,6 +25,7 @@ from kvplug.adapters.sglang.engine import RankEngine
 from kvplug.adapters.sglang.pins import Keys
 from kvplug.errors import Code
 from kvplug.store import KvStore
+from kvplug.threads import LivingThread
 
 RESET_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -113,7 +114,7 @@ class Offloads:
         self._more = threading.Condition()
         self._busy = False
         self._ending = False
-        self._thread = threading.Thread(target=self._serve, name="kvplug-store", daemon=True)
+        self._thread = LivingThread("kvplug-store", self._serve)
         self._thread.start()
 
     # -- the scheduler's thread --------------------------------------------------------------------------------------
@@ -137,8 +138,7 @@ class Offloads:
         with self._more:
             self._ending = True
             self._more.notify()
-        self._thread.join(SHUTDOWN_TIMEOUT_S)
-        return not self._thread.is_alive()
+        return self._thread.end(SHUTDOWN_TIMEOUT_S)
 
     # -- the copy thread ---------------------------------------------------------------------------------------------
 

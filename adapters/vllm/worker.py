@@ -10,6 +10,7 @@ was made before weights were changed in this worker is not carried out at all.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -25,6 +26,7 @@ from kvplug.adapters.vllm.jobs import GroupBlocks, Job, Plan, Rank, WorkerReport
 from kvplug.adapters.vllm.layout import GroupBytes
 from kvplug.errors import Code
 from kvplug.store import KvStore
+from kvplug.threads import LivingThread
 
 EMPTY_STEP_WAIT_S = 0.002
 """How long a step that runs no model waits for a load that is under way, which saves the engine another such step."""
@@ -66,7 +68,7 @@ class WorkerSide:
         self._changed_told = 0
         self._queues: dict[str, queue.SimpleQueue[Any]] = {name: queue.SimpleQueue() for name in ("load", "store")}
         self._threads = [
-            threading.Thread(target=self._serve, args=(name, work), name=f"kvplug-{name}", daemon=True)
+            LivingThread(f"kvplug-{name}", functools.partial(self._serve, name, work))
             for name, work in (("load", self._load), ("store", self._store))
         ]
         for thread in self._threads:
@@ -137,7 +139,7 @@ class WorkerSide:
         for name in self._queues:
             self._queues[name].put(None)
         for thread in self._threads:
-            thread.join(SHUTDOWN_TIMEOUT_S)
+            thread.end(SHUTDOWN_TIMEOUT_S)
         if any(thread.is_alive() for thread in self._threads):
             self._warn("kvplug: a copy did not end; the pool stays mapped")
             return
