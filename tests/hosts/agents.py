@@ -52,7 +52,7 @@ class AgentProcess:
     def close(self) -> None:
         """SIGKILL."""
         self.signal(signal.SIGKILL)
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 @dataclasses.dataclass

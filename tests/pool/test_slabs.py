@@ -29,6 +29,7 @@ from tests.pool.children import (
     quiet,
     settle,
 )
+from tests.stopwatch import LONG_S
 
 SMALL, MIDDLE, LARGE = 16 << 10, 48 << 10, 1 << 20
 I64 = np.ndarray
@@ -274,7 +275,7 @@ def test_many_growers_at_once_take_each_slab_once(make_store: Callable[..., KvSt
 
 
 def _grow_all(store: KvStore) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LONG_S
     while int(store.pool.T[lay.H_WATERMARK]) < store.pool.geometry.n_slabs and time.monotonic() < deadline:
         store.pool.grow()
 

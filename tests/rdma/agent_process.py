@@ -34,4 +34,4 @@ class AgentProcess:
     def close(self) -> None:
         """Ends it, also where it was stopped."""
         self.process.kill()
-        self.process.wait(20)
+        self.process.wait(60)

@@ -33,7 +33,7 @@ from tests.pool.children import Child, blocks, check_bytes, keys, put
 
 BLOCK = 64 << 10
 KEY = "a key for the tests of kvplug"
-SOON_S = 10.0
+SOON_S = 60.0
 U8 = npt.NDArray[np.uint8]
 __all__ = ["BLOCK", "KEY", "Child", "Host", "Proxy", "blocks", "certificates", "check_bytes", "keys", "put", "until"]
 

@@ -99,7 +99,7 @@ class RedisServer:
         """SIGKILL."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             if self._process.stdout:
                 self._process.stdout.close()
             self._process = None

@@ -16,7 +16,7 @@ from kvplug.rdma import protocol as p
 from kvplug.rdma.agent import Agent
 from kvplug.rdma.auth import check_exposure, knock, shared_key
 from kvplug.rdma.wire import FrameMac
-from tests.rdma.hosts import BLOCK, KEY, Host, Proxy, keys, put, until
+from tests.rdma.hosts import BLOCK, KEY, SOON_S, Host, Proxy, keys, put, until
 from tests.rdma.knocking import ask, dial, frame, half_way, is_hung_up_on, let_in, opened
 
 MakeHost = Callable[..., Host]
@@ -126,7 +126,7 @@ def test_a_proof_of_another_challenge_is_refused(owner: Host) -> None:
     assert "lookups" not in agent.counters()
     first.sock.sendall(proof)
     first.secure(session.to_agent, session.to_reader)
-    assert isinstance(first.receive(time.monotonic() + 2)[0], p.Welcome)
+    assert isinstance(first.receive(time.monotonic() + SOON_S)[0], p.Welcome)
 
 
 def test_the_agents_own_frames_are_no_proof(owner: Host) -> None:
@@ -170,7 +170,7 @@ def test_every_frame_is_held_to_its_place_and_content(owner: Host, attack: str) 
         sent = frames[0] + frames[1][:-16] + bytes(16)
     connection.sock.sendall(sent)
     if attack != "reordered":
-        connection.receive(time.monotonic() + 2)
+        connection.receive(time.monotonic() + SOON_S)
     assert is_hung_up_on(connection)
     until(lambda: agent.counters().get("malformed") == 1)
 
@@ -207,7 +207,7 @@ def test_a_ticket_is_good_once_for_its_reader_and_not_for_long(owner: Host, monk
 
     def show(given: bytes, key: bytes) -> None:
         connection = dial(agent.address)
-        knock(connection, key, time.monotonic() + 2, ticket=given)
+        knock(connection, key, time.monotonic() + SOON_S, ticket=given)
 
     first = ticket()
     with pytest.raises(PeerAuthError):  # who has listened knows the ticket, but not its key
@@ -248,7 +248,7 @@ def test_another_readers_lease_can_not_be_read(owner: Host) -> None:
     assert lease
     ticket = p.expect(ask(two, p.GetTicket()), p.Ticket).ticket
     data = dial(agent.address)
-    knock(data, session.ticket_key(ticket), time.monotonic() + 2, ticket=ticket)
+    knock(data, session.ticket_key(ticket), time.monotonic() + SOON_S, ticket=ticket)
     assert ask(data, p.Read(lease, p.raw(np.arange(8), np.uint32))) == p.Failed("lease")
     assert p.expect(ask(two, p.Release((lease,))), p.Released).count == 0
     assert p.expect(ask(two, p.Extend(lease, 5.0)), p.Extended).seconds == 0
@@ -261,8 +261,8 @@ def test_a_block_outside_the_lease_can_not_be_read(owner: Host) -> None:
     lease = p.expect(ask(control, p.Lookup(keys(8, 1)[:2].tobytes(), 5.0)), p.Leased).lease
     ticket = p.expect(ask(control, p.GetTicket()), p.Ticket).ticket
     data = dial(agent.address)
-    knock(data, session.ticket_key(ticket), time.monotonic() + 2, ticket=ticket)
-    data.send(p.Read(lease, p.raw(np.array([2]), np.uint32)), 1, time.monotonic() + 2)
+    knock(data, session.ticket_key(ticket), time.monotonic() + SOON_S, ticket=ticket)
+    data.send(p.Read(lease, p.raw(np.array([2]), np.uint32)), 1, time.monotonic() + SOON_S)
     assert is_hung_up_on(data)
 
 

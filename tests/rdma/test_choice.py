@@ -23,7 +23,7 @@ from kvplug.rdma.datapath import DataPath, Landing
 from kvplug.rdma.link import RefusedError
 from kvplug.rdma.rails import Gid, best_gid, gids_of
 from kvplug.rdma.remote import Peer
-from tests.rdma.hosts import BLOCK, Host, keys, put
+from tests.rdma.hosts import BLOCK, SOON_S, Host, keys, put
 
 N = 32
 NOBODYS = {"verbs_device": "kvplug-test0"}
@@ -90,7 +90,7 @@ def test_an_agent_without_verbs_refuses_a_queue_and_serves_on(make_host: Callabl
     end = p.QueueEnd(1, 2, bytes(16), 0, 3, 1)
     for message in (p.OpenQueue(end, 0), p.GetRegions(0, 1, bytes(4), 1.0)):
         with pytest.raises(RefusedError, match="can't do"):
-            peer.link.ask(message, p.QueueOpened, time.monotonic() + 5)
+            peer.link.ask(message, p.QueueOpened, time.monotonic() + SOON_S)
     assert peer.link.welcome is not None
     assert peer.link.welcome.paths == ("tcp",)
     assert peer.link.generation == 1
@@ -121,7 +121,7 @@ def test_a_fabric_that_fails_twice_in_a_row_is_set_aside_for_longer_each_time(
     peer, of, _ = ready(make_host)
     path = peer._path
     assert isinstance(path, ChosenPath)
-    peer.link.connect(time.monotonic() + 5)
+    peer.link.connect(time.monotonic() + SOON_S)
     failing = path.verbs = Failing()  # type: ignore[assignment]
     fault = PeerTimeoutError("told to")
     now = [time.monotonic()]

@@ -198,7 +198,7 @@ def start_mortal(server: RedisServer, pool: str, ttl_s: float) -> tuple[subproce
 
 def end(child: subprocess.Popen[str]) -> None:
     child.kill()
-    child.wait(10)
+    child.wait(60)
     if child.stdout:
         child.stdout.close()
 

@@ -37,7 +37,7 @@ def url_of(server: RedisServer) -> str:
 
 def end(agent: subprocess.Popen[str]) -> None:
     agent.kill()
-    agent.wait(20)
+    agent.wait(60)
     if agent.stdout:
         agent.stdout.close()
 
@@ -89,7 +89,7 @@ def test_a_prefix_is_found_and_fetched_from_who_has_most_of_it(
         wait_for(lambda: ids(reader) == {host_id(some.store)})
         agents[1].kill()  # is forgotten when its time is up
         wait_for(lambda: not ids(reader))
-        assert agents[0].wait(20) == 0
+        assert agents[0].wait(60) == 0
         assert agents[0].stdout is not None
         said = agents[0].stdout.read()
         assert PASSWORD not in said
@@ -115,7 +115,7 @@ def test_an_agent_serves_also_while_there_is_no_directory(make_host: Callable[..
         finally:
             peer.close()
         agent.send_signal(signal.SIGTERM)
-        assert agent.wait(20) == 0
+        assert agent.wait(60) == 0
     finally:
         end(agent)
 

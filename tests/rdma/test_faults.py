@@ -23,6 +23,7 @@ from kvplug.rdma.datapath import Arrived, DataPath, Landing, Wanted
 from kvplug.rdma.remote import Peer
 from tests.pool.children import check_nothing_left, settle
 from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, keys, put, random_fault, until
+from tests.stopwatch import LONG_S, Stopwatch
 
 MakeHost = Callable[..., Host]
 NOTICED_S = 2.0
@@ -32,9 +33,9 @@ ROUNDS = 28
 
 
 def timed(fetch: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.monotonic()
+    watch = Stopwatch()
     answer = fetch()
-    return answer, time.monotonic() - began
+    return answer, watch.took_s()
 
 
 def check(reader: Host, of: Any, codes: Any) -> int:
@@ -42,8 +43,8 @@ def check(reader: Host, of: Any, codes: Any) -> int:
     assert set(codes.tolist()) <= {Code.OK, Code.EXISTS, Code.MISSING, Code.TIMEOUT, Code.CORRUPT, Code.BUDGET}
     said = int((codes >= 0).sum())
     assert reader.holds(of) == said, "a block is here that was not said to be, or the other way round"
-    until(lambda: reader.store.stats().writing_slots == 0, 3)
-    until(lambda: reader.store.stats().quarantined_slots == 0, 3)
+    until(lambda: reader.store.stats().writing_slots == 0)
+    until(lambda: reader.store.stats().quarantined_slots == 0)
     return said
 
 
@@ -53,7 +54,7 @@ def works_again(peer: Peer, reader: Host, of: Any) -> None:
     def fetched() -> bool:
         return bool((peer.fetch(of) >= 0).all())
 
-    until(fetched, 6)
+    until(fetched)
     assert reader.holds(of) == len(of)
     reader.store.check_integrity(deep=True)
 
@@ -82,15 +83,15 @@ class Stage:
 
         self._thread = threading.Thread(target=fetch)
         self._thread.start()
-        assert fault.happened.wait(5)
-        self.began = time.monotonic()
+        assert fault.happened.wait(LONG_S)
+        self.since_fault = Stopwatch()
         return fault
 
     def ended(self, within_s: float = NOTICED_S) -> int:
         """The fetch's end, which is due by now. How many blocks it brought, all of them right."""
-        self._thread.join(within_s + 3)
+        self._thread.join(LONG_S)
         assert not self._thread.is_alive(), "a fetch hangs"
-        assert time.monotonic() - self.began < within_s, "the fault was noticed late"
+        assert self.since_fault.took_s() < within_s, "the fault was noticed late"
         self.proxy.fault = None
         return check(self.reader, self.keys, self.codes)
 
@@ -153,13 +154,13 @@ def test_the_reader_is_killed_in_mid_read(make_host: MakeHost, proxy: Proxy) -> 
     fault = proxy.fault = Fault("stall", 1, to_agent=False, at=20 * BLOCK)
     proxy.upstream = agent.address
     os.write(told, b"!")
-    assert fault.happened.wait(10)
+    assert fault.happened.wait(LONG_S)
     assert agent.leases.held()[0] == 1
     child.kill()
     os.close(go)
     os.close(told)
     proxy.fault = None
-    until(lambda: agent.leases.held() == (0, 0), 3)
+    until(lambda: agent.leases.held() == (0, 0))
     until(lambda: owner.store.stats().pinned_slots == 0)
     settle(reader.store)
     until(lambda: reader.store.stats().writing_slots + reader.store.stats().quarantined_slots == 0)
@@ -237,7 +238,7 @@ def test_an_owner_that_restarts_empty_is_a_miss(stage: Stage) -> None:
     settle(stage.owner.store)
     stage.owner.store.remove(stage.keys)
     stage.agent, stage.proxy.upstream = stage.owner.agent_process()
-    until(lambda: (stage.peer.fetch(stage.keys)[4:] == Code.MISSING).all(), 5)
+    until(lambda: (stage.peer.fetch(stage.keys)[4:] == Code.MISSING).all())
 
 
 def test_faults_at_bytes_that_nobody_chose(make_host: MakeHost, proxy: Proxy) -> None:
@@ -261,7 +262,7 @@ def test_faults_at_bytes_that_nobody_chose(make_host: MakeHost, proxy: Proxy) ->
         lengths[:] = [list(passed) for passed in proxy.passed[before:]]
         return len(lengths) == 3
 
-    until(over_two_connections, 30)
+    until(over_two_connections)
     seen = set()
     for round_ in range(ROUNDS):
         reader.store.remove(of)
@@ -280,7 +281,7 @@ def test_faults_at_bytes_that_nobody_chose(make_host: MakeHost, proxy: Proxy) ->
         peer.close()
     assert {kind for kind, _ in seen} == {"cut", "stall", "flip", "delay"}
     assert ("cut", False) in seen
-    until(lambda: reader.store.stats().quarantined_slots + reader.store.stats().writing_slots == 0, 3)
+    until(lambda: reader.store.stats().quarantined_slots + reader.store.stats().writing_slots == 0)
     until(lambda: agent.leases.held() == (0, 0))
     until(lambda: owner.store.stats().pinned_slots == 0)
     assert (reader.peer(proxy.address, peer_timeout_s=5.0).fetch(of) >= 0).all()

@@ -11,7 +11,7 @@ import pytest
 from kvplug.rdma.choice import ChosenPath
 from kvplug.rdma.protocol import Release, Released
 from tests.rdma.conformance import Conformance, Wire
-from tests.rdma.hosts import Host
+from tests.rdma.hosts import SOON_S, Host
 
 
 def tcp(make_host: Callable[..., Host], ours: dict[str, Any], theirs: dict[str, Any]) -> Wire:
@@ -33,9 +33,9 @@ class TestTcp(Conformance):
         """The owner is asked here; by verbs it is not, and the reader's clock alone says so."""
         lease, leased = wire.lease()
         slots = wire.slots(leased)
-        assert wire.peer.link.ask(Release((lease.id,)), Released, time.monotonic() + 5).count == 1
+        assert wire.peer.link.ask(Release((lease.id,)), Released, time.monotonic() + SOON_S).count == 1
         seen: list[Any] = []
-        landing = wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + 5, seen.append)
+        landing = wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + SOON_S, seen.append)
         assert landing.error is not None
         assert landing.wait_settled(2)
         assert not seen
@@ -57,7 +57,7 @@ class TestTcpByReference(Conformance):
     @pytest.fixture
     def wire(self, make_host: Callable[..., Host]) -> Wire:
         made = tcp(make_host, {"agent_listen": "127.0.0.2:0"}, {})
-        made.peer.link.connect(time.monotonic() + 5)
+        made.peer.link.connect(time.monotonic() + SOON_S)
         connection = made.peer.link._connection
         assert connection is not None
         assert not connection.is_same_host

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from kvplug.store import KvStore
 from tests.pool import children
 from tests.pool.children import check_nothing_left, settle
 from tests.rdma.hosts import BLOCK, Host, keys, put, until
+from tests.stopwatch import Stopwatch
 from tests.vllm_lab.env import free_port
 
 MakeHost = Callable[..., Host]
@@ -97,9 +97,9 @@ def fetch(store: KvStore, address: str, *, anew: bool) -> tuple[list[int], float
             _here["peer"].close()
         remote.BACK_OFF_FIRST_S, remote.BACK_OFF_MOST_S = 0.02, 0.1  # type: ignore[misc]
         _here["peer"] = Peer(address, PoolExchange(store), _here["config"])
-    began = time.monotonic()
+    watch = Stopwatch()
     codes = _here["peer"].fetch(OF, 5.0)
-    return codes.tolist(), time.monotonic() - began
+    return codes.tolist(), watch.took_s()
 
 
 class Stage:
@@ -162,7 +162,7 @@ class Stage:
             assert point in at.call(what_happened)
         self.what_is_said_is_there(answered)
         self.owner_is_free()
-        until(lambda: self.fetch(anew=action == "kill" and end == "reader")[0] == [Code.EXISTS] * N, 6)
+        until(lambda: self.fetch(anew=action == "kill" and end == "reader")[0] == [Code.EXISTS] * N)
         assert self.reader.holds(OF) == N
 
     def what_is_said_is_there(self, codes: list[int] | None) -> None:

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +38,7 @@ from tests.sglang.host_pools import (
     paged,
     storage,
 )
+from tests.stopwatch import Stopwatch
 from tests.vllm.common import eventually
 
 
@@ -304,7 +304,7 @@ def a_lock_that_somebody_holds_is_waited_for_within_a_bound() -> None:
     # A file description of its own: flock knows no other owner.
     held = os.open(f"/proc/self/fd/{int(made._engine.store.pool.L[L_FD])}", os.O_RDWR)
     fcntl.flock(held, fcntl.LOCK_EX)
-    began = time.monotonic()
+    watch = Stopwatch()
     try:
         assert made.batch_exists(names) == 2, "looking needs no lock"
         for start in range(2, 40, 2):
@@ -312,7 +312,7 @@ def a_lock_that_somebody_holds_is_waited_for_within_a_bound() -> None:
         assert made.batch_get_v1(names[:2], indices(pool, [2, 3])) == [True] * 2
     finally:
         os.close(held)
-    assert time.monotonic() - began < 5, "each call waited for its own"
+    assert watch.took_s() < 5, "each call waited for its own"
     assert made._engine.counts["not_stored:timeout"] == 38, dict(made._engine.counts)
     assert made._engine.counts["errors"] == 0
     eventually("the lock is used again", lambda: made.batch_set_v1(names[2:4], indices(pool, [0, 1])) == [True] * 2)

@@ -63,7 +63,7 @@ class GatedCopy(CpuCopy):
     def _pass(self) -> None:
         self.begun += 1
         if not self.open:
-            assert self.gate.acquire(timeout=20)
+            assert self.gate.acquire(timeout=120)
 
     def store(self, runs: ByteRuns, block_ids: Int64s, dst: Int64s, after: Any) -> UInt64s:
         self._pass()
@@ -145,7 +145,7 @@ class Side:
 
 
 def wait_for(what: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.002)
