@@ -9,6 +9,7 @@ import operator
 import re
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -210,11 +211,11 @@ class RegisteredRanges:
         """Raises BufferError naming the first fragment that is outside of every registered range."""
         if not len(addrs):
             return
-        inside = np.zeros(len(addrs), bool)
+        inside = nbytes == 0  # of nothing there is nothing to vouch for
         if len(self._starts):
             reach = np.maximum.accumulate(self._ends)
             at = np.searchsorted(self._starts, addrs, side="right") - 1
-            inside = (at >= 0) & (addrs + nbytes <= reach[np.maximum(at, 0)]) & (nbytes >= 0)
+            inside |= (at >= 0) & (addrs + nbytes <= reach[np.maximum(at, 0)]) & (nbytes >= 0)
         if not inside.all():
             bad = int(np.flatnonzero(~inside)[0])
             raise BufferError(
@@ -251,13 +252,21 @@ def equal_fragments(addrs: Any, nbytes: Any, n: int) -> tuple[I64, I64, I64]:
 
 def fragments(addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], n: int) -> tuple[I64, I64, I64]:
     """(offsets int64[N+1], addresses int64[M], bytes int64[M]) of N lists of fragments. Raises BufferError."""
-    if len(addrs) != n or len(sizes) != n:
-        raise BufferError(f"{len(addrs)} address lists and {len(sizes)} size lists were given for {n} keys")
-    counts = np.fromiter(map(len, addrs), np.int64, n)
-    if (counts != np.fromiter(map(len, sizes), np.int64, n)).any():
-        raise BufferError("an address list and its size list differ in length")
-    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-    total = int(offsets[-1])
-    flat_addrs = np.fromiter((a for one in addrs for a in one), np.int64, total)
-    flat_sizes = np.fromiter((s for one in sizes for s in one), np.int64, total)
-    return offsets, flat_addrs, flat_sizes
+    try:
+        lists, counts = (len(addrs), len(sizes)), [list(map(len, one)) for one in (addrs, sizes)]
+    except TypeError as e:
+        raise BufferError(f"addresses and sizes must be lists, with one list of integers for each key: {e}") from e
+    if lists != (n, n):
+        raise BufferError(f"{lists[0]} address lists and {lists[1]} size lists were given for {n} keys")
+    if counts[0] != counts[1]:
+        i = next(i for i, (a, b) in enumerate(zip(*counts, strict=True)) if a != b)
+        raise BufferError(f"key {i} has {counts[0][i]} addresses and {counts[1][i]} sizes")
+    offsets = np.concatenate(([0], np.cumsum(counts[0]))).astype(np.int64)
+    return offsets, _integers(addrs, int(offsets[-1])), _integers(sizes, int(offsets[-1]))
+
+
+def _integers(lists: Sequence[Sequence[int]], total: int) -> I64:
+    try:
+        return np.fromiter(map(operator.index, chain.from_iterable(lists)), np.int64, total)
+    except (TypeError, OverflowError) as e:
+        raise BufferError(f"addresses and lengths must be integers of at most 64 bits: {e}") from e

@@ -59,7 +59,8 @@ class Code(enum.IntEnum):
     CORRUPT = -5
     """The block's bytes do not match their stored checksum; it was not used."""
     SIZE = -6
-    """The stored block has another size than the buffer that was given."""
+    """The stored block has another size than the buffer that was given; ``batch_put_from_multi_buffers``: the block has
+    no byte, or more than a slab of this pool."""
     BUDGET = -7
     """The client's budget of pins or reservations is used up."""
     STALE = -8

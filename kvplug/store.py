@@ -223,7 +223,7 @@ class KvStore:
         """
         words = _words(keys)
         addrs, nbytes, _keep = addresses(buffers, len(words), writable=True)
-        return self._pool.get_into(words, one_each(len(words)), addrs, nbytes)
+        return self._pool.get_into(words, one_each(len(words)), addrs, nbytes)[0]
 
     def exists(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Whether each key has a sealed block now."""
@@ -330,7 +330,9 @@ class KvStore:
         BufferError.
         """
         words = _words(keys)
-        return self._get_pieces(words, equal_fragments(addrs, nbytes, len(words)))
+        offsets, at, sizes = equal_fragments(addrs, nbytes, len(words))
+        _sums(offsets, sizes)
+        return self._pool.get_into(words, offsets, at, sizes)[0]
 
     def _put_pieces(self, words: I64, pieces: tuple[I64, I64, I64], siblings: tuple[int, int]) -> I8:
         offsets, addrs, sizes = pieces
@@ -341,12 +343,8 @@ class KvStore:
 
         return self._put(words, _sums(offsets, sizes), copy, siblings)
 
-    def _get_pieces(self, words: I64, pieces: tuple[I64, I64, I64]) -> I8:
-        offsets, addrs, sizes = pieces
-        _sums(offsets, sizes)
-        return self._pool.get_into(words, offsets, addrs, sizes)
-
-    # ---- the same, under the names that connectors know ----------------------------------------------------
+    # ---- the same, under the names that connectors know --------------------------------------------------------------
+    # What these answer beside Mooncake's and redhare's calls of the same names: docs/dropin.md.
 
     def register_buffer(self, addr: int, nbytes: int) -> int:
         """Vouch for memory whose raw addresses the ``multi_buffers`` calls may use. 0; raises BufferError."""
@@ -359,30 +357,56 @@ class KvStore:
         return 0
 
     def batch_put_from_multi_buffers(
-        self, keys: Sequence[str | bytes], addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]
+        self,
+        keys: Sequence[str | bytes],
+        addrs: Sequence[Sequence[int]],
+        sizes: Sequence[Sequence[int]],
+        config: object = None,
     ) -> list[int]:
-        """Store for each key its fragments, one after another. 0 for a key that is there now, else a negative Code."""
+        """Store for each key its fragments, one after another. 0 for a key that is there now, else a negative Code.
+
+        Code.SIZE: its fragments have no byte, or more than a slab of this pool; the other keys are stored. Of equal
+        keys the first counts. ``config`` is how other stores are told where copies go: accepted, without effect, since
+        a pool keeps one. Raises BufferError, and nothing is stored, for lists that differ in length and for a
+        fragment outside of every registered buffer; KeyFormatError.
+        """
         words = _words(_named(keys))
         pieces = fragments(addrs, sizes, len(words))
         self._registered.check(*pieces[1:])
-        codes = self._put_pieces(words, pieces, (1, 0))
+        nbytes = _totals(pieces[0], pieces[2])
+        codes = np.full(len(words), Code.SIZE, np.int8)
+        fits = np.flatnonzero((nbytes > 0) & (nbytes <= self._pool.geometry.slab_bytes))
+        if len(fits) < len(words):
+            picked, offsets = _pick(pieces[0], fits)
+            pieces = offsets, pieces[1][picked], pieces[2][picked]
+        codes[fits] = self._put_pieces(words[fits], pieces, (1, 0))
         done: list[int] = np.where(codes == Code.EXISTS, 0, codes).tolist()
         return done
 
     def batch_get_into_multi_buffers(
-        self, keys: Sequence[str | bytes], addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]
+        self,
+        keys: Sequence[str | bytes],
+        addrs: Sequence[Sequence[int]],
+        sizes: Sequence[Sequence[int]],
+        prefer_alloc_in_same_node: bool = False,
     ) -> list[int]:
-        """Copy each key's block into its fragments. Bytes copied, or a negative Code."""
+        """Copy each key's block into its fragments, one after another. The block's bytes, or a negative Code.
+
+        Fragments may have more room than the block: what is behind it stays as it was. Code.SIZE: they have less.
+        ``prefer_alloc_in_same_node`` is accepted, without effect: a pool is in this host's memory. Raises as
+        :meth:`batch_put_from_multi_buffers`, before anything was copied.
+        """
         words = _words(_named(keys))
-        pieces = fragments(addrs, sizes, len(words))
-        self._registered.check(*pieces[1:])
-        codes = self._get_pieces(words, pieces)
-        out: list[int] = np.where(codes == Code.OK, _sums(pieces[0], pieces[2]), codes).tolist()
+        offsets, at, nbytes = fragments(addrs, sizes, len(words))
+        self._registered.check(at, nbytes)
+        codes, copied = self._pool.get_into(words, offsets, at, nbytes, exact=False)
+        out: list[int] = np.where(codes == Code.OK, copied, codes).tolist()
         return out
 
     def batch_is_exist(self, keys: Sequence[str | bytes]) -> list[int]:
-        """1 there, 0 not."""
-        return [int(x) for x in self._pool.exists(_words(_named(keys)))]
+        """1 there, 0 not, -1: can't be said, while the index is made anew after a death, or in a removed pool."""
+        there: list[int] = self._pool.look_up(_words(_named(keys))).tolist()
+        return there
 
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 
@@ -417,15 +441,26 @@ def _named(keys: Sequence[str | bytes]) -> list[bytes]:
         if isinstance(key, bytes) and len(key) == 32:
             out.append(key)
         elif isinstance(key, str):
-            out.append(blake3(b"kvplug.named-key\0" + key.encode()).digest())
+            try:
+                name = key.encode()
+            except UnicodeEncodeError as e:
+                raise KeyFormatError(f"key {i}, {key!r:.40}, can't be written as UTF-8: {e.reason}") from e
+            out.append(blake3(b"kvplug.named-key\0" + name).digest())
         else:
             raise KeyFormatError(f"key {i} is {type(key).__name__} {key!r:.40}; it must be a str or 32 bytes")
     return out
 
 
-def _sums(offsets: I64, sizes: I64) -> I64:
+def _totals(offsets: I64, sizes: I64) -> I64:
+    """Bytes of each key's fragments together."""
     total = np.concatenate(([0], np.cumsum(sizes)))
     nbytes: I64 = total[offsets[1:]] - total[offsets[:-1]]
+    return nbytes
+
+
+def _sums(offsets: I64, sizes: I64) -> I64:
+    """The same. Raises BufferError for a key without a byte."""
+    nbytes = _totals(offsets, sizes)
     if len(nbytes) and int(nbytes.min()) <= 0:
         raise BufferError(f"the fragments of key {int(nbytes.argmin())} have {int(nbytes.min())} bytes together")
     return nbytes

@@ -281,17 +281,38 @@ class Pool:
         self._ready()
         read.touch(self.T, self.L, keys)
 
-    def get_into(self, keys: I64, offsets: I64, dst_addrs: I64, dst_nbytes: I64) -> I8:
-        """Copy block *i* to destinations ``offsets[i] … offsets[i+1]-1``: OK, MISSING, SIZE or CORRUPT. No lock."""
+    def look_up(self, keys: I64) -> I8:
+        """1: there; 0: not there; -1: not found, in an index that is being changed or in a pool that was removed.
+
+        The index stays so until the next section where its changer died. No lock.
+        """
+        self._ready()
+        changing = int(self.T[lay.H_INDEX_SEQ])
+        there: I8 = self.exists(keys).view(np.int8)
+        changing |= int(self.T[lay.H_INDEX_SEQ])
+        if changing & 1 or int(self.T[lay.H_RETIRED]):
+            there[there == 0] = -1
+        return there
+
+    def get_into(
+        self, keys: I64, offsets: I64, dst_addrs: I64, dst_nbytes: I64, *, exact: bool = True
+    ) -> tuple[I8, I64]:
+        """Copy block *i* to destinations ``offsets[i] … offsets[i+1]-1``: its code and, where that is OK, its bytes.
+
+        OK, MISSING, SIZE or CORRUPT. ``exact``: the destinations have as many bytes as the block, else at least as
+        many. No lock.
+        """
         self._ready()
         n = len(keys)
         codes = np.empty(n, np.int8)
-        slots, words = np.empty((2, n), np.int64)
-        hits = read.get_into(self.T, self.L, keys, offsets, dst_addrs, dst_nbytes, codes, slots, words)
+        slots, words, copied = np.empty((3, n), np.int64)
+        hits = read.get_into(
+            self.T, self.L, keys, offsets, dst_addrs, dst_nbytes, int(exact), codes, slots, words, copied
+        )
         if hits < n and self.options.verify:
             bad = codes == Code.CORRUPT
             self._drop(slots[bad], words[bad])
-        return codes
+        return codes, copied
 
     def _drop(self, slots: I64, words: I64) -> None:
         if not len(slots):

@@ -98,14 +98,37 @@ def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
     return True
 
 
-@entry("i(I, I, K, I, I, I, I8, I, I)")
+@kernel
+def _scatter(
+    src: int, size: int, dst_addrs: Any, dst_nbytes: Any, begin: int, end: int, after: int, stream: bool
+) -> None:
+    """Copy ``size`` bytes to fragments ``begin`` … ``end`` - 1, as far as they reach; ``after``: what is read next."""
+    last = src + size
+    for f in range(begin, end):
+        until = min(src + dst_nbytes[f], last)
+        copy_out(dst_addrs[f], src, until - src, until if until < last else after, stream)
+        src = until
+
+
+@entry("i(I, I, K, I, I, I, i, I8, I, I, I)")
 def get_into(
-    T: Any, L: Any, keys: Any, offsets: Any, dst_addrs: Any, dst_nbytes: Any, codes: Any, rows: Any, words: Any
+    T: Any,
+    L: Any,
+    keys: Any,
+    offsets: Any,
+    dst_addrs: Any,
+    dst_nbytes: Any,
+    exact: int,
+    codes: Any,
+    rows: Any,
+    words: Any,
+    copied: Any,
 ) -> int:
     """Copy each key's block to its fragments ``offsets[i] … offsets[i+1]-1``, one after another; the number of hits.
 
-    ``rows``/``words`` name the block that was read, for the caller to drop one whose code says CORRUPT. A destination's
-    content counts only where the code is OK.
+    ``exact``: 0: fragments may have more room than the block has bytes; what is behind these stays as it is.
+    ``rows``/``words`` name the block that was read, for the caller to drop one whose code says CORRUPT; ``copied`` is
+    its length. A destination's content counts only where the code is OK.
     """
     n = keys.shape[0]
     base = L[L_BASE]
@@ -113,8 +136,7 @@ def get_into(
     first = T[H_TICK] + 1
     T[H_TICK] += n
     stream = dst_nbytes.sum() >= STREAM_BYTES
-    hits = 0
-    total = 0
+    hits, total = 0, 0
     for i in range(n):
         if i % ANNOUNCE_KEYS == 0:
             looked_up = min(i + ANNOUNCE_KEYS, n)
@@ -122,8 +144,7 @@ def get_into(
             for j in range(i, looked_up):
                 rows[j], words[j] = find_sealed(T, L, keys[j, 0], keys[j, 1], keys[j, 2], keys[j, 3])
         codes[i] = MISSING
-        row = rows[i]
-        word = words[i]
+        row, word = rows[i], words[i]
         if row < 0:
             continue
         r = row_at(T, row)
@@ -134,13 +155,10 @@ def get_into(
         for f in range(offsets[i], offsets[i + 1]):
             room += dst_nbytes[f]
         ok = True
-        fits = size == room and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
+        fits = size == room or (exact == 0 and size < room)
+        fits = fits and offset > 0 and offset + size <= T[H_SEGMENT_BYTES]
         if fits:
-            src = base + offset
-            for f in range(offsets[i], offsets[i + 1]):
-                end = src + dst_nbytes[f]
-                copy_out(dst_addrs[f], src, dst_nbytes[f], end if f + 1 < offsets[i + 1] else base + after, stream)
-                src = end
+            _scatter(base + offset, size, dst_addrs, dst_nbytes, offsets[i], offsets[i + 1], base + after, stream)
             if L[L_VERIFY] != 0:  # after the copy: what is wrong in the copy was wrong in the slot, and still is
                 ok = bytes_match(T, row, base + offset, size)
         fence_acquire()
@@ -153,6 +171,7 @@ def get_into(
             T[me + C_CORRUPT] += 1
         else:
             codes[i] = OK
+            copied[i] = size
             hits += 1
             total += size
             if L[L_TOUCH] != TOUCH_NONE:

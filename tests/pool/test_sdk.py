@@ -293,6 +293,7 @@ def test_raw_addresses_count_only_inside_registered_memory(make_store: MakeStore
         store.batch_put_from_multi_buffers(["a"], [[at]], [[10]])
     store.register_buffer(at, 5000)
     assert store.batch_put_from_multi_buffers(["a"], [[at + 4990]], [[10]]) == [0]
+    assert store.batch_put_from_multi_buffers(["e"], [[at, 12345]], [[10, 0]]) == [0]  # of nothing, anywhere
     for begin, nbytes in ((4990, 11), (5000, 1), (-1, 1), (0, -5)):
         with pytest.raises(errors.BufferError):
             store.batch_put_from_multi_buffers(["b"], [[at + begin]], [[nbytes]])

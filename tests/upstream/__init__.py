@@ -1,0 +1,1 @@
+"""Other projects' tests and calls, run against kvplug."""
