@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvplug.adapters.common.hooks import leads_to
 from kvplug.adapters.common.modelconfig import plain_hf_config, rope_depends_on_length
 from kvplug.engines import SGLANG_LINKER_SINCE, SUPPORTED, release
 
@@ -40,6 +41,7 @@ RUN_BATCH = _SRT + "managers.scheduler.Scheduler.run_batch"
 PROCESS_RESULT = _SRT + "managers.scheduler.Scheduler.process_batch_result"
 REQUEST = _SRT + "managers.schedule_batch.Req.__init__"
 TOKENIZE = _SRT + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
+TOKENIZED = _SRT + "managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
 WEIGHT_CHANGES = tuple(
     _UPDATER + name
     for name in (
@@ -58,6 +60,7 @@ LORA_LOADS = tuple(
     _SRT + "lora.lora_manager.LoRAManager." + name for name in ("_load_lora_adapter", "_load_lora_adapter_from_tensors")
 )
 
+_APPLY = _SRT + "plugins.hook_registry.HookRegistry._apply_target"
 CALLED = ("torch.distributed.distributed_c10d._get_default_store",)
 """Functions behind no public name that are called, not hooked, in the processes of an engine that uses kvplug."""
 
@@ -74,6 +77,8 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     PROCESS_RESULT: ("self", "batch", "result"),
     REQUEST: ("self", "rid"),
     TOKENIZE: ("self", "obj"),
+    TOKENIZED: ("self", "obj"),
+    _APPLY: ("target", "hooks"),
     **dict.fromkeys(CALLED, ()),
     **dict.fromkeys(LORA_LOADS, ("self", "lora_ref")),
     **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES), ("self", "recv_req")),
@@ -86,8 +91,17 @@ _ALSO_TAKES = {
 """Parameters that stand further behind, where SGLang adds others in between."""
 FRONT_TARGETS = (ADD_CLI_ARGS, FROM_CLI_ARGS, RESOLVE_ONCE)
 """Hooked in every process in which SGLang loads plugins; they do next to nothing unless kvplug is asked for."""
-TOKENIZER_TARGETS = (TOKENIZE,)
-"""Hooked in the process that takes requests in, once kvplug's settings are made."""
+TOKENIZER_TARGETS = (TOKENIZE, TOKENIZED)
+"""Hooked in the process that takes requests in, once kvplug's settings are made: a request as it comes in, of which
+some of what it brings is used up on the way, and as it goes out, with what another plugin has added in between."""
+
+
+def registry_problems() -> list[str]:
+    """What in SGLang's list of hooks is not as kvplug expects it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    patched = isinstance(getattr(HookRegistry, "_patched", None), set)
+    return problems((_APPLY,)) + ([] if patched else ["HookRegistry._patched is gone"])
 
 
 def version() -> str:
@@ -147,17 +161,54 @@ def problems(targets: tuple[str, ...]) -> list[str]:
 
 
 def hook(target: str, function: Callable[..., Any], kind: str) -> None:
-    """Registers a hook; ``kind`` is "before", "after" or "around". SGLang applies it when all plugins are loaded."""
+    """Registers a hook; ``kind`` is "before", "after" or "around". SGLang applies it when all plugins are loaded.
+
+    A second call of the same kind changes nothing. SGLang passes over hooks on a function to which it has applied hooks
+    already, such as those of another plugin that did not wait: there it is put in place at once.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    if (target, kind) in _ours:
+        return
+    if target in HookRegistry._patched:
+        hook_now(target, function, kind)
+        return
+    _ours[target, kind] = function
     HookRegistry.register(target, function, HookType(kind))
 
 
-def apply_hooks() -> None:
-    """Puts hooks in place that were registered after SGLang had loaded all plugins."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
+def hook_now(target: str, function: Callable[..., Any], kind: str) -> None:
+    """Puts a hook around what stands there now, another plugin's hooks included, unless it is in place.
 
-    HookRegistry.apply_hooks()
+    Not through SGLang's list of hooks: what it has applied once it does not apply again, to nobody's.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    if (target, kind) in _ours and leads_to(_resolve(target), [_ours[target, kind]]):
+        return
+    _ours[target, kind] = function
+    HookRegistry._apply_target(target, [(HookType(kind), function, HookSource("kvplug", "kvplug"))])
+
+
+def lost_hooks(targets: tuple[str, ...] = ()) -> str | None:
+    """What speaks against kvplug where hooks of its own are not in place any more; None if all are.
+
+    ``targets``: only these, of which all must have been hooked; else all that were.
+    """
+    lost = [
+        target
+        for target in targets or sorted({target for target, _ in _ours})
+        if not all(leads_to(_resolve(target), [ours]) for (at, _), ours in _ours.items() if at == target)
+        or not any(at == target for at, _ in _ours)
+    ]
+    if not lost:
+        return None
+    names = ", ".join(".".join(target.split(".")[-2:]) for target in lost)
+    return f"another plugin has replaced {names}, which kvplug hooks, without calling what was there before"
+
+
+_ours: dict[tuple[str, str], Callable[..., Any]] = {}
+"""kvplug's hooks in this process, by function and kind."""
 
 
 def snapshot(server_args: Any) -> Any:
@@ -445,7 +496,12 @@ def not_now() -> Any:
 
 def linker_of(adder: Any) -> Any:
     """The cache linker behind what puts a batch together (``PrefillAdder``); None if there is none."""
-    return getattr(getattr(adder.tree_cache, "linker", None), "cache_linker", None)
+    return cache_linker(adder.tree_cache)
+
+
+def cache_linker(cache: Any) -> Any:
+    """The cache linker behind a prefix cache; None if it has none."""
+    return getattr(getattr(cache, "linker", None), "cache_linker", None)
 
 
 def runs_nothing(adder: Any) -> bool:

@@ -12,11 +12,11 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvplug.adapters.common.hooks import put_around
 from kvplug.adapters.sglang.devicepools import KV, MAMBA, SOURCES, SWA, DevicePools, LayerBuffer, lay_out
 from kvplug.errors import UnsupportedEngineError
 
 _COMPONENT_SOURCES = {"FULL": KV, "SWA": SWA, "MAMBA": MAMBA}
-_WATCHED = "_kvplug_watches"
 Buffers = dict[str, list[LayerBuffer]]
 
 
@@ -79,24 +79,29 @@ def watch_hits() -> None:
     from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper as Wrapper
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache as Tree
 
-    if getattr(Wrapper, _WATCHED, False):
-        return
-    made, match, reduce = Wrapper.__init__, Wrapper.match, Tree._all_reduce_attn_groups
     for function, names in (
-        (made, ("self", "cache", "cache_linker")),
-        (match, ("self", "key", "req", "result")),
-        (reduce, ("self", "tensor", "op")),
+        (Wrapper.__init__, ("self", "cache", "cache_linker")),
+        (Wrapper.match, ("self", "key", "req", "result")),
+        (Tree._all_reduce_attn_groups, ("self", "tensor", "op")),
     ):
         found = tuple(inspect.signature(function).parameters)
         if found != names:
             raise UnsupportedEngineError(f"SGLang's {function.__qualname__} takes {found}, not {names}")
+    put_around(Wrapper, "__init__", _watched_init)
+    put_around(Wrapper, "match", _watched_match)
 
+
+def _watched_init(made: Any) -> Any:
     @functools.wraps(made)
     def watched_init(self: Any, cache: Any, cache_linker: Any) -> None:
         made(self, cache, cache_linker)
         if hasattr(cache_linker, "attached"):
             cache_linker.attached(self.hit_markers, functools.partial(_agree, cache))
 
+    return watched_init
+
+
+def _watched_match(match: Any) -> Any:
     @functools.wraps(match)
     def watched_match(self: Any, key: Any, req: Any, result: Any) -> Any:
         # What an earlier match found is void, also where this one asks nobody: SGLang would keep it for ever then.
@@ -107,8 +112,7 @@ def watch_hits() -> None:
             self.cache_linker.matched(req.rid, len(marker.tail_hashes) if marker is not None else 0)
         return out
 
-    Wrapper.__init__, Wrapper.match = watched_init, watched_match
-    setattr(Wrapper, _WATCHED, True)
+    return watched_match
 
 
 def _agree(cache: Any, statements: Sequence[bool]) -> list[bool]:

@@ -93,6 +93,8 @@ class RankEngine:
             raise UnsupportedEngineError(
                 "this engine was started without --enable-kvplug or KVPLUG_ENABLE=1, so kvplug does not know its model"
             )
+        if (lost := compat.lost_hooks()) is not None:
+            raise UnsupportedEngineError(lost)
         own = dict(extra.get(EXTRA_KEY) or {})
         self.config = configuration.load(**dict(own.get("settings") or {}))
         self.facts = compat.facts()

@@ -115,6 +115,11 @@ class KvplugLinker(UnifiedCacheLinker):
         """Whether anything can be found or stored."""
         return self._works is not None
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether SGLang has taken the linker, and told it of its hits and of the other ranks."""
+        return self._waits is not None
+
     def attached(self, markers: Container[str], agree: Callable[[Sequence[bool]], list[bool]]) -> None:
         """SGLang has taken the linker.
 

@@ -40,14 +40,14 @@ def register() -> None:
 
 
 def _register() -> None:
-    found = compat.problems(compat.FRONT_TARGETS)
+    found = compat.problems(compat.FRONT_TARGETS) + compat.registry_problems()
     if found:
         if os.environ.get(flags.ENABLE_ENV):
             _say(f"kvplug: OFF: SGLang {compat.version()} is not as kvplug knows it: {'; '.join(found)}")
         return
-    compat.hook(compat.ADD_CLI_ARGS, add_cli_args, "after")
-    compat.hook(compat.FROM_CLI_ARGS, from_cli_args, "before")
-    compat.hook(compat.RESOLVE_ONCE, around_resolve_once, "around")
+    compat.hook_now(compat.ADD_CLI_ARGS, add_cli_args, "after")
+    compat.hook_now(compat.FROM_CLI_ARGS, from_cli_args, "before")
+    compat.hook_now(compat.RESOLVE_ONCE, around_resolve_once, "around")
     try:
         wanted = flags.switched_on() and compat.runs_scheduler()
     except ConfigError as error:
@@ -108,6 +108,12 @@ def from_cli_args(_cls: Any, args: Any, *_args: Any, **_kwargs: Any) -> None:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
+    if _asked is not None:
+        try:
+            compat.hook_now(compat.RESOLVE_ONCE, around_resolve_once, "around")  # should another plugin have it now
+        except Exception as error:
+            logger.exception("kvplug: an error at start")
+            _refuse(f"{type(error).__name__}: {error}")
 
 
 def around_resolve_once(plain: _Hook, server_args: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +176,7 @@ def _modes(server_args: Any) -> tuple[flags.Mode, ...]:
         if modes[0] == "linker" and not compat.has_linker():
             reason = f"--kvplug-mode linker needs SGLang 0.5.23, this is {compat.version()}; hicache works"
     if reason is None:
-        reason = flags.conflict(server_args, modes[0])
+        reason = flags.conflict(server_args, modes[0]) or _watch_requests()
     if reason is not None:
         _refuse(reason)
         return ()
@@ -190,10 +196,15 @@ def _put_in(server_args: Any, mode: flags.Mode) -> None:
         setattr(server_args, name, value)
 
 
+def _watch_requests() -> str | None:
+    """Sees to it that images which users name are noticed from now on; why it can't be, None if it is."""
+    for target in compat.TOKENIZER_TARGETS:
+        compat.hook_now(target, before_tokenize, "before")
+    return compat.lost_hooks(compat.TOKENIZER_TARGETS)
+
+
 def _switch_on(mode: flags.Mode) -> None:
     os.environ[flags.ENABLE_ENV] = "1"  # what the engine's other processes look at
-    compat.hook(compat.TOKENIZE, before_tokenize, "before")
-    compat.apply_hooks()
     logger.info("kvplug: %s mode", mode)
 
 
@@ -205,10 +216,11 @@ def _refuse(reason: str) -> None:
 
 
 def before_tokenize(manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
-    """Before a request is tokenized: images that are named by the user's word stay within this engine."""
+    """Before and after a request is tokenized: images that are named by the user's word stay within this engine."""
     extra = flags.extra_of(manager.server_args)
-    if extra is not None and _names_given(obj) and not _trusts_names(extra):
-        obj.extra_key = flags.PRIVATE + (getattr(obj, "extra_key", None) or "")  # one to be embedded has none
+    key = getattr(obj, "extra_key", None) or ""  # one to be embedded has none
+    if extra is not None and not key.startswith(flags.PRIVATE) and _names_given(obj) and not _trusts_names(extra):
+        obj.extra_key = flags.PRIVATE + key
 
 
 def _trusts_names(extra: dict[str, Any]) -> bool:
@@ -267,9 +279,12 @@ def before_tree_cache(ctx: Any, *_args: Any, **_kwargs: Any) -> None:
 
 
 @_guarded
-def after_tree_cache(_cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None:
+def after_tree_cache(cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None:
     """After the prefix cache was made: SGLang may have swallowed why kvplug's part of it is missing."""
     if flags.extra_of(ctx.server_args) is None:
+        lost = compat.lost_hooks(compat.FRONT_TARGETS)
+        if lost is not None:  # where the settings are worked out nothing of kvplug was called that could have said it
+            _refuse(lost)
         return
     engines = _engines()
     if not engines:
@@ -277,8 +292,11 @@ def after_tree_cache(_cache: Any, ctx: Any, *_args: Any, **_kwargs: Any) -> None
             "kvplug: OFF: SGLang was told to load kvplug and did not; its log says why, "
             "look for 'storage backend' or 'linker'"
         )
-    for each in engines if ctx.disable_radix_cache else ():
-        each.off(NO_PREFIX_CACHE)
+    for each in engines:
+        if ctx.disable_radix_cache:
+            each.off(NO_PREFIX_CACHE)
+        elif each.mode == "linker" and not getattr(compat.cache_linker(cache), "is_attached", False):
+            each.off("SGLang's prefix cache was made without kvplug's linker: another plugin has taken its place")
 
 
 @_guarded

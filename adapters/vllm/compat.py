@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvplug.adapters.common.hooks import put_around
 from kvplug.adapters.vllm.compat_requests import processing
 from kvplug.adapters.vllm.fingerprint import weights_fingerprint
 from kvplug.adapters.vllm.groups import GroupRule
@@ -132,17 +133,15 @@ def after_config_init(react: Callable[[VllmConfig], None]) -> None:
     """Calls ``react`` with every VllmConfig once it is complete. A second call changes nothing."""
     from vllm.config import VllmConfig
 
-    original = VllmConfig.__post_init__
-    if getattr(original, "_kvplug", False):
-        return
+    def around(original: Any) -> Any:
+        @functools.wraps(original)
+        def post_init(self: VllmConfig, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            react(self)
 
-    @functools.wraps(original)
-    def post_init(self: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        react(self)
+        return post_init
 
-    post_init._kvplug = True  # type: ignore[attr-defined]
-    VllmConfig.__post_init__ = post_init  # type: ignore[method-assign]
+    put_around(VllmConfig, "__post_init__", around)
 
 
 def transfer_config() -> Any:
@@ -385,10 +384,11 @@ def on_weights_rpc(react: WeightsReaction) -> None:
     from vllm.v1.engine.core import EngineCore
 
     _reactions.append(react)
-    original = EngineCore.collective_rpc
-    if getattr(original, "_kvplug", False):
-        return
+    put_around(EngineCore, "collective_rpc", _around_rpc)
+    put_around(EngineCore, "set_weight_version", _around_version)
 
+
+def _around_rpc(original: Any) -> Any:
     @functools.wraps(original)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         if not _reactions or (isinstance(method, str) and method in _HARMLESS_RPCS):
@@ -406,16 +406,16 @@ def on_weights_rpc(react: WeightsReaction) -> None:
             if before is None or _fingerprints(self) != before:
                 _react(method if isinstance(method, str) else "by a function that was sent to the workers")
 
-    collective_rpc._kvplug = True  # type: ignore[attr-defined]
-    EngineCore.collective_rpc = collective_rpc  # type: ignore[method-assign]
-    set_version = EngineCore.set_weight_version
+    return collective_rpc
 
+
+def _around_version(set_version: Any) -> Any:
     @functools.wraps(set_version)
     def set_weight_version(self: Any, *args: Any, **kwargs: Any) -> Any:
         _react("a new weight version")
         return set_version(self, *args, **kwargs)
 
-    EngineCore.set_weight_version = set_weight_version  # type: ignore[method-assign]
+    return set_weight_version
 
 
 def _fingerprints(core: Any) -> list[Any] | None:
@@ -460,10 +460,8 @@ def on_worker_weights(react: Callable[[str], None]) -> None:
         classes.append(CPUWorker)
     for owner in classes:
         for name in _WORKER_WEIGHT_METHODS:
-            original = owner.__dict__.get(name)
-            if original is None or getattr(original, "_kvplug", False):
-                continue
-            setattr(owner, name, _watched(name, original))
+            if name in owner.__dict__:
+                put_around(owner, name, functools.partial(_watched, name))
 
 
 def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -477,7 +475,6 @@ def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             for react in _worker_reactions:
                 react(name)
 
-    call._kvplug = True  # type: ignore[attr-defined]
     return call
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvplug.adapters.common.hooks import put_around
 from kvplug.errors import NamespaceError
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ def processing() -> list[tuple[Any, str, tuple[str, ...]]]:
 def mark_named_media() -> None:
     """From now on requests with media that a user has named are marked. A second call changes nothing."""
     for (owner, name, _), around in zip(processing(), (_around_media, _around_inputs), strict=True):
-        plain = getattr(owner, name)
-        if not hasattr(plain, "_kvplug"):
-            setattr(owner, name, around(plain))
+        put_around(owner, name, around)
 
 
 def _around_media(plain: Any) -> Any:
@@ -55,7 +54,6 @@ def _around_media(plain: Any) -> Any:
             inputs["mm_hashes"] = ByContent(inputs["mm_hashes"])
         return inputs
 
-    process_multimodal._kvplug = True  # type: ignore[attr-defined]
     return process_multimodal
 
 
@@ -67,7 +65,6 @@ def _around_inputs(plain: Any) -> Any:
             request.cache_salt = PRIVATE + (request.cache_salt or "")
         return request
 
-    process_inputs._kvplug = True  # type: ignore[attr-defined]
     return process_inputs
 
 

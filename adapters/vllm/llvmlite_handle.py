@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from kvplug.adapters.common.hooks import put_around
+
 
 def shield_compiled_modules() -> None:
     """Lets vLLM look through all modules for kernels (0.32, CPU) although numba is among them.
@@ -17,15 +19,15 @@ def shield_compiled_modules() -> None:
     except ImportError:
         return
     handle = getattr(ffi, "_lib_wrapper", None)
-    original = getattr(handle, "__getattr__", None)
-    if original is None or getattr(original, "_kvplug", False):
-        return
+    if getattr(handle, "__getattr__", None) is not None:
+        put_around(handle, "__getattr__", _without_dunders)
 
+
+def _without_dunders(original: Any) -> Any:
     @functools.wraps(original)
     def function_named(self: Any, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
         return original(self, name)
 
-    function_named._kvplug = True  # type: ignore[attr-defined]
-    handle.__getattr__ = function_named
+    return function_named

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from tests.vllm_lab.env import ROOT, EngineError, core_split
 
-__all__ = ["MAIN", "SITE", "VERSIONS", "base_env", "installed", "version_path"]
+__all__ = ["MAIN", "OTHER", "SITE", "VERSIONS", "base_env", "installed", "version_path"]
 
 VERSIONS = ("0.5.20", "0.5.21", "0.5.22", "0.5.23")
 """What install.sh installs. The first two were made for a slightly older transformers, and run with this one."""
 MAIN = VERSIONS[-1]
 SITE = Path(__file__).resolve().parent / "site"
+OTHER = SITE.parent / "other"
+"""A plugin of somebody else's; loaded before kvplug where ``plugins`` names ``other``."""
 
 
 def version_path(version: str) -> Path:
@@ -44,8 +46,9 @@ def base_env(
         raise EngineError(f"SGLang {version} is not installed: tests/sglang_lab/install.sh .venv")
     folder = version_path(version)
     out = {k: v for k, v in os.environ.items() if not k.startswith(("KVPLUG_", "SGLANG_", "VLLM_"))}
+    others = [str(OTHER)] if "other" in plugins else []
     out.update(
-        PYTHONPATH=os.pathsep.join([str(SITE), str(folder), str(folder.parent / "deps"), str(ROOT)]),
+        PYTHONPATH=os.pathsep.join([*others, str(SITE), str(folder), str(folder.parent / "deps"), str(ROOT)]),
         PYTHONUNBUFFERED="1",
         PATH=os.pathsep.join([str(Path(sys.executable).parent), out.get("PATH", os.defpath)]),  # ninja is there
         TORCH_EXTENSIONS_DIR=str(folder / ".extensions"),

@@ -92,7 +92,11 @@ def not_asked_for_is_light_and_changes_nothing() -> None:
     load_plugins()
     found = [name for name in HEAVY if name in sys.modules]
     assert not found, found
-    ours = sorted(t for t, hooks in HookRegistry._hooks.items() if any("kvplug" in h.__module__ for _, h, _ in hooks))
+    from kvplug.adapters.sglang import compat
+
+    assert not [t for t, hooks in HookRegistry._hooks.items() if any("kvplug" in h.__module__ for _, h, _ in hooks)]
+    ours = sorted(t for t, _ in compat._ours)
+    assert compat.lost_hooks(tuple(ours)) is None
     assert [t.rpartition(".")[2] for t in ours] == ["add_cli_args", "from_cli_args", "resolve_once"], ours
     record = resolved()
     assert not record.enable_hierarchical_cache
