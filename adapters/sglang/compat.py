@@ -54,6 +54,7 @@ WEIGHT_CHANGES = tuple(
     )
 )
 """``check_weights`` can overwrite them too, see :func:`leaves_weights`."""
+RELEASE_MEMORY = _UPDATER + "release_memory_occupation"
 SESSION_CHANGES = tuple(_UPDATER + name for name in ("begin_weight_update", "end_weight_update"))
 """Weights that somebody else writes between the two calls; not in every supported version."""
 LORA_LOADS = tuple(
@@ -81,7 +82,7 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     _APPLY: ("target", "hooks"),
     **dict.fromkeys(CALLED, ()),
     **dict.fromkeys(LORA_LOADS, ("self", "lora_ref")),
-    **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES), ("self", "recv_req")),
+    **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES, RELEASE_MEMORY), ("self", "recv_req")),
 }
 _ALSO_TAKES = {
     REQUEST: frozenset(
@@ -125,7 +126,7 @@ def scheduler_targets() -> tuple[str, ...]:
     linker = (RELEASE_REQUEST, ADMIT) if has_linker() else ()
     steps = (RUN_BATCH, PROCESS_RESULT)
     always = (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *steps, *LORA_LOADS, *WEIGHT_CHANGES)
-    return (*always, *optional, *linker)
+    return (*always, RELEASE_MEMORY, *optional, *linker)
 
 
 def runs_scheduler() -> bool:
@@ -272,6 +273,12 @@ def linker_lacks(server_args: Any) -> str | None:
 def session_finished_loads(updater: Any) -> bool:
     """Whether a weight-update session's weights came through calls that were each followed by a flush."""
     return bool(getattr(getattr(updater, "_session", None), "loaded_weights", False))
+
+
+def leaves_pages(recv_req: Any) -> bool:
+    """Whether a :data:`RELEASE_MEMORY` with this request leaves the KV cache where it is."""
+    tags = getattr(recv_req, "tags", None)
+    return bool(tags) and "kv_cache" not in tags
 
 
 def leaves_weights(name: str, recv_req: Any) -> bool:

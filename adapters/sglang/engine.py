@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,8 @@ class RankEngine:
         self.store: KvStore | None = None
         self.fetcher: Fetcher | None = None
         """What asks other hosts; None where the settings name none."""
+        self.leave_device: Callable[[], None] | None = None
+        """Ends what reads the device's pages, which are about to go; None where only SGLang itself reads them."""
         self.speed = PrefillSpeed()
         """How fast this rank computes prompts; measured only where there is a fetcher."""
         self.config: Config = Config.defaults()

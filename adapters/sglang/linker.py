@@ -90,6 +90,7 @@ class KvplugLinker(UnifiedCacheLinker):
         components = tuple(components)
         self._may_wait = all(getattr(component, "name", "") != "MAMBA" for component in components)
         self._ledger = Ledger(_most_held(params, self.engine.config))
+        self.engine.leave_device = self._leave_device
         self.layer_done_counter = LayerCounter(0)
         try:
             compat_pools.watch_hits()  # also where it is off: ranks that are on count on this one
@@ -216,7 +217,6 @@ class KvplugLinker(UnifiedCacheLinker):
             }
             if any(len(pages[name]) != len(transfer.keys) for name, transfer in wanted.items()):
                 raise UnsupportedEngineError("a load has other numbers of pages and of their names")
-            epoch = self.engine.epoch
             taken = works.pins.take(rid, {name: transfer.keys for name, transfer in wanted.items()})
             if not taken:
                 return False
@@ -224,7 +224,7 @@ class KvplugLinker(UnifiedCacheLinker):
             self.engine.caught("queueing a load", error)
             self._tried("releasing pins", works.pins.release, None, rid)
             return False
-        load = QueuedLoad(pages, taken, epoch)
+        load = QueuedLoad(pages, taken)
         if not self._tried("queueing a load", works.loads.queue, False, rid, load):
             self._tried("releasing pins", works.loads.drop, None, load)
             return False
@@ -318,6 +318,12 @@ class KvplugLinker(UnifiedCacheLinker):
             return
         for what in (works.offloads.quiesce, works.pins.clear, works.loads.reset):
             self._tried("a reset", what, None)
+
+    def _leave_device(self) -> None:
+        """The device's memory goes, before SGLang empties its cache: nothing of it is read any more."""
+        self._ledger.refuse()
+        if self._works is not None:
+            self._tried("letting the device's memory go", self._works.offloads.quiesce, None)
 
     def close(self) -> None:
         """Leaves the pool. Idempotent."""

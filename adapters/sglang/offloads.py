@@ -89,13 +89,17 @@ class Ledger:
         """The oldest one's answer, which SGLang takes."""
         return bool(self._open.popleft().answer)
 
-    def give_up(self) -> None:
-        """Nothing that is not sealed by now ever will be, and SGLang does not wait for answers any more."""
+    def refuse(self) -> None:
+        """Nothing that is not sealed by now ever will be; SGLang is told so as it asks."""
         with self.lock:
             for offload in self._open:
                 offload.given_up = True
                 offload.answer = offload.answer or False
-            self._open.clear()
+
+    def give_up(self) -> None:
+        """The same, and SGLang does not wait for answers any more."""
+        self.refuse()
+        self._open.clear()
 
 
 class Offloads:

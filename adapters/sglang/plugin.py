@@ -80,6 +80,7 @@ def register_scheduler_hooks() -> None:
     compat.hook(compat.REQUEST, after_request, "after")
     compat.hook(compat.RUN_BATCH, before_step, "before")
     compat.hook(compat.PROCESS_RESULT, after_step, "after")
+    compat.hook(compat.RELEASE_MEMORY, before_memory_release, "before")
     for target in compat.LORA_LOADS:
         compat.hook(target, before_lora_load, "before")
     for target in compat.scheduler_targets():
@@ -322,6 +323,16 @@ def before_weight_change(name: str, updater: Any, recv_req: Any = None, *_args: 
             each.update_ended(all_flushed=compat.session_finished_loads(updater))
         else:
             each.weights_changed(name)
+
+
+@_guarded
+def before_memory_release(_updater: Any, recv_req: Any = None, *_args: Any, **_kwargs: Any) -> None:
+    """Before the device's memory is released. SGLang flushes its cache only after that, when nobody may read it."""
+    if compat.leaves_pages(recv_req):
+        return
+    for each in _engines():
+        if each.leave_device is not None:
+            each.leave_device()
 
 
 @_guarded

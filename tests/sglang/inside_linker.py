@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 from kvplug.adapters.sglang.devicepools import KV
@@ -72,6 +74,70 @@ def promises(scheduler: Any) -> tuple[int, int, int]:
     )
 
 
+def idle(scheduler: Any) -> bool:
+    """Whether SGLang has nothing to do."""
+    return bool(scheduler.is_fully_idle())
+
+
 def running(scheduler: Any) -> int:
     """Requests in the running batch."""
     return len(scheduler.running_batch.reqs)
+
+
+_held: list[Any] = []
+"""Undoes what :func:`hold_copies` did."""
+_gate = threading.Event()
+_begun = threading.Event()
+
+
+def hold_copies(scheduler: Any, kind: str) -> None:
+    """Copies out of the pool ("load") wait for :func:`let_copies_go`, those into it ("store") until they are given up
+    or let go; a minute at most."""
+    linker = _linker(scheduler)
+    device, ledger = linker._works.device, linker._ledger
+    plain = getattr(device, kind)
+    _gate.clear()
+    _begun.clear()
+
+    def held(*args: Any) -> Any:
+        _begun.set()
+        deadline = time.monotonic() + 60
+        while not _gate.wait(0.01) and time.monotonic() < deadline:
+            if kind == "store" and all(offload.given_up for offload in list(ledger._open)):
+                break
+        return plain(*args)
+
+    setattr(device, kind, held)
+    _held.append(lambda: delattr(device, kind))
+
+
+def a_copy_is_held(scheduler: Any) -> bool:
+    """Whether one has come that far."""
+    return _begun.is_set()
+
+
+def let_copies_go(scheduler: Any) -> None:
+    """Ends it."""
+    _gate.set()
+    while _held:
+        _held.pop()()
+
+
+_in_flight: list[bool] = []
+
+
+def watch_release(scheduler: Any) -> None:
+    """From now on it is noted whether an offload reads the device's pages when SGLang releases their memory."""
+    adapter, offloads = scheduler.weight_updater.memory_saver_adapter, _linker(scheduler)._works.offloads
+    plain = adapter.pause
+
+    def pause(tag: str) -> Any:
+        _in_flight.append(bool(offloads._busy or offloads._todo))
+        return plain(tag)
+
+    adapter.pause = pause
+
+
+def in_flight_at_release(scheduler: Any) -> list[bool]:
+    """What was noted."""
+    return _in_flight
