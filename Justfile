@@ -29,6 +29,10 @@ test-rdma *ARGS: install
     @bash tests/rdma_lab/install.sh .venv
     {{ py }} -m tests.rdma_lab.run {{ ARGS }}
 
+# other projects' tests of connectors and stores, run against kvplug: just test-upstream vllm
+test-upstream *ARGS: setup
+    {{ py }} -m tests.upstream.run {{ ARGS }}
+
 # the figures of README, with ratios to memcpy
 bench *ARGS: setup
     {{ py }} -m pytest bench --benchmark-only -p no:cacheprovider {{ ARGS }}
