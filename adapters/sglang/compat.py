@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import inspect
+import os
 import pkgutil
 import secrets
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 from kvplug.adapters.common.hooks import leads_to
 from kvplug.adapters.common.modelconfig import plain_hf_config, rope_depends_on_length
+from kvplug.adapters.sglang.environment import VARIABLES
 from kvplug.engines import SGLANG_LINKER_SINCE, SUPPORTED, release
 
 MULTIMODAL_SINCE = (0, 5, 23)
@@ -329,6 +331,8 @@ class Facts:
     rust_tree: bool
     replica: str
     """Which of the server's data-parallel replicas this rank belongs to."""
+    environment: dict[str, str]
+    """The environment variables that count: as this process has them now, before SGLang computes anything."""
     one_tokenizer: bool
     """Whether all requests come in through the process in which kvplug has seen what they bring along."""
     params: Any = field(repr=False, default=None)
@@ -415,6 +419,7 @@ def facts() -> Facts:
         lora_enabled=bool(server.get("enable_lora") or server.get("lora_paths")),
         rust_tree=_rust_tree(params),
         replica=_replica(ctx),
+        environment=VARIABLES.deciding(os.environ),
         one_tokenizer=_one_tokenizer(server) and _asked,
         params=params,
         runner=runner,

@@ -349,21 +349,7 @@ def _refuse(facts: Facts, config: Config) -> None:
             f"multimodal models need SGLang 0.5.23: in {compat.version()} an image is 30 bits of a page's name"
         )
     if facts.is_multimodal and not config.trust_mm_ids:
-        if not facts.is_generation:
-            raise UnsupportedEngineError(
-                "a multimodal model that embeds or scores: SGLang takes no extra key with its requests, so images that "
-                "users name can't be kept within this engine; trust_mm_ids vouches for their names"
-            )
-        if not facts.one_tokenizer:
-            raise UnsupportedEngineError(
-                "a multimodal model whose requests come in through several tokenizer processes, gRPC, encoders "
-                "elsewhere, or a server that was started without kvplug: whether images are named by their content "
-                "can't be seen; trust_mm_ids vouches for it"
-            )
-        if facts.server.get("trust_mm_content_hashes"):
-            raise UnsupportedEngineError(
-                "--trust-mm-content-hashes names images by the user's word; trust_mm_ids lets other engines believe it"
-            )
+        _refuse_media(facts)
     if facts.server.get("dllm_algorithm"):
         raise UnsupportedEngineError("diffusion language models: their cache is not named by tokens alone")
     for name in ("enable_return_routed_experts", "enable_return_indexer_topk"):
@@ -382,6 +368,30 @@ def _refuse(facts: Facts, config: Config) -> None:
         raise UnsupportedEngineError(
             "LoRA with SGLang's Rust prefix tree: it names adapters by their path; "
             "unset SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND, or set it to python"
+        )
+
+
+def _refuse_media(facts: Facts) -> None:
+    """UnsupportedEngineError where nobody can tell what an image is, or what became of it."""
+    if not facts.is_generation:
+        raise UnsupportedEngineError(
+            "a multimodal model that embeds or scores: SGLang takes no extra key with its requests, so images that "
+            "users name can't be kept within this engine; trust_mm_ids vouches for their names"
+        )
+    if not facts.one_tokenizer:
+        raise UnsupportedEngineError(
+            "a multimodal model whose requests come in through several tokenizer processes, gRPC, encoders "
+            "elsewhere, or a server that was started without kvplug: whether images are named by their content "
+            "can't be seen; trust_mm_ids vouches for it"
+        )
+    if facts.server.get("enable_mm_global_cache"):
+        raise UnsupportedEngineError(
+            "--enable-mm-global-cache: images may be encoded by another engine, with other weights or settings; "
+            "trust_mm_ids vouches for it"
+        )
+    if facts.server.get("trust_mm_content_hashes"):
+        raise UnsupportedEngineError(
+            "--trust-mm-content-hashes names images by the user's word; trust_mm_ids lets other engines believe it"
         )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
-from kvplug.adapters.sglang import compat
+from kvplug.adapters.sglang import compat, settings
 from kvplug.adapters.sglang.compat import Facts
 from kvplug.canonical import Value
 from kvplug.config import Config
@@ -17,74 +15,6 @@ from kvplug.errors import NamespaceError
 from kvplug.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
 from kvplug.weights import WeightsProbe
 
-_DECIDE_BYTES = (
-    "bf16_gemm_backend",
-    "boundary_reduction",
-    "deepep_dispatcher_output_dtype",
-    "disable_shared_experts_fusion",
-    "dsa_decode_backend",
-    "dsa_prefill_backend",
-    "dsa_topk_backend",
-    "enable_amd_monokernel",
-    "enable_decoder_swa_bounded_replay",
-    "enable_deepseek_v4_fp4_indexer",
-    "enable_deterministic_inference",
-    "enable_encoder_swa_bounded_replay",
-    "enable_fp32_lm_head",
-    "enable_hisparse",
-    "enable_int8_mamba_checkpoint",
-    "enable_lean_attention",
-    "enable_mamba_cache_stochastic_rounding",
-    "enable_mis",
-    "enable_multi_layer_eagle",
-    "enable_nvidia_megakernel",
-    "enable_page_major_kv_layout",
-    "enable_precise_embedding_interpolation",
-    "enable_quant_communications",
-    "enable_tf32_matmul",
-    "enable_unified_memory",
-    "enable_w4a4_mxfp4_megamoe",
-    "experts_shared_outer_loras",
-    "flashinfer_mxfp4_moe_precision",
-    "fp4_gemm_runner_backend",
-    "fp8_gemm_runner_backend",
-    "hisparse_config",
-    "is_embedding",
-    "json_model_override_args",
-    "kt_method",
-    "kt_num_gpu_experts",
-    "kt_weight_path",
-    "linear_attn_backend",
-    "linear_attn_prefill_backend",
-    "lora_backend",
-    "lora_strict_loading",
-    "lora_target_modules",
-    "mamba_backend",
-    "mamba_cache_philox_rounds",
-    "mamba_radix_cache_strategy",
-    "mamba_ssm_dtype",
-    "mm_attention_backend",
-    "model_impl",
-    "model_loader_extra_config",
-    "modelopt_quant",
-    "moe_a2a_backend",
-    "moe_runner_backend",
-    "prefill_kv_cache_dequant_dtype",
-    "qsa_indexer_dtype",
-    "quantize_and_serve",
-    "rl_on_policy_target",
-    "rl_quant_profile",
-    "speculative_algorithm",
-    "speculative_attention_mode",
-    "speculative_draft_attention_backend",
-    "speculative_draft_kv_cache_dtype",
-    "speculative_draft_model_quantization",
-    "speculative_draft_sink_size",
-    "speculative_draft_window_size",
-    "triton_attention_reduce_in_fp32",
-)
-"""Settings of SGLang, besides those that have a field of their own, that choose other arithmetic or another layout. A
-release has not all of them; which it has is decided by the version, which is in the namespace too."""
 _FROM_FILES = frozenset(
     {
         "auto",
@@ -136,6 +66,11 @@ def probes(facts: Facts, config: Config, started_ns: int | None) -> tuple[Weight
     shared = str(server.get("weight_cache_mode") or "off")
     if shared != "off" and config.weights_id is None:
         raise NamespaceError(f"--weight-cache-mode {shared}: weights come from another process; set weights_id")
+    if server.get("modelopt_checkpoint_restore_path") and config.weights_id is None:
+        raise NamespaceError(
+            "--modelopt-checkpoint-restore-path: the weights are not those at the model's path; "
+            "set weights_id to vouch for them"
+        )
     strange = sorted(load_formats - _FROM_FILES)
     if strange and config.weights_id is None:
         raise NamespaceError(
@@ -181,11 +116,10 @@ def build(
         pp=facts.pp[1],
         cp=1,
         other={
-            "settings": {name: _plain(server.get(name)) for name in _DECIDE_BYTES if server.get(name) is not None},
-            "model_package": os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE") or None,
+            "settings": settings.deciding(server),
+            "environment": dict(facts.environment),
             "draft_path_is_model": bool(facts.draft_path) and draft is None,
             "draft_path": facts.draft_path if draft is not None and draft.kind == "user" else None,
-            "pp_layer_partition": os.environ.get("SGLANG_PP_LAYER_PARTITION") if facts.pp[1] > 1 else None,
         },
     )
 
@@ -201,7 +135,3 @@ def _scales(facts: Facts) -> Value:
     if len(content) > _MAX_SCALES_BYTES:
         raise NamespaceError(f"the file of KV scales {path} has {len(content)} bytes, which no such file needs")
     return blake3(content).digest()
-
-
-def _plain(value: Any) -> Value:
-    return value if isinstance(value, (bool, int, str)) else str(value)

@@ -189,6 +189,13 @@ def config_problem(config: Any) -> str | None:
     return None
 
 
+def uses_modelscope() -> bool:
+    """Whether the engine takes names of repositories for those of another hub."""
+    from vllm import envs
+
+    return bool(envs.VLLM_USE_MODELSCOPE)
+
+
 def returns_routed_experts(config: Any) -> bool:
     """Whether answers bring along what each of the prompt's tokens went through, and not only what was generated."""
     outputs = getattr(config, "aux_output_config", None)  # 0.31 and later; the model's own setting before

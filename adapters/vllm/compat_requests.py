@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.common.hooks import put_around
+from kvplug.adapters.vllm import settings
+from kvplug.adapters.vllm.environment import VARIABLES
 from kvplug.errors import NamespaceError
+from kvplug.namespace import digest_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+MEDIA = "kvplug-media-"
+"""How the salt begins of a request with media that were processed by other settings than vLLM's own. The process that
+decodes them may be another host's than the engine, with settings that the engine's namespace does not know."""
+_MEDIA_VARIABLES = re.compile(r"\w*(?:AUDIO|IMAGE|MEDIA|OPENCV|VIDEO)\w*")
 PRIVATE = "kvplug-private|"
 """How the salt begins of a request with media that nobody vouches for. vLLM's own cache shares it as before."""
 
@@ -61,11 +69,25 @@ def _around_inputs(plain: Any) -> Any:
     @functools.wraps(plain)
     def process_inputs(self: Any, request_id: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = plain(self, request_id, prompt, *args, **kwargs)
-        if request.mm_features and not _is_vouched_for(prompt):
-            request.cache_salt = PRIVATE + (request.cache_salt or "")
+        if request.mm_features:
+            salt = request.cache_salt or ""
+            mark = media_mark(self.vllm_config) if _is_vouched_for(prompt) and not salt.startswith(MEDIA) else PRIVATE
+            request.cache_salt = mark + salt or None
         return request
 
     return process_inputs
+
+
+def media_mark(config: Any) -> str:
+    """What tells media that this process has decoded from those of one with other settings; empty for vLLM's own."""
+    variables = {
+        name: value for name, value in VARIABLES.deciding(os.environ).items() if _MEDIA_VARIABLES.fullmatch(name)
+    }
+    plain = {} if config.model_config.multimodal_config is None else settings.multimodal_defaults()
+    chosen = {name: value for name, value in settings.multimodal(config).items() if plain.get(name) != value}
+    if not variables and not chosen:
+        return ""
+    return f"{MEDIA}{digest_of([variables, chosen]).hex()}|"
 
 
 def _is_vouched_for(prompt: Any) -> bool:
@@ -96,7 +118,7 @@ def extra_key_count(request: Request, end: int) -> int:
 
 
 def mm_named_by_content(config: Any) -> bool:
-    """Whether it can be known that media have content hashes. Without caches of its own vLLM counts them instead.
+    """Whether it can be known what media are and what became of them. Without caches vLLM counts, and hashes nothing.
 
     Such a name does not show: with arguments for the processor in the request it is hashed along with these.
     """
@@ -104,6 +126,8 @@ def mm_named_by_content(config: Any) -> bool:
     if multimodal is None:
         return True
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):  # no plugin looks at what comes in there
+        return False
+    if getattr(config, "ec_transfer_config", None) is not None:  # another engine's weights and settings
         return False
     if config.cache_config.enable_prefix_caching:
         return True

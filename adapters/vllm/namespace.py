@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.common.modelconfig import plain_hf_config, rope_depends_on_length
-from kvplug.adapters.vllm import compat
+from kvplug.adapters.vllm import compat, settings
 from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.jobs import Part, Plan, Rank, RankLayout
 from kvplug.config import Config
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 _DUMMY_SEED = 1234
 """vLLM fills dummy weights from a seed of its own, whatever the model's seed is."""
 
-_MULTIMODAL_SETTINGS = (
-    "mm_processor_kwargs", "media_io_kwargs", "mm_device_do_normalize", "mm_encoder_attn_backend",
-    "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path", "video_pruning_rate", "video_pruning_method",
-)  # fmt: skip
-"""What an engine makes of an image, audio or video. Its content hash has only what a request says about that."""
+_FROM_FILES = frozenset({
+    "auto", "bitsandbytes", "dummy", "fastsafetensors", "gguf", "hf", "instanttensor", "mistral", "npcache", "pt",
+    "runai_streamer", "runai_streamer_sharded", "safetensors", "sharded_state",
+})  # fmt: skip
+"""Load formats that take the weights that lie at the model's path, and nothing else."""
 
 
 def plan_parts(rules: Sequence[GroupRule], layouts: dict[Rank, RankLayout]) -> Plan:
@@ -83,15 +83,6 @@ def model_configuration(vllm_config: VllmConfig) -> dict[str, Any]:
     }
 
 
-def multimodal_settings(vllm_config: VllmConfig) -> dict[str, Any]:
-    """What decides the embeddings of images, audio and video beside their content; nothing for a model of text."""
-    config = getattr(vllm_config.model_config, "multimodal_config", None)
-    if config is None:
-        return {}
-    values = {name: getattr(config, name, None) for name in _MULTIMODAL_SETTINGS}
-    return {"multimodal": json.loads(json.dumps(values, default=str, sort_keys=True))}
-
-
 def _quantization(model: Any) -> Any:
     """The method; with what the user says of it beyond the model's own configuration, where there is anything."""
     method = str(model.quantization) if model.quantization else None
@@ -101,12 +92,23 @@ def _quantization(model: Any) -> Any:
 
 
 def weights_probe(vllm_config: VllmConfig, config: Config, loading_since_ns: int | None) -> WeightsProbe:
-    """Begins to find out, in the background, which weights the engine has loaded."""
+    """Begins to find out, in the background, which weights the engine has loaded; NamespaceError if nothing tells."""
     model, load = vllm_config.model_config, vllm_config.load_config
     source = getattr(model, "model_weights", "") or model.model
+    load_format = str(getattr(load.load_format, "value", load.load_format))
+    if config.weights_id is None and load_format not in _FROM_FILES:
+        raise NamespaceError(
+            f"--load-format {load_format}: the weights are not, or not only, the files at the model's path; "
+            "set weights_id to vouch for them"
+        )
+    if config.weights_id is None and compat.uses_modelscope() and not os.path.lexists(source):
+        raise NamespaceError(
+            f"VLLM_USE_MODELSCOPE: {source} names a repository of ModelScope, and another one of the Hugging Face hub; "
+            "give the folder that it lies in, or set weights_id to vouch for the weights"
+        )
     return WeightsProbe(
         source,
-        load_format=str(getattr(load.load_format, "value", load.load_format)),
+        load_format=load_format,
         revision=getattr(model.hf_config, "_commit_hash", None) or model.revision,
         weights_id=config.weights_id,
         dummy_seed=_DUMMY_SEED,
@@ -122,8 +124,13 @@ def build(
     layouts: dict[Rank, RankLayout],
     kv_layout: str | None,
     weights: WeightsIdentity,
+    environment: Mapping[str, str],
 ) -> Namespace:
-    """The namespace of an engine; NamespaceError names what can't be identified."""
+    """The namespace of an engine; NamespaceError names what can't be identified.
+
+    ``environment``: the variables that count (:data:`kvplug.adapters.vllm.environment.VARIABLES`), as they were when
+    the engine was made: it sets some itself later on.
+    """
     cache, model, parallel = vllm_config.cache_config, vllm_config.model_config, vllm_config.parallel_config
     configuration = model_configuration(vllm_config)
     kv_dtype = str(cache.cache_dtype)
@@ -166,8 +173,5 @@ def build(
         tp=int(parallel.tensor_parallel_size),
         pp=int(parallel.pipeline_parallel_size),
         cp=1,
-        other={
-            "kv_cache_dtype_skip_layers": [str(x) for x in getattr(cache, "kv_cache_dtype_skip_layers", None) or ()],
-            **multimodal_settings(vllm_config),
-        },
+        other={"settings": settings.deciding(vllm_config), "environment": dict(environment)},
     )

@@ -119,8 +119,8 @@ def open_chain(
             raise NamespaceError("the LoRA adapter is not identified")
     if request.mm_features and not mm_by_content:
         raise NamespaceError(
-            "multimodal inputs are counted, not hashed (mm_processor_cache_gb=0 without prefix caching), or come in "
-            "where kvplug can't look at them (VLLM_USE_RUST_FRONTEND)"
+            "multimodal inputs are counted, not hashed (mm_processor_cache_gb=0 without prefix caching), come in where "
+            "kvplug can't look at them (VLLM_USE_RUST_FRONTEND), or are encoded by another engine (ec_transfer_config)"
         )
     if compat.has_named_media(request) and not trust_mm_ids:
         raise NamespaceError("a multimodal input may be named by the user, not by its content")

@@ -6,11 +6,13 @@ It never touches a block's bytes and never waits: a pool that does not answer in
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.vllm import compat, compat_requests, namespace
+from kvplug.adapters.vllm.environment import VARIABLES
 from kvplug.adapters.vllm.fetches import Fetches
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
@@ -65,6 +67,7 @@ class SchedulerSide:
         self._layouts = layouts
         self._kv_layout = kv_cache_config.kv_cache_layout
         self._config = config
+        self._environment = VARIABLES.deciding(os.environ)
         self._mm_by_content = compat_requests.mm_named_by_content(vllm_config)
         self._probe: WeightsProbe | None = probe
         self._say = say
@@ -115,7 +118,9 @@ class SchedulerSide:
             if identity is None:
                 return
             self._probe = None
-            found = namespace.build(self._vllm_config, self.state.rules, self._layouts, self._kv_layout, identity)
+            found = namespace.build(
+                self._vllm_config, self.state.rules, self._layouts, self._kv_layout, identity, self._environment
+            )
         except NamespaceError as error:
             self._probe = None
             self._say(f"kvplug: OFF, nothing is cached: {error}")

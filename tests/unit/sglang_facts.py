@@ -41,6 +41,7 @@ def facts(path: Path | str, **changes: Any) -> Facts:
         lora_enabled=False,
         rust_tree=False,
         replica="0.0",
+        environment={},
         one_tokenizer=True,
     )
     return dataclasses.replace(plain, **changes)

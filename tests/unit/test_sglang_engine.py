@@ -200,6 +200,7 @@ def test_off_is_said_once_and_for_good(make: Make, caplog: pytest.LogCaptureFixt
     ("changes", "settings", "words"),
     [
         ({"is_multimodal": True, "one_tokenizer": False}, {}, "several tokenizer processes"),
+        ({"is_multimodal": True, "server": {"enable_mm_global_cache": True}}, {}, "--enable-mm-global-cache"),
         ({"is_multimodal": True, "server": {"trust_mm_content_hashes": True}}, {}, "--trust-mm-content-hashes"),
         ({"is_multimodal": True, "is_generation": False}, {}, "a multimodal model that embeds"),
         ({"server": {"dllm_algorithm": "LowConfidence"}}, {}, "diffusion language models"),

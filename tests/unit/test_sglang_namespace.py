@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from kvplug.adapters.sglang import namespace
 from kvplug.config import Config
 from kvplug.errors import NamespaceError
 from kvplug.namespace import WeightsIdentity
-from tests.sglang_lab.env import VERSIONS, installed, version_path
 from tests.unit.sglang_facts import facts, give
+from tests.unit.test_environment import listed
 
 WEIGHTS = WeightsIdentity("files", b"w" * 32)
 DRAFT = WeightsIdentity("files", b"d" * 32)
@@ -46,7 +45,10 @@ DIFFERENT = [
     {"model": {"hf": {"hidden_size": 128}, "dtype": "torch.float32", "quantization": None}},
     {"model": {"hf": {"hidden_size": 64}, "dtype": "torch.float16", "quantization": None}},
     {"model": {"hf": {"hidden_size": 64}, "dtype": "torch.float32", "quantization": "fp8"}},
-    *({"server": {name: "another"}} for name in namespace._DECIDE_BYTES),
+    {"environment": {"SGLANG_IMAGE_MAX_PIXELS": "65536"}},
+    {"environment": {"SGLANG_IMAGE_MAX_PIXELS": "131072"}},
+    *({"server": {name: "another"}} for name in sorted(listed("sglang-settings.txt") - {"dcp_size"})),
+    {"server": {"a_setting_of_a_later_release": 1}},
 ]
 
 
@@ -72,30 +74,6 @@ def test_no_two_of_them_meet() -> None:
 )
 def test_ranks_and_engines_of_one_model_agree(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert digest(**one) == digest(**two)
-
-
-def test_the_environment_that_splits_layers_counts_with_stages_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, staged = digest(), digest(pp=(0, 2))
-    monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "1,3")
-    assert digest() == one
-    assert digest(pp=(0, 2)) != staged
-
-
-def test_models_from_another_package_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = digest()
-    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "mine")
-    assert digest() != one
-
-
-def test_the_settings_are_sglangs() -> None:
-    """A misspelt name would never make a difference."""
-    known: set[str] = set()
-    for version in VERSIONS:
-        if not installed(version):
-            pytest.skip("no SGLang here: tests/sglang_lab/install.sh .venv")
-        for path in (version_path(version) / "sglang/srt/arg_groups/fields").glob("*.py"):
-            known |= set(re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE))
-    assert set(namespace._DECIDE_BYTES) <= known
 
 
 def test_scales_count_by_content(tmp_path: Path) -> None:
@@ -150,6 +128,7 @@ def test_a_draft_model_is_identified_too(folders: tuple[Path, Path]) -> None:
         ({"load_format": "private"}, "--load-format private"),
         ({"load_format": "a_new_one"}, "--load-format a_new_one"),
         ({"server": {"weight_cache_mode": "daemon"}}, "--weight-cache-mode daemon"),
+        ({"server": {"modelopt_checkpoint_restore_path": "/x"}}, "--modelopt-checkpoint-restore-path"),
     ],
 )
 def test_weights_from_elsewhere_need_the_users_word(

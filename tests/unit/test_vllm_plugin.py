@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ vllm = pytest.importorskip("vllm")
 from vllm.config import KVTransferConfig, VllmConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
-from kvplug.adapters.vllm import compat, namespace, plugin  # noqa: E402
+from kvplug.adapters.vllm import compat, compat_requests, namespace, plugin  # noqa: E402
 from kvplug.adapters.vllm.groups import GroupRule  # noqa: E402
 from kvplug.adapters.vllm.jobs import RankLayout  # noqa: E402
 from kvplug.adapters.vllm.layout import LayerPage  # noqa: E402
@@ -197,8 +198,14 @@ def layouts(**more: Any) -> dict[tuple[int, int], RankLayout]:
 RULES = [GroupRule("full", 128)]
 
 
-def build(config: VllmConfig, rules: Any = RULES, ranks: Any = None, weights: WeightsIdentity = WEIGHTS) -> Namespace:
-    return namespace.build(config, rules, ranks or layouts(), "LBHNC", weights)
+def build(
+    config: VllmConfig,
+    rules: Any = RULES,
+    ranks: Any = None,
+    weights: WeightsIdentity = WEIGHTS,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Namespace:
+    return namespace.build(config, rules, ranks or layouts(), "LBHNC", weights, environment)
 
 
 def test_equal_engines_have_one_namespace_wherever_the_model_lies(tmp_path: Path) -> None:
@@ -222,6 +229,14 @@ def test_whatever_decides_bytes_changes_the_namespace() -> None:
         build(make(hf_overrides={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})),
         build(make(dtype="bfloat16")),
         build(make(model_dir(GEMMA3))),
+        build(base, environment={"VLLM_VIDEO_LOADER_BACKEND": "torchcodec"}),
+        build(base, environment={"VLLM_VIDEO_LOADER_BACKEND": "opencv"}),
+        build(make(model_impl="transformers")),
+        build(make(additional_config={"of": "a plugin"})),
+        build(make(worker_extension_cls="tests.vllm_lab.worker.Extension")),
+        build(make(all2all_backend="deepep_low_latency")),
+        build(make(compilation_config={"custom_ops": ["none", "+rms_norm"]})),
+        build(make(kernel_config={"linear_backend": "cutlass"})),
     ]
     digests = [one.digest() for one in made]
     assert len(set(digests)) == len(digests)
@@ -266,6 +281,89 @@ def test_what_an_engine_makes_of_an_image_changes_the_namespace() -> None:
     limited = make()
     object.__setattr__(limited.model_config, "multimodal_config", MultiModalConfig(mm_processor_cache_gb=0))
     assert build(limited).digest() == digests[1]
+
+
+def test_what_replicas_differ_in_parts_nobody() -> None:
+    base = build(make()).digest()
+    for settings in (
+        {"max_num_seqs": 3, "gpu_memory_utilization": 0.5, "seed": 7, "served_model_name": "other"},
+        {"kv_cache_memory_bytes": 1 << 26, "max_model_len": 256},
+        {"enable_sleep_mode": False, "max_logprobs": 3, "stream_interval": 4},
+    ):
+        assert build(make(**settings)).digest() == base
+    other = make()
+    other.instance_id, other.parallel_config.data_parallel_rank, other.parallel_config.master_port = "other", 3, 4711
+    assert build(other).digest() == base
+
+
+def test_an_engine_that_takes_adapters_shares_the_plain_models_blocks_with_one_that_does_not() -> None:
+    base = build(make()).digest()
+    assert build(make(enable_lora=True, max_loras=2, max_lora_rank=32)).digest() == base
+    assert build(make(enable_lora=True, fully_sharded_loras=True)).digest() != base
+
+
+def test_equal_settings_are_equal_in_another_process() -> None:
+    """Nothing of an object's address, of a process or of a clock is in them."""
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs; from kvplug.adapters.vllm import settings; import json, sys;"
+        "config = EngineArgs(model=sys.argv[1], dtype='float32', max_model_len=512).create_engine_config();"
+        "print(json.dumps(settings.deciding(config), sort_keys=True))"
+    )
+    command = [sys.executable, "-c", code, str(model_dir(LLAMA))]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    one, two = (run.communicate(timeout=300)[0].splitlines()[-1] for run in runs)
+    assert one == two
+    assert len(one) > 1000
+
+
+@pytest.mark.parametrize("load_format", ["tensorizer", "modelexpress", "ipc_cache", "of_a_plugin"])
+def test_weights_from_elsewhere_need_the_users_word(load_format: str) -> None:
+    config = make()
+    config.load_config.load_format = load_format
+    with pytest.raises(NamespaceError, match=f"--load-format {load_format}"):
+        namespace.weights_probe(config, Config.defaults(), None)
+    vouched = Config.defaults().model_copy(update={"weights_id": "mine"})
+    assert namespace.weights_probe(config, vouched, None).result(60).kind == "user"
+
+
+def test_a_name_on_another_hub_names_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A repository of the same name in the Hugging Face hub's cache would be taken for it."""
+    config = make()
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    assert namespace.weights_probe(config, Config.defaults(), None).result(60) is not None
+    config.model_config.model = "someone/something"
+    with pytest.raises(NamespaceError, match="VLLM_USE_MODELSCOPE"):
+        namespace.weights_probe(config, Config.defaults(), None)
+
+
+def test_media_that_were_decoded_by_other_settings_than_the_engines_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process that takes requests in may be another host's, with settings of its own."""
+    from vllm.config.multimodal import MultiModalConfig
+
+    def mark(**settings: Any) -> str:
+        config = make()
+        object.__setattr__(config.model_config, "multimodal_config", MultiModalConfig(**settings))
+        return compat_requests.media_mark(config)
+
+    assert compat_requests.media_mark(make()) == mark() == mark(mm_processor_cache_gb=1) == ""
+    marks = {mark(media_io_kwargs={"video": {"num_frames": 4}}), mark(mm_processor_kwargs={"do_resize": False})}
+    monkeypatch.setenv("VLLM_VIDEO_LOADER_BACKEND", "torchcodec")
+    marks |= {mark(), mark(media_io_kwargs={"video": {"num_frames": 4}})}
+    assert len(marks) == 4
+    assert all(one.startswith(compat_requests.MEDIA) for one in marks)
+
+
+def test_media_that_another_engine_encodes_are_not_known() -> None:
+    from vllm.config import ECTransferConfig
+    from vllm.config.multimodal import MultiModalConfig
+
+    config = make()
+    object.__setattr__(config.model_config, "multimodal_config", MultiModalConfig())
+    assert compat_requests.mm_named_by_content(config)
+    config.ec_transfer_config = ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_consumer")
+    assert not compat_requests.mm_named_by_content(config)
 
 
 def test_scales_that_depend_on_history_are_refused() -> None:

@@ -23,6 +23,10 @@ ROOT = b"r" * 32
 TOKENS = list(range(64))
 
 
+PROCESSOR = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(multimodal_config=None)))
+"""vLLM's, of an engine whose user has set nothing of media."""
+
+
 def request(**more: Any) -> Request:
     params = SamplingParams(max_tokens=4)
     return Request("r", list(TOKENS), params, None, **more)
@@ -167,7 +171,7 @@ def test_images_that_a_user_names_are_not_cached(uuids: Any, is_named: bool, way
         prompt = mm_input([1, 2], prompt["mm_kwargs"], prompt["mm_hashes"], prompt["mm_placeholders"])
     if way == "by hand":  # hashes that a client sends
         prompt, is_named = render(None, [1], {}, None), True
-    made = compat_requests._around_inputs(process)(None, "r", prompt, params=None)
+    made = compat_requests._around_inputs(process)(PROCESSOR, "r", prompt, params=None)
     assert compat_requests.has_named_media(made) is is_named
     assert made.cache_salt == (f"kvplug-private|{salt or ''}" if is_named else salt)
     if not is_named:
@@ -179,9 +183,9 @@ def test_images_that_a_user_names_are_not_cached(uuids: Any, is_named: bool, way
 
 
 def test_requests_of_text_are_as_they_were() -> None:
-    made = compat_requests._around_inputs(lambda *_: request(cache_salt="a"))(None, "r", {"prompt_token_ids": [1]})
+    made = compat_requests._around_inputs(lambda *_: request(cache_salt="a"))(PROCESSOR, "r", {"prompt_token_ids": [1]})
     assert made.cache_salt == "a"
-    made = compat_requests._around_inputs(lambda *_: request())(None, "r", "a text")
+    made = compat_requests._around_inputs(lambda *_: request())(PROCESSOR, "r", "a text")
     assert made.cache_salt is None
 
 
