@@ -27,7 +27,7 @@ from typing import Any
 import kvplug
 from kvplug import config as settings
 from kvplug import engines, hostmem
-from kvplug.errors import ConfigError, DirectoryError
+from kvplug.errors import ConfigError, DirectoryError, PoolError
 from kvplug.outside import file_text
 from kvplug.sizes import format_size
 
@@ -297,7 +297,7 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
     for pool in pools:
         text = f"{pool.name}: {format_size(pool.size_bytes)}, uid {pool.uid}, {attached(pool.clients_alive)}"
         if pool.usable:
-            yield Finding("pools", Status.OK, text)
+            yield from _usable_pool(pool.name, text, is_ours=pool.name == around.config.pool)
         elif pool.name == around.config.pool:
             mend = (
                 "KVPLUG_POOL with another name"
@@ -307,6 +307,36 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
             yield Finding("pools", Status.FAULT, f"{text}; {pool.problem}", mend)
         else:
             yield Finding("pools", Status.NOTE, f"{text}; {pool.problem}")
+
+
+def _usable_pool(name: str, text: str, *, is_ours: bool) -> Iterator[Finding]:
+    """Whether there is room for another process, and whether those that are attached are well."""
+    from kvplug.shm.layout import MAX_CLIENTS
+    from kvplug.shm.visit import visit
+
+    try:
+        with visit(name) as seen:
+            is_full, figures = seen.is_full, seen.stats()
+    except PoolError as error:  # it went away just now
+        yield Finding("pools", Status.NOTE, f"{text}; {error}")
+        return
+    if is_full:
+        yield Finding(
+            "pools",
+            Status.FAULT if is_ours else Status.WARNING,
+            f"{text}, and it has no room for another one ({MAX_CLIENTS} at most)",
+            "stop processes that use it, or name another pool for the next engine (KVPLUG_POOL)",
+        )
+    elif figures.thread_errors or figures.dead_threads:
+        yield Finding(
+            "pools",
+            Status.WARNING,
+            f"{text}; threads of kvplug's in them have met {figures.thread_errors} errors that nobody foresaw, and "
+            f"{figures.dead_threads} could not be started",
+            "the logs of these processes have them, under 'kvplug: an error in thread': please report them",
+        )
+    else:
+        yield Finding("pools", Status.OK, text)
 
 
 def _numba_cache(_: _Surroundings) -> Iterator[Finding]:

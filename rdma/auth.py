@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 HANDSHAKE_S: Final = 2.0
+TLS_ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x46"  # a record of TLS 1.2: fatal, protocol version
 LINGER_S: Final = 0.5
 """How long an agent waits for a reader that it refuses to have read why."""
 _KEY_CONTEXT: Final = "kvplug agent protocol 1: key shared by all hosts"
@@ -238,6 +239,8 @@ def accept_tls(sock: socket.socket, context: ssl.SSLContext | None) -> socket.so
         tls.do_handshake()
     except ssl.SSLError as e:
         if tls is not None:
+            if e.reason == "WRONG_VERSION_NUMBER":
+                _say_tls(tls)
             _let_it_be_read(tls)
         raise PeerAuthError(f"no TLS with {who}: {tlsfaults.meaning(e)}") from None
     except TimeoutError:
@@ -247,6 +250,12 @@ def accept_tls(sock: socket.socket, context: ssl.SSLContext | None) -> socket.so
         _drop(tls)
         raise PeerError(f"the connection with {who} broke in the TLS handshake: {e}") from None
     return tls
+
+
+def _say_tls(sock: ssl.SSLSocket) -> None:
+    """To whoever began without TLS, of which OpenSSL says nothing: the alert that there has to be some."""
+    with contextlib.suppress(OSError):
+        socket.socket.send(sock, TLS_ALERT)
 
 
 def _drop(sock: socket.socket | None) -> None:

@@ -317,14 +317,20 @@ class WrongVersionError(ProtocolError):
     """The other end speaks another version of the protocol."""
 
 
-def parse_header(header: bytes) -> tuple[int, int, int]:
-    """(kind, bytes of the body, request id). Raises ProtocolError, before anything is allocated for the body."""
-    magic, version, kind, length, request = HEADER.unpack(header)
+def check_magic(header: bytes) -> None:
+    """Raises StrangerError if the first bytes of a frame are somebody else's; it may have come in part only."""
+    magic = header[: len(MAGIC)]
     if magic != MAGIC:
         raise StrangerError(
             f"a frame begins with {magic!r}, not {MAGIC!r}: "
             f"{STRANGERS.get(magic, 'whoever that is does not speak this protocol')}"
         )
+
+
+def parse_header(header: bytes) -> tuple[int, int, int]:
+    """(kind, bytes of the body, request id). Raises ProtocolError, before anything is allocated for the body."""
+    check_magic(header)
+    _, version, kind, length, request = HEADER.unpack(header)
     if version != VERSION:
         raise WrongVersionError(f"the other end speaks version {version} of the protocol, this one {VERSION}")
     known = KINDS.get(kind)

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from kvplug.errors import PeerAuthError, PeerError, PeerTimeoutError, ProtocolError
 from kvplug.rdma import faults, tlsfaults
-from kvplug.rdma.protocol import HEADER, KINDS, MAC_BYTES, Message, decode, encode, parse_header
+from kvplug.rdma.protocol import HEADER, KINDS, MAC_BYTES, MAGIC, Message, check_magic, decode, encode, parse_header
 
 FRAME_S: Final = 2.0
 """Longest time between the first and the last byte of a frame."""
@@ -97,7 +97,12 @@ class Connection:
         if idle_deadline is not None:
             got = self._fill(memoryview(header)[:1], idle_deadline)
             deadline = time.monotonic() + FRAME_S
-        self._fill(memoryview(header)[got:], deadline)
+        try:
+            self._fill(memoryview(header)[got:], deadline)
+        except (ClosedError, PeerTimeoutError):
+            if all(header[: len(MAGIC)]):  # what is shorter than a frame may tell who it was
+                check_magic(bytes(header))
+            raise
         kind, length, request = parse_header(bytes(header))
         body = bytearray(length + (MAC_BYTES if self._in else 0))
         self._fill(memoryview(body), deadline)

@@ -37,6 +37,7 @@ from kvplug.shm.policies import by_number
 from kvplug.shm.scan import expired_rows
 from kvplug.shm.slabs import NOT_BEGUN, drain_step, raise_watermark
 from kvplug.shm.victims import VictimFinder
+from kvplug.threads import troubles
 
 __all__ = ["Pool", "SlotBatch", "part_offsets"]
 
@@ -421,8 +422,9 @@ class Pool:
         if self.is_closed or self.is_forked:
             return
         with contextlib.suppress(StoreClosedError):
-            with self._only_thread():  # drains the queue
-                pass
+            with self._only_thread() as mine:  # drains the queue
+                if mine:
+                    self._tell_troubles()
             self.reap()
             self.release_expired()
             if int(self.T[lay.H_DRAINING]):  # its drainer may have died between two sections
@@ -433,6 +435,13 @@ class Pool:
                 self.T[lay.H_RETIRED] = 1
             if int(self.T[lay.H_RETIRED]):
                 self.warn_once("name", f"pool {self.name!r} was removed: nothing is stored any more until a restart")
+
+    def _tell_troubles(self) -> None:
+        """What went wrong in this process's threads, into its row: for whoever looks at the pool."""
+        trouble = troubles()
+        at = self.geometry.o_client + self.client * lay.CLIENT_WORDS
+        self.T[at + lay.C_THREAD_ERRORS] = sum(trouble.errors.values())
+        self.T[at + lay.C_DEAD_THREADS] = sum(trouble.dead.values())
 
     def release_expired(self) -> int:
         """Free slots whose quarantine has run out. Their number."""

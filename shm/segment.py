@@ -290,7 +290,7 @@ def _read_preamble(fd: int, path: str) -> tuple[list[int], os.stat_result]:
     return words, st
 
 
-def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
+def read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
     """The gates that need no mapping: those of every format, then the format."""
     words, st = _read_preamble(fd, path)
     if words[lay.P_FORMAT] != lay.FORMAT:
@@ -300,7 +300,7 @@ def _read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
     return words, st
 
 
-def _check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
+def check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
     """The remaining gates: layout hash, geometry, size."""
     if words[lay.P_LAYOUT0] != lay.layout_hash():
         raise PoolFormatError(
@@ -330,8 +330,8 @@ def open_segment(pool: str) -> Segment:
     except (OSError, posix_ipc.Error) as e:
         raise PoolOwnerError(f"cannot open {path}: {e}") from e
     try:
-        words, st = _read_header(shm.fd, path)
-        geometry = _check_layout(words, st, path)
+        words, st = read_header(shm.fd, path)
+        geometry = check_layout(words, st, path)
         lock_fd = byte_lock_path_fd(path)
         try:
             if os.fstat(lock_fd).st_ino != st.st_ino:
@@ -442,7 +442,7 @@ def _inspect(pool: str, fmt: int, path: str) -> PoolInfo:
         try:
             words, st = _read_preamble(fd, path)
             created = words[lay.P_CREATED_UNIX_NS] / 1e9
-            _check_layout(_read_header(fd, path)[0], st, path)
+            check_layout(read_header(fd, path)[0], st, path)
         except PoolError as e:
             problem = str(e)
         except OSError as e:
@@ -526,7 +526,7 @@ def retire(path: str) -> None:
     except OSError:
         return
     try:
-        words, _ = _read_header(fd, path)
+        words, _ = read_header(fd, path)
         if words[lay.P_LAYOUT0] == lay.layout_hash():
             os.pwrite(fd, struct.pack("<q", 1), lay.H_RETIRED * 8)
     except PoolError:

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kvplug.shm import layout as lay
 from kvplug.shm.scan import tally
 
 if TYPE_CHECKING:
-    from kvplug.shm.pool import Pool
+    from kvplug.shm.layout import Geometry
+    from kvplug.shm.policies.base import Policy
+
+
+class Tables(Protocol):
+    """What figures are made of: a pool that this process is attached to, or one that it only looks at."""
+
+    @property
+    def name(self) -> str:
+        """The pool's."""
+
+    @property
+    def T(self) -> npt.NDArray[np.int64]:  # noqa: N802 - as it is called everywhere
+        """The tables."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where they lie."""
+
+    @property
+    def policy(self) -> Policy:
+        """Who is evicted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,6 +78,10 @@ class PoolStats:
     read_bytes: int
     written_bytes: int
     corrupt_blocks: int
+    thread_errors: int
+    """Errors that nobody foresaw in threads of the processes that are attached now: their logs have them."""
+    dead_threads: int
+    """Threads of theirs that must live and could not be started."""
     stored_blocks: int
     evicted_blocks: int
     removed_blocks: int
@@ -75,18 +101,24 @@ class PoolStats:
     classes: tuple[ClassStats, ...]
 
 
-def pool_stats(pool: Pool) -> PoolStats:
-    """A snapshot of ``pool``."""
+def pool_stats(pool: Tables, alive: npt.NDArray[np.bool_] | None = None) -> PoolStats:
+    """A snapshot of ``pool``. ``alive``: which rows' clients live, bool[MAX_CLIENTS]; default: as the rows say."""
     t, g = pool.T, pool.geometry
     states = np.zeros(4, np.int64)
     per_class = np.zeros((lay.MAX_CLASSES, 4), np.int64)
     live = np.zeros(lay.MAX_CLASSES, np.int64)
     pinned = int(tally(t, states, live, per_class))
     rows = t[g.o_client : g.o_client + lay.MAX_CLIENTS * lay.CLIENT_WORDS].reshape(-1, lay.CLIENT_WORDS)
-    attached = rows[rows[:, lay.C_STATE] == lay.CLIENT_LIVE]
+    live_rows = rows[:, lay.C_STATE] == lay.CLIENT_LIVE
+    attached = rows[live_rows if alive is None else live_rows & alive]
 
     def total(word: int) -> int:
         return int(attached[:, word].sum())
+
+    def of_processes(word: int) -> int:
+        """Each client of a process has the same number."""
+        by_pid = {int(pid): int(n) for pid, n in attached[:, (lay.C_PID, word)]}
+        return sum(by_pid.values())
 
     classes = tuple(ClassStats(*(int(x) for x in per_class[c])) for c in np.flatnonzero(live))
     return PoolStats(
@@ -110,6 +142,8 @@ def pool_stats(pool: Pool) -> PoolStats:
         read_bytes=total(lay.C_READ_BYTES),
         written_bytes=total(lay.C_WRITTEN_BYTES),
         corrupt_blocks=total(lay.C_CORRUPT),
+        thread_errors=of_processes(lay.C_THREAD_ERRORS),
+        dead_threads=of_processes(lay.C_DEAD_THREADS),
         stored_blocks=int(t[lay.H_C_SEALED]),
         evicted_blocks=int(t[lay.H_C_EVICTED]),
         removed_blocks=int(t[lay.H_C_REMOVED]),

@@ -30,6 +30,7 @@ from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
 from kvplug.fetching import Fetcher
 from kvplug.namespace import Namespace
 from kvplug.store import KvStore
+from kvplug.threads import guarded
 
 logger = logging.getLogger("sglang.kvplug")
 POLL_S = 0.05
@@ -159,7 +160,8 @@ class RankEngine:
             logging.INFO,
         )
         lora.begin_reading(self.hub_cache)
-        threading.Thread(target=self._identify, name="kvplug-identify", daemon=True).start()
+        identify = guarded("kvplug-identify", self._identify, "this engine's pages are not shared")
+        threading.Thread(target=identify, name="kvplug-identify", daemon=True).start()
 
     def keys(self, pool: str, hashes: Sequence[str], replicated: bool = False) -> Keys | None:
         """Keys of pages in one of SGLang's page pools, on this rank.

@@ -162,10 +162,11 @@ class Offloads:
                 answer = self._store_all(offload, pages, ready)
             except Exception as error:  # noqa: BLE001 - SGLang waits for an answer, whatever happened
                 self._engine.caught("a store", error)
+            finally:
+                with self._ledger.lock:
+                    if not offload.given_up:
+                        offload.answer = answer
             self._engine.counts["store_ns"] += int((time.perf_counter() - began) * 1e9)
-            with self._ledger.lock:
-                if not offload.given_up:
-                    offload.answer = answer
 
     def _stands(self, offload: Offload) -> bool:
         return not offload.given_up and offload.epoch == self._engine.epoch

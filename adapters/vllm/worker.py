@@ -154,10 +154,10 @@ class WorkerSide:
             try:
                 work(job, plan, after, refused)
             except Exception as error:  # noqa: BLE001 - the engine must be told that the job is over, whatever happened
-                self._warn(f"kvplug: a {name} failed: {type(error).__name__}: {error}")
                 self._over(job, ok=False, counts=Counter({f"{name}_errors": 1}))
                 if name == "load":
                     self._end_load(LoadResult(job, ok=False, failed_blocks=_all_blocks(job)))
+                self._warn(f"kvplug: a {name} failed: {type(error).__name__}: {error}")
             finally:
                 with self._idle:
                     self._under_way[name] -= 1

@@ -24,6 +24,7 @@ from kvplug.adapters.sglang.offloads import Ledger, Offload, Offloads, Pages  # 
 from kvplug.adapters.sglang.pins import Pins  # noqa: E402
 from kvplug.errors import Code, UnsupportedEngineError  # noqa: E402
 from kvplug.store import KvStore  # noqa: E402
+from kvplug.threads import troubles  # noqa: E402
 from tests.unit.test_sglang_linker_pins import Names, chain, temporary_store  # noqa: E402
 
 PAGE = 4
@@ -474,3 +475,37 @@ def test_states_are_numbered_one_by_one() -> None:
     pool = lay_out(buffers(6), SPANS, LAYERS, replicated=False).sources[MAMBA]
     assert pool.block_ids(torch.tensor([5, 2, 11])).tolist() == [5, 2, 11]
     assert np.asarray(pool.runs.nbytes).tolist() == [77]
+
+
+# ---- the threads themselves ------------------------------------------------------------------------------------------
+
+
+class Faulty(Counter[str]):
+    """Figures of a rank whose next change of one of them fails."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.failed = name, False
+
+    def __setitem__(self, name: str, value: int) -> None:
+        if name == self.name and not self.failed:
+            self.failed = True
+            raise ArithmeticError("one that nobody foresaw")
+        super().__setitem__(name, value)
+
+
+def test_an_error_that_nobody_foresaw_ends_no_copy_thread(two: tuple[Side, Side], gated: GatedCopy) -> None:
+    """Neither the one that stores nor the one that loads: what comes next is stored and loaded."""
+    one, other = two
+    gated.open = True
+    before = troubles().errors
+    one.rank.counts = Faulty("store_ns")
+    fill(one, chain(900, 2), [7, 1])
+    other.rank.counts = Faulty("load_ns")
+    for rid, hashes in (("a", chain(900, 2)), ("b", chain(900, 2))):
+        other.load(rid, hashes, {KV: [2, 3], SWA: [10, 11], MAMBA: [6]})
+        assert other.loads.finish(other.loads.start())
+    for name in ("kvplug-store", "kvplug-load"):
+        assert troubles().errors[name] == before.get(name, 0) + 1
+    assert one.offloads._thread.is_alive()
+    assert other.loads._thread.is_alive()

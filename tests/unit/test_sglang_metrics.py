@@ -8,6 +8,7 @@ from collections import Counter
 from prometheus_client import REGISTRY
 
 from kvplug.adapters.sglang.metrics import COUNTERS, INTERVAL_S, Publisher
+from kvplug.threads import troubles
 
 SERVER = {"enable_metrics": True, "served_model_name": "unit"}
 
@@ -45,3 +46,26 @@ def test_without_metrics_there_is_no_thread() -> None:
     publisher = Publisher(Counter(), {"enable_metrics": False})
     assert publisher._thread is None
     publisher.close()
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_the_figures() -> None:
+    before = troubles().errors.get("kvplug-metrics", 0)
+    counts: Counter[str] = Counter()
+    turns = []
+
+    def gather() -> None:
+        turns.append(1)
+        if len(turns) == 1:
+            raise ArithmeticError("one that nobody foresaw")
+        counts["stored_pages"] = 1
+
+    was = value("stored_pages") or 0
+    publisher = Publisher(counts, SERVER, gather)
+    try:
+        deadline = time.monotonic() + 60
+        while value("stored_pages") != was + 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        publisher.close()
+    assert troubles().errors["kvplug-metrics"] == before + 1

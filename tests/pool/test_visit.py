@@ -1,0 +1,141 @@
+"""Looking at a pool takes no place in it: stat, doctor and rm work while all places are taken, and say so."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from kvplug import doctor
+from kvplug.cli.app import app
+from kvplug.errors import ClientLimitError, PoolFormatError, PoolNotFoundError
+from kvplug.shm import layout as lay
+from kvplug.shm import segment
+from kvplug.shm.visit import visit
+from kvplug.store import KvStore
+from tests.pool.conftest import leave_nothing
+
+SIZE: Final = "16mib"
+NAME: Final = f"t-visit-{os.getpid()}"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[KvStore]:
+    monkeypatch.setenv("KVPLUG_POOL", NAME)
+    monkeypatch.setenv("KVPLUG_LOCK_TIMEOUT_S", "10")
+    with KvStore(NAME, SIZE) as made:
+        made.put([bytes(32)], [np.ones(5000, np.uint8)])
+        yield made
+    leave_nothing(NAME)
+
+
+@pytest.fixture
+def full(store: KvStore) -> Iterator[KvStore]:
+    """All places are taken, as 127 other processes would take them: a row and its lock each."""
+    table, offset = store.pool.T, int(store.pool.T[lay.P_LIVE_OFFSET])
+    from kvplug.shm.liveness import byte_lock_path_fd, close_private, try_lock_byte
+
+    fds = []
+    for client in range(lay.MAX_CLIENTS):
+        at = store.pool.geometry.o_client + client * lay.CLIENT_WORDS
+        if client != store.pool.client:
+            fds.append(byte_lock_path_fd(store.pool.segment.path))
+            assert try_lock_byte(fds[-1], offset + client)
+            table[at + lay.C_PID], table[at + lay.C_SESSION] = os.getpid(), 1000 + client
+            table[at + lay.C_STATE] = lay.CLIENT_LIVE
+    with pytest.raises(ClientLimitError):
+        KvStore(NAME, create=False)
+    yield store
+    for client in range(lay.MAX_CLIENTS):
+        if client != store.pool.client:
+            table[store.pool.geometry.o_client + client * lay.CLIENT_WORDS + lay.C_STATE] = lay.CLIENT_FREE
+    for fd in fds:
+        close_private(fd)
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def findings() -> list[doctor.Finding]:
+    return [found for found in doctor.examine() if found.name == "pools" and NAME in found.found]
+
+
+def test_stat_works_while_all_places_are_taken(full: KvStore) -> None:
+    ran = command("stat", "--json")
+    assert ran.exit_code == 0, ran.output
+    figures = json.loads(ran.stdout)
+    assert figures["clients"] == lay.MAX_CLIENTS
+    assert figures["sealed_blocks"] == 1
+    assert command("stat").exit_code == 0
+
+
+def test_doctor_says_that_all_places_are_taken(full: KvStore) -> None:
+    (found,) = findings()
+    assert found.status is doctor.Status.FAULT
+    assert "no room for another one (128 at most)" in found.found
+    assert "KVPLUG_POOL" in found.mend
+
+
+def test_rm_says_who_is_attached_and_force_removes(full: KvStore) -> None:
+    ran = command("rm")
+    assert ran.exit_code != 0
+    assert "128 processes attached" in str(ran.exception)
+    assert command("rm", "--force").exit_code == 0
+    assert not Path(segment.segment_path(NAME)).exists()
+
+
+def test_who_looks_is_not_counted_and_changes_nothing(store: KvStore) -> None:
+    before = store.pool.T[: lay.HEADER_WORDS].copy(), os.stat(store.pool.segment.path).st_mtime_ns
+    with visit(NAME) as seen:
+        assert (seen.stats().clients, seen.stats().sessions) == (1, 1)
+        assert not seen.is_full
+        assert seen.stats().sealed_bytes == 5000
+        store.put([b"\x01" * 32], [np.ones(5000, np.uint8)])
+        assert seen.stats().sealed_blocks == 2, "what is seen is the pool as it is, not a copy of it"
+        seen.T[lay.H_RETIRED] = 1
+    assert not int(store.pool.T[lay.H_RETIRED]), "and nothing of what is written there gets into it"
+    assert (store.pool.T[lay.P_MAGIC], len(before)) == (before[0][lay.P_MAGIC], 2)
+    (found,) = findings()
+    assert found.status is doctor.Status.OK
+
+
+def test_the_dead_are_not_counted(store: KvStore) -> None:
+    at = store.pool.geometry.o_client + (lay.MAX_CLIENTS - 1) * lay.CLIENT_WORDS
+    with store.pool._mutex:  # its own thread does not reap meanwhile
+        store.pool.T[at + lay.C_STATE] = lay.CLIENT_LIVE
+        with visit(NAME) as seen:
+            assert seen.stats().clients == 1
+        store.pool.T[at + lay.C_STATE] = lay.CLIENT_FREE
+
+
+def test_errors_in_threads_are_shown(store: KvStore) -> None:
+    at = store.pool.geometry.o_client + store.pool.client * lay.CLIENT_WORDS
+    with store.pool._mutex:
+        store.pool.T[at + lay.C_THREAD_ERRORS] = 3
+        figures = json.loads(command("stat", "--json").stdout)
+        assert (figures["thread_errors"], figures["dead_threads"]) == (3, 0)
+        assert "an error in thread" in command("stat").output
+        (found,) = findings()
+    assert found.status is doctor.Status.WARNING
+    assert "3 errors that nobody foresaw" in found.found
+
+
+def test_what_is_not_there_or_no_pool_is_refused(store: KvStore) -> None:
+    with pytest.raises(PoolNotFoundError), visit(NAME + "-none"):
+        pass
+    assert not Path(segment.lock_path(NAME + "-none")).exists()
+    with open(store.pool.segment.path, "r+b") as file:
+        file.write(b"X")
+    try:
+        with pytest.raises(PoolFormatError), visit(NAME):
+            pass
+    finally:
+        with open(store.pool.segment.path, "r+b") as file:
+            file.write(lay.MAGIC)
