@@ -22,7 +22,7 @@ from kvplug.errors import BlockTooLargeError, ConfigError, PoolFormatError
 
 PAGE_BYTES: Final = 4096
 MAGIC: Final = b"KVPLUG\x00\x01"
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 # ---- frozen preamble, words of page 0: any version of kvplug can read these of any format ----------------------------
 P_MAGIC: Final = 0

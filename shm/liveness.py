@@ -132,7 +132,7 @@ def mapped_under(path: str, device: int) -> set[Inode]:
         except OSError:  # it has ended, or is another user's
             continue
         for line in lines:
-            # 7f1c-7f1d rw-s 00000000 00:1b 1290    /dev/shm/kvplug.u0.v2 (deleted)
+            # 7f1c-7f1d rw-s 00000000 00:1b 1290    /dev/shm/kvplug.u0.v3 (deleted)
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[5].removesuffix(" (deleted)") == path:
                 major, minor = (int(part, 16) for part in fields[3].split(":"))

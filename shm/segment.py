@@ -74,7 +74,7 @@ def segment_path(pool: str) -> str:
 
 def lock_path(pool: str) -> str:
     """The lock file of a pool's name: one for each user, since nobody can open another user's."""
-    return os.path.join(hostmem.DEV_SHM, f"kvplug.{pool}.u{os.geteuid()}.lock")
+    return os.path.join(hostmem.DEV_SHM, f"{segment_name(pool)}.u{os.geteuid()}.lock")
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def test_who_asks_for_a_pool_that_is_not_there_leaves_nothing(
     assert files_of(pool_name) == []
 
 
-def test_a_lock_file_that_an_older_version_left_goes_when_the_pool_is_asked_to(pool_name: str) -> None:
+def test_a_lock_file_that_a_killed_process_left_goes_when_the_pool_is_asked_to(pool_name: str) -> None:
     Path(segment.lock_path(pool_name)).touch(0o600)
     with pytest.raises(errors.PoolNotFoundError):
         segment.remove_pool(pool_name)
