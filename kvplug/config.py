@@ -74,14 +74,17 @@ def default_pool_name() -> str:
 
 
 def default_size_bytes() -> int:
-    """A quarter of the memory that this container may use, at most half of what /dev/shm has left."""
+    """A quarter of the memory that this container may use, at most half of what it and /dev/shm have left for a pool.
+
+    The half is for what comes later; a default that is made at once fits wherever any pool does.
+    """
     limits = []
     memory = hostmem.memory()
     if memory.limit_bytes:
         limits.append(memory.limit_bytes // 4)
-    shm = hostmem.shm_space()
-    if shm is not None and shm.total_bytes:
-        limits.append(shm.free_bytes // 2)
+    room = hostmem.room()
+    if room is not None:
+        limits.append(room.nbytes // 2)
     nbytes = min(limits, default=_SIZE_STEP_BYTES)
     return max(nbytes - nbytes % _SIZE_STEP_BYTES, _SIZE_STEP_BYTES)
 

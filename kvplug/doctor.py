@@ -120,22 +120,24 @@ def _shm(around: _Surroundings) -> Iterator[Finding]:
         )
         return
     size = around.config.size
-    room = f"{format_size(space.total_bytes)}, {format_size(space.free_bytes)} free"
+    room = hostmem.shm_room(around.shm)
+    text = room.text if room else f"{around.shm} has no size of its own"
     if _own_pool_exists(around):
-        yield Finding("/dev/shm", Status.OK, f"{room}; pool {around.config.pool} is there already and keeps its size")
-    elif space.total_bytes and space.free_bytes < size:
+        yield Finding("/dev/shm", Status.OK, f"{text}; pool {around.config.pool} is there already and keeps its size")
+    elif room is not None and not room.fits(size):
         mend = (
-            "a smaller pool (KVPLUG_SIZE), a larger /dev/shm (mount -o remount,size=... /dev/shm), "
+            f"KVPLUG_SIZE of at most {room.largest}, a larger /dev/shm (mount -o remount,size=... /dev/shm), "
             "or `kvplug rm` for pools that nobody uses"
         )
         if space.total_bytes <= DOCKER_DEFAULT_SHM_BYTES:
             mend = (
                 "start the container with --ipc=host, or with --shm-size=... "
-                "(Kubernetes: mount an emptyDir with medium Memory on /dev/shm)"
+                "(Kubernetes: mount an emptyDir with medium Memory on /dev/shm); "
+                f"or KVPLUG_SIZE of at most {room.largest}"
             )
-        yield Finding("/dev/shm", Status.FAULT, f"{room}; pool {around.config.pool} needs {format_size(size)}", mend)
+        yield Finding("/dev/shm", Status.FAULT, f"{text}; pool {around.config.pool} needs {format_size(size)}", mend)
     else:
-        yield Finding("/dev/shm", Status.OK, f"{room}; pool {around.config.pool} is to be {format_size(size)}")
+        yield Finding("/dev/shm", Status.OK, f"{text}; pool {around.config.pool} is to be {format_size(size)}")
 
 
 def _container(around: _Surroundings) -> Iterator[Finding]:
@@ -162,32 +164,23 @@ def _container(around: _Surroundings) -> Iterator[Finding]:
 
 
 def _memory(around: _Surroundings) -> Iterator[Finding]:
-    memory, size = hostmem.memory(around.root), around.config.size
-    if not memory.limit_bytes:
+    room, size = hostmem.memory_room(around.root), around.config.size
+    if room is None:
         yield Finding(
             "memory",
             Status.WARNING,
             "neither a control group nor /proc/meminfo could be read",
             "set KVPLUG_SIZE yourself",
         )
-        return
-    text = f"{format_size(memory.limit_bytes)} may be used ({memory.source}), {format_size(memory.used_bytes)} is"
-    free = memory.limit_bytes - memory.used_bytes
-    if _own_pool_exists(around) or size <= free:
-        yield Finding("memory", Status.OK, text)
-    elif size > memory.limit_bytes:
-        yield Finding(
-            "memory",
-            Status.FAULT,
-            f"{text}; the pool needs {format_size(size)}",
-            "a smaller KVPLUG_SIZE, or more memory for the container",
-        )
+    elif _own_pool_exists(around) or room.fits(size):
+        yield Finding("memory", Status.OK, room.text)
     else:
         yield Finding(
             "memory",
-            Status.WARNING,
-            f"{text}; a pool of {format_size(size)} would not fit beside it",
-            "a smaller KVPLUG_SIZE: past the limit comes the out-of-memory killer, not an error",
+            Status.FAULT,
+            f"{room.text}; pool {around.config.pool} needs {format_size(size)}",
+            f"KVPLUG_SIZE of at most {room.largest}, or more memory for the container: past the limit comes the "
+            "out-of-memory killer, not an error",
         )
 
 
@@ -268,11 +261,12 @@ def _locks_broken(first: int, second: int) -> str:
 
 
 def _own_pool_exists(around: _Surroundings) -> bool:
-    name = re.compile(rf"kvplug\.{re.escape(around.config.pool)}\.v\d+")
+    """Whether this version finds the pool that is configured: then none is made, and none has to fit."""
     try:
-        return any(name.fullmatch(entry) for entry in os.listdir(around.shm))
-    except OSError:
-        return False
+        from kvplug.shm.segment import segment_name
+    except (ImportError, RuntimeError, OSError):
+        return False  # the check of pools says so
+    return os.path.lexists(os.path.join(around.shm, segment_name(around.config.pool)))
 
 
 def _pools(around: _Surroundings) -> Iterator[Finding]:

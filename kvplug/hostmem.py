@@ -1,4 +1,4 @@
-"""How much memory this process may use: the machine's, or the container's limit where that is lower.
+"""How much memory this process may use, and whether a pool fits into it: the machine's, or the container's limit.
 
 A tmpfs page that the container's limit has no room for is not an error that a program could handle: the kernel
 kills. So the limit is looked up beforehand, from the control groups (version 2 and 1) and /proc/meminfo.
@@ -12,10 +12,15 @@ from pathlib import Path
 
 from kvplug.errors import DecodeError
 from kvplug.outside import file_text, whole_number
+from kvplug.sizes import format_size
 
-__all__ = ["DEV_SHM", "Memory", "ShmSpace", "memory", "shm_space"]
+__all__ = ["DEV_SHM", "Memory", "Room", "ShmSpace", "memory", "memory_room", "room", "shm_room", "shm_space"]
 
 DEV_SHM = "/dev/shm"
+SHM_RESERVE_BYTES = 16 << 20
+"""Stays free in /dev/shm, for everybody else."""
+MEMORY_RESERVE_BYTES = 64 << 20
+"""Stays free of the memory that may be used, for everybody else: a pool does not grow into it."""
 
 _UNLIMITED_BYTES = 2**60
 """Version 1 says "no limit" by a number of about 2**63."""
@@ -129,3 +134,58 @@ def shm_space(path: str = DEV_SHM) -> ShmSpace | None:
         return None
     # f_bavail leaves out what only root may use. A tmpfs mounted without a limit says 0 blocks.
     return ShmSpace(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one place has left for a new pool. The one answer to whether a pool fits, for whoever asks."""
+
+    nbytes: int
+    """Largest pool that fits."""
+    text: str
+    """The numbers that lead to it, in words."""
+
+    def fits(self, pool_bytes: int) -> bool:
+        """Whether a pool of this size does."""
+        return pool_bytes <= self.nbytes
+
+    @property
+    def largest(self) -> str:
+        """The largest size that can be set, as it is written in a setting."""
+        return f"{self.nbytes >> 20}mib"
+
+
+def _room(free_bytes: int, reserve_bytes: int, text: str) -> Room:
+    left = max(0, free_bytes - reserve_bytes)
+    return Room(left, f"{text}, of which {format_size(reserve_bytes)} stay free: {format_size(left)} for a pool")
+
+
+def shm_room(path: str = DEV_SHM) -> Room | None:
+    """What /dev/shm has left for a pool. None: it has no size of its own, or is not there."""
+    space = shm_space(path)
+    if space is None or not space.total_bytes:
+        return None
+    return _room(
+        space.free_bytes,
+        SHM_RESERVE_BYTES,
+        f"{path} has {format_size(space.free_bytes)} of {format_size(space.total_bytes)} free",
+    )
+
+
+def memory_room(root: str | os.PathLike[str] = "/") -> Room | None:
+    """What the memory that may be used has left for a pool. None: nothing could be read."""
+    found = memory(root)
+    if not found.limit_bytes:
+        return None
+    free = max(0, found.limit_bytes - found.used_bytes)
+    return _room(
+        free,
+        MEMORY_RESERVE_BYTES,
+        f"memory has {format_size(free)} of {format_size(found.limit_bytes)} free ({found.source})",
+    )
+
+
+def room(path: str = DEV_SHM, root: str | os.PathLike[str] = "/") -> Room | None:
+    """The lesser of both. None: neither says anything."""
+    rooms = [one for one in (shm_room(path), memory_room(root)) if one is not None]
+    return min(rooms, key=lambda one: one.nbytes, default=None)

@@ -69,6 +69,7 @@ def attach(
             except PoolNotFoundError:
                 if not create:
                     raise
+                segment.check_space(options.size)  # of what was asked for, as `kvplug doctor` does
                 geometry = Geometry.plan(options.size, min_block=options.min_block, slab_bytes=options.slab)
                 segment.create(
                     pool,

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvplug")
 INTERVAL_S: Final = 0.25
-MEMORY_RESERVE_BYTES: Final = 64 << 20
 TABLE_STEP_BYTES: Final = 64 << 20  # some 10 ms
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -90,7 +89,7 @@ def reserve_next_slab(pool: Pool) -> int:
     if slab >= g.n_slabs:
         return -1
     memory = hostmem.memory()
-    if memory.limit_bytes and memory.limit_bytes - memory.used_bytes < g.slab_bytes + MEMORY_RESERVE_BYTES:
+    if memory.limit_bytes and memory.limit_bytes - memory.used_bytes < g.slab_bytes + hostmem.MEMORY_RESERVE_BYTES:
         pool.warn_once(
             "memory",
             f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: memory is short",

@@ -54,7 +54,7 @@ from kvplug.sizes import format_size
 
 NAME_LOCK_TIMEOUT_S: Final = 10.0
 POLL_S: Final = 0.002
-SPACE_RESERVE_BYTES: Final = 16 << 20  # left free in /dev/shm for everybody else
+SMALLEST_POOL_BYTES: Final = 2 << 20
 _SEGMENT = re.compile(r"kvplug\.(?P<pool>[A-Za-z0-9_-][A-Za-z0-9._-]{0,63})\.v(?P<format>\d{1,6})")
 _READ_WRITE: Final = 0o600
 _REMOVE: Final = "`kvplug rm` removes it when nobody uses it; or choose another pool name (KVPLUG_POOL)"
@@ -169,21 +169,16 @@ class Segment:
 
 
 def check_space(pool_bytes: int) -> None:
-    """Refuse a size that would end in SIGBUS or the OOM killer. Raises PoolSpaceError with both numbers."""
-    space = hostmem.shm_space()
-    if space is None:
+    """Refuse a size that would end in SIGBUS or the OOM killer. Raises PoolSpaceError with the numbers."""
+    if hostmem.shm_space() is None:
         raise PoolSpaceError(f"{hostmem.DEV_SHM} does not exist: kvplug needs POSIX shared memory")
-    if pool_bytes + SPACE_RESERVE_BYTES > space.free_bytes:
+    room = hostmem.room()
+    if room is not None and not room.fits(pool_bytes):
+        smaller = f"set KVPLUG_SIZE to at most {room.largest}, " if room.nbytes >= SMALLEST_POOL_BYTES else ""
         raise PoolSpaceError(
-            f"a pool of {format_size(pool_bytes)} does not fit: {hostmem.DEV_SHM} has {format_size(space.free_bytes)} "
-            f"of {format_size(space.total_bytes)} free. Set a smaller KVPLUG_SIZE, or make it larger (docker: "
-            f"--shm-size or --ipc=host)"
-        )
-    memory = hostmem.memory()
-    if memory.limit_bytes and pool_bytes > memory.limit_bytes - memory.used_bytes:
-        raise PoolSpaceError(
-            f"a pool of {format_size(pool_bytes)} does not fit: {format_size(memory.limit_bytes - memory.used_bytes)} "
-            f"of {format_size(memory.limit_bytes)} of memory are free here ({memory.source}). Set a smaller KVPLUG_SIZE"
+            f"a pool of {format_size(pool_bytes)} does not fit: {room.text}. What helps: {smaller}remove pools that "
+            f"nobody uses (`kvplug pools`), or give the machine or container more (docker: --shm-size or --ipc=host, "
+            f"--memory)"
         )
 
 
@@ -208,8 +203,10 @@ def _header_words(
 
 
 def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool, grace_ns: int) -> None:
-    """Make the segment and link its name. The caller holds the name lock and knows that the name is free."""
-    check_space(geometry.segment_bytes)
+    """Make the segment and link its name.
+
+    The caller holds the name lock, knows that the name is free, and has asked :func:`check_space`.
+    """
     _remove_unfinished(pool)
     name = f"kvplug.{pool}.new.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     temporary = os.path.join(hostmem.DEV_SHM, name)

@@ -395,8 +395,44 @@ def test_a_pool_larger_than_dev_shm_is_refused_with_both_numbers(pool_name: str)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("PoolSpaceError"), done.stdout
     asked = parse_size(done.stdout.split("a pool of ")[1].split(" does")[0].replace(" ", ""))
-    assert size * 0.9 < asked <= size
+    assert asked == size
     assert not Path(segment.segment_path(pool_name)).exists()
+
+
+def test_in_a_small_dev_shm_the_largest_pool_that_is_named_fits_and_the_default_too(pool_name: str) -> None:
+    if not may_mount():
+        pytest.skip("no right to mount a small /dev/shm; what is asked there is tested with the numbers of one")
+    code = """
+        import os, sys
+        os.environ |= {"KVPLUG_POOL": sys.argv[1], "XDG_CONFIG_HOME": "/nonexistent"}
+        from kvplug import KvStore, hostmem
+        from kvplug.doctor import examine
+        from kvplug.errors import PoolSpaceError
+        from kvplug.shm.segment import remove_pool
+        def tried(size):
+            os.environ["KVPLUG_SIZE"] = size
+            faults = [f.mend for f in examine() if f.name == "/dev/shm" and f.status.value == "fault"]
+            try:
+                KvStore.from_config().close()
+                remove_pool(sys.argv[1])
+                return not faults, True, ""
+            except PoolSpaceError as e:
+                return not faults, False, str(e)
+        print(tried("56mib"))
+        largest = hostmem.room().largest
+        print(largest, tried(largest)[:2])
+        other = os.open("/dev/shm/other", os.O_CREAT | os.O_RDWR)
+        os.posix_fallocate(other, 0, 36 << 20)
+        print(tried("")[:2], tried("28mib")[:2])
+    """
+    done = child(code, pool_name, namespace=small_shm(64 << 20))
+    assert done.returncode == 0, done.stderr
+    refused, largest, default = done.stdout.splitlines()
+    assert refused.startswith("(False, False, "), refused
+    for words in ("64 MiB of 64 MiB free", "16 MiB stay free", "48 MiB for a pool", "at most 48mib"):
+        assert words in refused
+    assert largest == "48mib (True, True)"
+    assert default == "(True, True) (False, False)"
 
 
 @pytest.mark.parametrize("kind", ["absent", "read-only"])

@@ -18,6 +18,7 @@ from kvplug.errors import ConfigError
 from kvplug.sizes import format_size, parse_size
 
 GIB = 1024**3
+MIB = 1024**2
 
 
 @pytest.fixture(autouse=True)
@@ -404,17 +405,30 @@ def test_the_default_pool_is_the_users_own() -> None:
     assert load().pool == f"u{os.getuid()}"
 
 
-def test_the_default_size_is_a_quarter_of_memory_and_half_of_shm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def machine(memory: int, shm: hostmem.ShmSpace | None) -> int:
-        monkeypatch.setattr(hostmem, "memory", lambda: hostmem.Memory(memory, 0, "test"))
-        monkeypatch.setattr(hostmem, "shm_space", lambda: shm)
+def test_the_default_size_is_a_quarter_of_memory_and_half_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(memory: int, shm: hostmem.ShmSpace | None, used: int = 0) -> int:
+        monkeypatch.setattr(hostmem, "memory", lambda _="/": hostmem.Memory(memory, used, "test"))
+        monkeypatch.setattr(hostmem, "shm_space", lambda _="": shm)
         return settings.default_size_bytes()
 
-    assert machine(16 * GIB, hostmem.ShmSpace(16 * GIB, 15 * GIB)) == 4 * GIB
-    assert machine(16 * GIB, hostmem.ShmSpace(16 * GIB, 2 * GIB)) == 1 * GIB
+    shm = hostmem.ShmSpace(16 * GIB, 15 * GIB)
+    assert machine(16 * GIB, shm) == 4 * GIB
+    assert machine(16 * GIB, shm, used=15 * GIB) == GIB // 2 - 32 * MIB, "64 MiB of memory stay free"
+    assert machine(16 * GIB, hostmem.ShmSpace(16 * GIB, 2 * GIB)) == GIB - 8 * MIB, "16 MiB of /dev/shm stay free"
     assert machine(16 * GIB, hostmem.ShmSpace(0, 0)) == 4 * GIB, "a tmpfs without a limit"
     assert machine(16 * GIB, None) == 4 * GIB, "no /dev/shm: the size is still one, the pool says what is missing"
     assert machine(0, None) > 0
+    assert machine(0, hostmem.ShmSpace(64 * MIB, 28 * MIB)) == 6 * MIB
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**41), st.integers(0, 2**40), st.integers(0, 2**40))
+def test_the_default_size_fits_wherever_any_pool_does(limit: int, used: int, total: int, free: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hostmem, "memory", lambda _="/": hostmem.Memory(limit, used, "test"))
+        patch.setattr(hostmem, "shm_space", lambda _="": hostmem.ShmSpace(total, min(free, total)))
+        room, size = hostmem.room(), settings.default_size_bytes()
+        assert room is None or room.fits(size) or room.nbytes < 2 * MIB
+        assert Config().size == size
 
 
 # ---- how much memory there is: trees of files as kernels lay them out

@@ -183,7 +183,7 @@ def settings_table() -> str:
     """README's lines for the settings, made from the schema."""
     shown = {
         "pool": "`u<uid>`",
-        "size": "¼ of the memory that the container may use, at most ½ of what /dev/shm has left",
+        "size": "¼ of the memory that the container may use, at most ½ of what it and /dev/shm have left for a pool",
         "min_block": "`16kib`",
         "slab": "`auto`",
         "peers": "",

@@ -17,9 +17,12 @@ import pytest
 from kvplug import doctor, engines
 from kvplug.config import Config
 from kvplug.doctor import Finding, Status, examine, report
+from kvplug.errors import PoolSpaceError
 from kvplug.rdma import describe
+from kvplug.shm.segment import check_space
 
 GIB = 1024**3
+MIB = 1024**2
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +123,60 @@ def test_a_pool_larger_than_the_containers_limit_is_a_fault(tmp_path: Path, monk
     monkeypatch.setenv("KVPLUG_SIZE", "512mib")
     assert named(examine(root=root), "memory").status is Status.OK
     machine(tmp_path, **{"sys__fs__cgroup__memory.current": f"{GIB - 1024}\n"})
-    assert named(examine(root=root), "memory").status is Status.WARNING
+    found = named(examine(root=root), "memory")
+    assert found.status is Status.FAULT, "nor is a pool made there"
+    assert "64 MiB stay free" in found.found
+
+
+SPACES = [  # what /dev/shm has, what of it is free, what memory may be used, what of it is
+    (64 * MIB, 64 * MIB, 0, 0),
+    (64 * MIB, 28 * MIB, 0, 0),
+    (8 * GIB, 8 * GIB, GIB, 0),
+    (8 * GIB, 8 * GIB, GIB, GIB // 2),
+    (8 * GIB, 8 * GIB, GIB, 2 * GIB),
+    (0, 0, GIB, 0),
+    (0, 0, 0, 0),
+    (64 * MIB, 10 * MIB, GIB, 0),
+]
+
+
+@pytest.mark.parametrize(("total", "free", "limit", "used"), SPACES)
+def test_doctor_and_the_creation_of_a_pool_agree_about_what_fits(
+    total: int, free: int, limit: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.hostmem, "shm_space", lambda _="": doctor.hostmem.ShmSpace(total, free))
+    monkeypatch.setattr(doctor.hostmem, "memory", lambda _="/": doctor.hostmem.Memory(limit, used, "test"))
+    room = doctor.hostmem.room()
+    sizes = [2 * MIB, 4 * MIB, 12 * MIB, 48 * MIB, 448 * MIB, 960 * MIB, 16 * GIB]
+    if room is not None:
+        sizes += [room.nbytes - 1, room.nbytes, room.nbytes + 1]
+    for size in sizes:
+        if size < 2 * MIB:
+            continue
+        monkeypatch.setenv("KVPLUG_SIZE", str(size))
+        found = [finding for finding in examine() if finding.name in ("/dev/shm", "memory")]
+        said = [finding for finding in found if finding.status is Status.FAULT]
+        refused = ""
+        try:
+            check_space(size)
+        except PoolSpaceError as error:
+            refused = str(error)
+        assert bool(refused) == bool(said), (size, refused, said)
+        if refused:
+            assert any(finding.found.split("; pool")[0] in refused for finding in said), "with the same numbers"
+        assert bool(said) == (room is not None and not room.fits(size))
+
+
+def test_a_pool_of_an_older_format_is_not_the_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This version makes its own beside it, which has to fit."""
+    older = Path("/dev/shm", f"kvplug.doctor-test-{os.getpid()}.v1")
+    older.touch(0o600)
+    monkeypatch.setenv("KVPLUG_POOL", f"doctor-test-{os.getpid()}")
+    monkeypatch.setenv("KVPLUG_SIZE", "64tib")
+    try:
+        assert named(examine(), "/dev/shm").status is Status.FAULT
+    finally:
+        older.unlink()
 
 
 def test_a_limit_on_file_size_is_a_fault() -> None:
