@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from kvplug import hostmem
 from kvplug.endpoint import Endpoint, is_host_and_port
 from kvplug.errors import ConfigError, DecodeError
+from kvplug.home import xdg_folder
 from kvplug.outside import decoded_by
 from kvplug.sizes import format_size, parse_size
 
@@ -66,6 +68,7 @@ POOL_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
 MIB = 1024**2
 _SIZE_STEP_BYTES = 2 * MIB
 _MIN_SIZE_BYTES = MIB
+_MAX_FILE_BYTES = MIB
 
 
 def default_pool_name() -> str:
@@ -369,9 +372,8 @@ def config_path() -> tuple[Path, bool]:
     """The settings file, and whether it was asked for by name (then it has to be there)."""
     named = os.environ.get(PATH_ENV)
     if named:
-        return Path(named).expanduser(), True
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return Path(base) / "kvplug" / "config.toml", False
+        return Path(os.path.expanduser(named)), True
+    return Path(xdg_folder("XDG_CONFIG_HOME", ".config")) / "kvplug" / "config.toml", False
 
 
 def _nearest(name: str, prefix: str = "") -> str:
@@ -415,24 +417,60 @@ def _is_text(value: str) -> bool:
     return True
 
 
+def _read_file(path: Path) -> str:
+    """The settings file's text. OSError, or ValueError: it is not text."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes to is not waited for
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError("it is a folder, not a file")
+        if not (stat.S_ISREG(mode) or os.path.samefile(fd, os.devnull)):
+            raise ValueError("it is not a regular file")
+        with open(fd, "rb", closefd=False) as file:
+            raw = file.read(_MAX_FILE_BYTES + 1)
+    finally:
+        os.close(fd)
+    if len(raw) > _MAX_FILE_BYTES:
+        raise ValueError(f"it is larger than {format_size(_MAX_FILE_BYTES)}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})") from None
+
+
 def _from_file() -> tuple[Layer, list[str]]:
     """The settings in the file, and what is wrong there."""
     path, required = config_path()
+    named = f"the settings file {path}" + f", named by {PATH_ENV}," * required
     try:
-        with path.open("rb") as file:
-            content = decoded_by(tomllib.load, file, "its text")
+        os.lstat(path)
     except FileNotFoundError:
         missing = f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}"
         return {}, [missing] * required
-    except (NotADirectoryError, PermissionError) as error:
+    except (OSError, ValueError) as error:
         # A home that this user can't look into holds no settings of this user's.
-        return {}, [f"the settings file {path}, named by {PATH_ENV}, can't be read: {error.strerror}"] * required
-    except (OSError, DecodeError) as error:
-        return {}, [f"the settings file {path} can't be used: {error}. It is TOML: one `name = value` a line"]
+        return {}, [f"{named} can't be used: {_why(error)}"] * required
+    try:
+        content = decoded_by(tomllib.loads, _read_file(path), "its text")
+    except DecodeError as error:
+        return {}, [f"{named} can't be used: {error}. It is TOML: one `name = value` a line"]
+    except FileNotFoundError:
+        return {}, [f"{named} can't be used: it is a symbolic link that leads nowhere. Mend it or remove it"]
+    except PermissionError:
+        return {}, [
+            f"{named} can't be used: this process (uid {os.geteuid()}) may not read it. Give it the right (chown, "
+            f"chmod), or name another file in {PATH_ENV}"
+        ]
+    except (OSError, ValueError) as error:
+        return {}, [f"{named} can't be used: {_why(error)}"]
     known = {name: (value, f"file {path}") for name, value in content.items() if name in Config.model_fields}
     return known, [
         f"unknown setting {name!r} in the file {path}: {_nearest(name)}" for name in content if name not in known
     ]
+
+
+def _why(error: OSError | ValueError) -> str:
+    return str((isinstance(error, OSError) and error.strerror) or error)
 
 
 def _sound(layer: tuple[Layer, list[str]]) -> Layer:

@@ -293,11 +293,10 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
         if pool.usable:
             yield from _usable_pool(pool.name, text, is_ours=pool.name == around.config.pool)
         elif pool.name == around.config.pool:
-            mend = (
-                "KVPLUG_POOL with another name"
-                if pool.uid != os.geteuid()
-                else f"`kvplug rm --pool {pool.name}`, or KVPLUG_POOL with another name"
-            )
+            mend = "KVPLUG_POOL with another name"
+            if pool.uid == os.geteuid():
+                first = "" if pool.clients_alive == 0 else "stop what is attached, then "
+                mend = f"{first}`kvplug rm --pool {pool.name}`, or {mend}"
             yield Finding("pools", Status.FAULT, f"{text}; {pool.problem}", mend)
         else:
             yield Finding("pools", Status.NOTE, f"{text}; {pool.problem}")
@@ -342,10 +341,11 @@ def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     places = [Path(asked)] if asked else [source / "__pycache__", Path(base) / "numba"]
     for place in places:
-        nearest = next((folder for folder in (place, *place.parents) if folder.exists()), place)
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        # os.path: a home that can't be entered is not there, where pathlib would raise
+        nearest = next((folder for folder in (place, *place.parents) if os.path.exists(folder)), place)
+        if not (os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)):
             continue
-        if place.exists() and place.stat().st_mode & 0o002:
+        if os.path.exists(place) and os.stat(place).st_mode & 0o002:
             yield Finding(
                 "numba cache",
                 Status.WARNING,
@@ -355,7 +355,9 @@ def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
         else:
             yield Finding("numba cache", Status.OK, str(place))
         return
-    found = f"can't write to {' or '.join(map(str, places))}: every start compiles the pool's code anew, for about 20 s"
+    found = (
+        f"can't write to {' or '.join(map(str, places))}: every start compiles the pool's code anew, for about a minute"
+    )
     yield Finding("numba cache", Status.WARNING, found, mend)
 
 

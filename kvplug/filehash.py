@@ -26,6 +26,7 @@ import msgspec
 from blake3 import blake3
 
 from kvplug.errors import DecodeError, NamespaceError
+from kvplug.home import xdg_folder
 from kvplug.outside import decoded
 from kvplug.shm.liveness import close_private, open_private, try_lock_byte, unlock_byte
 
@@ -193,10 +194,7 @@ class HashCache:
 
 
 def _default_directory() -> str:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
-        base = os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "kvplug")
+    return os.path.join(xdg_folder("XDG_CACHE_HOME", ".cache"), "kvplug")
 
 
 def hash_file(

@@ -25,6 +25,8 @@ log = logging.getLogger("kvplug")
 
 COMPILE_TIMEOUT_S = 180.0
 COMPILE_POLL_S = 0.05
+WAIT_SAID_AFTER_S = 2.0
+PROGRESS_EVERY_S = 15.0
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -104,12 +106,19 @@ def _one_process_compiles() -> Iterator[None]:
     """
     fd = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + COMPILE_TIMEOUT_S
-        while time.monotonic() < deadline:
+        began = time.monotonic()
+        is_said = False
+        while (waited := time.monotonic() - began) < COMPILE_TIMEOUT_S:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
+                if not is_said and waited >= WAIT_SAID_AFTER_S:
+                    is_said = True
+                    log.warning(
+                        "another process compiles the pool's inner loops: waiting for it, %.0f s at most",
+                        COMPILE_TIMEOUT_S,
+                    )
                 time.sleep(COMPILE_POLL_S)
         yield
     finally:
@@ -122,8 +131,39 @@ def _why_again() -> str:
     return ", at every start: numba has no place to keep them; set NUMBA_CACHE_DIR to a folder of this user's"
 
 
+class _Progress:
+    """What is said while kernels are compiled: that it begins, how far it is, how long it took. Loading is silent."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._began = self._said_at = time.monotonic()
+        self._is_said = False
+
+    def step(self, *, was_compiled: bool) -> None:
+        """One more kernel is there."""
+        self._done += 1
+        now = time.monotonic()
+        if was_compiled and not self._is_said:  # the first of many: the rest takes a while
+            self._is_said, self._said_at = True, now
+            log.warning(
+                "compiling the pool's inner loops, %d of them: a minute on a quiet machine, longer on a busy one%s",
+                self._total,
+                _why_again(),
+            )
+        elif self._is_said and now - self._said_at >= PROGRESS_EVERY_S and self._done < self._total:
+            self._said_at = now
+            log.warning(
+                "compiling the pool's inner loops: %d of %d after %.0f s", self._done, self._total, now - self._began
+            )
+
+    def end(self) -> None:
+        """All are there."""
+        if self._is_said:
+            log.warning("compiled the pool's inner loops in %.0f s", time.monotonic() - self._began)
+
+
 def warm_up() -> None:
-    """Load every entry kernel, from numba's cache or by compiling it: seconds the first time, then a fraction of one.
+    """Load every entry kernel, from numba's cache or by compiling it: a minute the first time, then part of a second.
 
     Called before a store is attached, so that no call later compiles anything while others wait for it.
     """
@@ -131,10 +171,9 @@ def warm_up() -> None:
         if not _entries:
             return
         with _one_process_compiles():
-            is_said = False
+            progress = _Progress(len(_entries))
             while _entries:
                 compile_entry(*_entries[-1])
                 dispatcher, _ = _entries.pop()
-                if not is_said and dispatcher.stats.cache_misses:  # the first of many: the rest takes a while
-                    is_said = True
-                    log.warning("compiling the pool's inner loops, about 20 s%s", _why_again())
+                progress.step(was_compiled=bool(dispatcher.stats.cache_misses))
+            progress.end()

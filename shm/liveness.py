@@ -16,12 +16,15 @@ import threading
 from collections.abc import Collection
 from typing import Final
 
+from kvplug.outside import file_text
+
 F_OFD_GETLK: Final = 36
 F_OFD_SETLK: Final = 37
 _FLOCK: Final = "hhqqi"  # struct flock: type, whence, start, length, pid (native alignment)
 LOCKS_END: Final = 1 << 60
 """Clients' bytes lie below, whatever the format. What an agent locks for itself lies above."""
 _MAX_LOCKS: Final = 4096
+_MOST_BYTES: Final = 64 << 20  # of a list of the kernel's
 PROC: Final = "/proc"
 Inode = tuple[int, int]
 """(device, inode) as `os.stat` has them: no two files that exist have the same."""
@@ -107,9 +110,8 @@ def count_locks(fd: int) -> int:
 def count_listed(inodes: Collection[Inode]) -> int:
     """The same for files that can't be opened, by the kernel's list of all locks. -1: there is no such list."""
     try:
-        with open(os.path.join(PROC, "locks")) as file:
-            lines = file.read().splitlines()
-    except (OSError, ValueError):
+        lines = file_text(os.path.join(PROC, "locks"), _MOST_BYTES).splitlines()
+    except OSError:
         return -1
     found = 0
     for line in lines:
@@ -127,8 +129,7 @@ def mapped_under(path: str, device: int) -> set[Inode]:
         if not name.isdigit():
             continue
         try:
-            with open(os.path.join(PROC, name, "maps"), errors="surrogateescape") as file:
-                lines = file.read().splitlines()
+            lines = file_text(os.path.join(PROC, name, "maps"), _MOST_BYTES).splitlines()
         except OSError:  # it has ended, or is another user's
             continue
         for line in lines:

@@ -91,7 +91,7 @@ def mode_of_environment() -> str:
     """What ``KVPLUG_SGLANG_MODE`` says, or "auto". ConfigError for what is no mode."""
     mode = os.environ.get(MODE_ENV, "").strip().lower() or "auto"
     if mode not in MODES:
-        raise ConfigError(f"{MODE_ENV}={mode}: it is one of {', '.join(MODES)}")
+        raise ConfigError(f"{MODE_ENV}={mode} is not a mode: set it to one of {', '.join(MODES)}")
     return mode
 
 
@@ -102,7 +102,7 @@ def switched_on() -> bool:
         return False
     if value in ("1", "true", "yes", "on"):
         return True
-    raise ConfigError(f"{ENABLE_ENV}={value}: it is 1 or 0")
+    raise ConfigError(f"{ENABLE_ENV}={value} is neither yes nor no: set it to 1 or 0")
 
 
 def parse_settings(text: str | None) -> dict[str, Any]:

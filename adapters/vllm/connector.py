@@ -223,7 +223,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             # A load's failure is then dealt with as the others' configuration says, which may be the request's end,
             # and what the workers tell goes to all of them alike.
             if compat.ranks() == (0, 0):
-                logger.warning("kvplug: OFF: it is one of several KV connectors, and works only as the only one")
+                logger.warning(
+                    "kvplug: OFF: KvplugConnector is one of several KV connectors, and works only as the only one"
+                )
             return
         from kvplug.adapters.vllm.boot import worker_start
 

@@ -65,7 +65,7 @@ def _serve(config: Config, store: KvStore, has_begun: threading.Event, stop: thr
         if announced := directory_publisher(config, store, address):
             announced.start()
         has_begun.set()
-        output.say(f"serving pool {config.pool}{', as a cache node,' if config.cache_node else ''} at {address}")
+        output.mention(f"serving pool {config.pool}{', as a cache node,' if config.cache_node else ''} at {address}")
         if serving.is_open:
             output.complain("without KVPLUG_AUTH_KEY every user of this host can read the pool through the agent")
         serving.serve(stop)

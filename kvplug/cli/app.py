@@ -48,8 +48,15 @@ app.command("agent", short_help="Let other hosts read the pool.")(agent.agent)
 
 def run() -> None:
     """The console script: an error of ours is one line on stderr and exit status 1, never a trace."""
+    output.prepare()
     try:
         app()
     except KvplugError as error:
         output.complain(str(error))
+        sys.exit(1)
+    except OSError as error:  # of --help and --version, which typer prints
+        if error.filename is not None:
+            raise
+        output.give_up()
+        output.complain(f"the output can't be written: {error.strerror}")
         sys.exit(1)

@@ -67,7 +67,9 @@ def pools(as_json: Json = False) -> None:
         right=("size", "reserved", "clients"),
     )
     for pool in found:
-        state = "in use" if pool.clients_alive > 0 else "not in use"
+        state = "in use" if pool.clients_alive > 0 else "not in use" if pool.clients_alive == 0 else "perhaps in use"
+        if not pool.usable:
+            state = f"{state}; {pool.problem}" if pool.clients_alive else pool.problem
         table.add_row(
             Text(pool.name),
             str(pool.format),
@@ -77,7 +79,7 @@ def pools(as_json: Json = False) -> None:
             f"{pool.mode:04o}",
             _age(pool.created_unix_s),
             str(pool.clients_alive) if pool.clients_alive >= 0 else "?",
-            Text(state if pool.usable else pool.problem, style="" if pool.usable else "yellow"),
+            Text(state, style="" if pool.usable else "yellow"),
         )
     output.show(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -59,5 +60,5 @@ def config(as_json: Json = False) -> None:
     output.show(table)
     path, named = config_path()
     output.say("")
-    output.say(f"settings file: {path}" + ("" if named or path.exists() else " (not there)"))
+    output.say(f"settings file: {path}" + ("" if named or os.path.lexists(path) else " (not there)"))
     raise typer.Exit(bool(wrong))

@@ -209,7 +209,10 @@ def the_environment_alone_is_enough() -> None:
     said.clear()
     record = ServerArgsOf(record)
     record.resolve_once()
-    assert the_off_line() == "kvplug: OFF: KVPLUG_SGLANG_MODE=sideways: it is one of auto, hicache, linker"
+    assert (
+        the_off_line()
+        == "kvplug: OFF: KVPLUG_SGLANG_MODE=sideways is not a mode: set it to one of auto, hicache, linker"
+    )
     assert record.hicache_storage_backend is None
     del os.environ["KVPLUG_SGLANG_MODE"]
     os.environ["KVPLUG_ENABLE"] = "1"

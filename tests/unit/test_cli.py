@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,14 +57,6 @@ def pool() -> Iterator[str]:
     yield POOL
     with contextlib.suppress(PoolNotFoundError):
         remove_pool(POOL, force=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_lock_files_left() -> Iterator[None]:
-    """The command never deletes a name's lock file; of these names nobody else knows."""
-    yield
-    for path in Path("/dev/shm").glob(f"kvplug.{POOL}*.lock"):
-        path.unlink()
 
 
 @pytest.fixture
@@ -241,6 +240,215 @@ def test_doctor_exits_with_1_on_a_fault() -> None:
 
 def test_output_in_a_pipe_has_no_colours_and_no_padding(pool: str) -> None:
     for command in ("doctor", "pools", "config", "stat"):
-        output = kvplug(command, TERM="xterm-256color").stdout
+        output = kvplug(command, TERM="xterm-256color", FORCE_COLOR="1").stdout
         assert "\x1b" not in output
         assert all(line == line.rstrip() for line in output.splitlines())
+
+
+# ---- a pool that is damaged, or another user's ---------------------------------------------------------------------
+
+
+def test_a_damaged_pool_in_use_is_called_so_and_not_removed(pool: str, holder: subprocess.Popen[str]) -> None:
+    path = Path(segment_path(pool))
+    with path.open("r+b") as file:
+        file.write(b"x" * 64)
+    path.chmod(0)
+    (line,) = [line for line in kvplug("pools").stdout.splitlines() if line.startswith(pool)]
+    assert "in use; " in line
+    done = kvplug("doctor")
+    assert done.returncode == 1
+    assert "1 process attached" in done.stdout
+    assert f"stop what is attached, then `kvplug rm --pool {pool}`" in done.stdout
+    done = kvplug("rm")
+    assert done.returncode == 1
+    assert "1 process attached" in done.stderr
+    assert path.exists()
+    holder.kill()
+    holder.wait()
+    assert kvplug("rm").returncode == 0
+
+
+def test_rm_of_another_users_pool_says_who_can(pool: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(segment_path(pool), 65534, -1)
+    for arguments in ((), ("--force",)):
+        done = kvplug("rm", *arguments)
+        assert done.returncode == 1
+        assert "belongs to uid 65534" in done.stderr
+        assert f"sudo -u '#65534' kvplug rm --pool {pool}" in done.stderr
+        assert "another pool name" not in done.stderr
+    os.chown(segment_path(pool), 0, -1)
+
+
+def test_no_command_leaves_anything_for_a_pool_that_is_not_there() -> None:
+    name = POOL + "-mistyped"
+    for command in ("stat", "rm", "doctor", "pools", "config"):
+        kvplug(command, KVPLUG_POOL=name)
+    kvplug("rm", "--force", "--pool", name)
+    assert [found for found in os.listdir("/dev/shm") if name in found] == []
+
+
+# ---- where output goes ---------------------------------------------------------------------------------------------
+
+
+def shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A line of sh in which K is the command and S its exit status, on stderr."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVPLUG_")}
+    environment |= {"KVPLUG_POOL": POOL, "KVPLUG_SIZE": "16mib", "XDG_CONFIG_HOME": "/nonexistent", **variables}
+    line = line.replace("K ", f"{KVPLUG} ").replace("; S", "; echo status $? >&2")
+    return subprocess.run(
+        ["sh", "-c", line], env=environment, capture_output=True, timeout=120, check=False, encoding="latin-1"
+    )
+
+
+@pytest.mark.parametrize("command", ["doctor", "config --json", "stat", "--help", "--version"])
+def test_output_that_goes_nowhere_is_no_trace(command: str, pool: str) -> None:
+    full = shell(f"K {command} >/dev/full; S")
+    assert full.stderr.splitlines() == [
+        "kvplug: the output can't be written: No space left on device",
+        "status 1",
+    ]
+    both = shell(f"exec 3>&2; (K {command} >&- 2>&- <&-; echo status $? >&3)")
+    assert both.stderr.splitlines() == ["status 0"]
+    # A reader that is gone before a word is written.
+    piped = shell(f"(sleep 0.2; K {command}; S) | true")
+    assert piped.stderr.splitlines() == ["status 1" if "--help" in command else "status 141"]
+
+
+def test_a_reader_of_the_first_line_gets_it_and_nobody_complains() -> None:
+    first = shell("K doctor | head -1")
+    assert (len(first.stdout.splitlines()), first.stderr) == (1, "")
+
+
+def test_an_error_that_can_not_be_said_is_an_exit_status_all_the_same() -> None:
+    assert shell(f"K rm --pool {POOL}-absent 2>/dev/full; exit $?").returncode == 1
+    assert shell(f"K rm --pool {POOL}-absent 2>&-; exit $?").returncode == 1
+
+
+@pytest.mark.parametrize(
+    "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_locale_without_the_letters_is_no_trace(locale: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "naïve.toml"
+    file.write_text('weights_id = "größer"\npeers = ["a b"]\n')
+    for command in ("config", "doctor", "stat"):
+        done = shell(f"K {command}", KVPLUG_CONFIG=str(file), **locale)
+        assert "Traceback" not in done.stderr
+        assert "kvplug" in done.stderr or command == "doctor"
+    config = shell("K config", KVPLUG_CONFIG=str(file), **locale)
+    assert "naïve.toml" not in config.stderr
+    assert "toml" in config.stderr
+
+
+def on_a_terminal(columns: int, command: str, **variables: str) -> tuple[int, str]:
+    """(exit status, all that is shown) of a command on a terminal of its own."""
+    near, far = pty.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    ignored = ("KVPLUG_", "COLUMNS", "LINES", "NO_COLOR", "TERM")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ignored)}
+    environment |= {"KVPLUG_POOL": POOL, "KVPLUG_SIZE": "16mib", "XDG_CONFIG_HOME": "/nonexistent", **variables}
+    process = subprocess.Popen([KVPLUG, command], env=environment, stdin=far, stdout=far, stderr=far)
+    os.close(far)
+    shown = b""
+    with contextlib.suppress(OSError):  # what reading says at the end
+        while piece := os.read(near, 1 << 16):
+            shown += piece
+    os.close(near)
+    return process.wait(120), shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("columns", [5, 80])
+def test_a_terminal_of_any_width_shows_every_word(columns: int, pool: str) -> None:
+    words = {
+        "pools": [pool, "0600", "not in use"],
+        "config": ["lock_timeout_s", "fetch_timeout_s", "environment KVPLUG_SIZE", "16777216 (16 MiB)"],
+        "stat": ["sealed_blocks"],
+    }
+    for command, wanted in words.items():
+        status, shown = on_a_terminal(columns, command, TERM="xterm-256color", NO_COLOR="1")
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+        assert status == 0
+        assert [word for word in wanted if word not in plain] == [], plain
+
+
+def test_colours_are_for_terminals_that_want_them(pool: str) -> None:
+    colour = re.compile(r"\x1b\[[0-9;]*3\dm")
+    assert colour.search(on_a_terminal(200, "doctor", TERM="xterm-256color")[1])
+    assert not colour.search(on_a_terminal(200, "doctor", TERM="xterm-256color", NO_COLOR="1")[1])
+    assert "\x1b" not in on_a_terminal(200, "doctor", TERM="dumb")[1]
+
+
+# ---- homes and settings files that can't be used -------------------------------------------------------------------
+
+
+def as_others() -> None:
+    """In a child, before it begins: root gives up its right to read everything."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+HOMES = ("unset", "empty", "not there", "a file", "relative", "closed", "too long", "a link that leads nowhere")
+
+
+@pytest.mark.parametrize("kind", HOMES)
+def test_whatever_the_home_is_like_the_commands_work(kind: str, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / ".config").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    closed.chmod(0)
+    homes = {
+        "empty": "",
+        "not there": str(tmp_path / "nothing"),
+        "a file": str(tmp_path / "file"),
+        "relative": "some/where",
+        "closed": str(closed),
+        "too long": "/" + "x" * 5000,
+        "a link that leads nowhere": str(tmp_path / "link"),
+    }
+    ignored = ("KVPLUG_", "XDG_", "HOME", "NUMBA_CACHE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ignored)}
+    environment |= {"KVPLUG_POOL": POOL, "KVPLUG_SIZE": "16mib"} | ({"HOME": homes[kind]} if kind in homes else {})
+    code = """
+        import sys
+        from kvplug.cli.app import app
+        for command in ("config", "doctor", "pools"):
+            try:
+                app([command])
+            except SystemExit as end:
+                assert not end.code, command
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=tmp_path, preexec_fn=as_others,
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert "config.toml (not there)" in done.stdout or kind == "unset"
+    finally:
+        closed.chmod(0o700)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file", "link"], "nothing was made there"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_settings_file_that_this_user_may_not_read_is_one_line(named: bool, tmp_path: Path) -> None:
+    path = tmp_path / "kvplug" / "config.toml"
+    path.parent.mkdir()
+    path.touch(0)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("KVPLUG_", "XDG_"))}
+    environment |= {"KVPLUG_CONFIG": str(path)} if named else {"XDG_CONFIG_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [KVPLUG, "config"], env=environment, preexec_fn=as_others, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.fullmatch(rf"kvplug: the settings file {path}.* may not read it\. .*\n", done.stderr), done.stderr
+
+
+def test_an_empty_device_is_an_empty_settings_file_and_a_mark_of_its_encoding_is_none(tmp_path: Path) -> None:
+    assert kvplug("config", KVPLUG_CONFIG="/dev/null").returncode == 0
+    file = tmp_path / "windows.toml"
+    file.write_bytes(b'\xef\xbb\xbfpolicy = "lru"\r\n')
+    assert rows(kvplug("config", KVPLUG_CONFIG=str(file)).stdout)["policy"][1] == "lru"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -372,6 +373,46 @@ def test_a_binary_file_is_refused_and_not_a_crash(tmp_path: Path) -> None:
     write_file(tmp_path, "").write_bytes(b"\xff\xfe\x00" * 100)
     with pytest.raises(ConfigError, match="can't be used"):
         load()
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a folder": (Path.mkdir, "it is a folder"),
+    "a link that leads nowhere": (lambda path: path.symlink_to("/nonexistent/x"), "a symbolic link that leads nowhere"),
+    "a link to itself": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    "a pipe": (os.mkfifo, "not a regular file"),
+    "not UTF-8": (lambda path: path.write_bytes(b'pool = "\xff"'), "not UTF-8 text (byte 8 is 0xff)"),
+    "not TOML": (lambda path: path.write_text("size: 1gb"), "one `name = value` a line"),
+    "huge": (lambda path: path.write_bytes(b"#" * (1 << 21)), "larger than 1 MiB"),
+}
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", FILES)
+def test_a_settings_file_that_can_not_be_used_says_why(
+    kind: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_file(tmp_path, "")
+    path.unlink()
+    make, says = FILES[kind]
+    make(path)
+    if named:
+        monkeypatch.setenv("KVPLUG_CONFIG", str(path))
+    with pytest.raises(ConfigError) as caught:
+        load()
+    assert f"the settings file {path}" in str(caught.value)
+    assert says in str(caught.value)
+    assert explain()[1] == [str(caught.value)]
+    assert len(explain()[0]) == len(Config.model_fields)
+
+
+def test_a_file_of_a_user_that_is_not_there_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvplug.adapters.sglang.flags import parse_settings
+
+    monkeypatch.setenv("KVPLUG_CONFIG", "~no-such-user/kvplug.toml")
+    with pytest.raises(ConfigError, match=r"~no-such-user/kvplug\.toml, named by KVPLUG_CONFIG, does not exist"):
+        load()
+    with pytest.raises(ConfigError, match=r"@~no-such-user/kvplug\.json: the file can't be read"):
+        parse_settings("@~no-such-user/kvplug.json")
 
 
 def test_an_unknown_argument_is_refused_too() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import email
+import email.message
 import os
 import re
 import shlex
@@ -252,6 +254,23 @@ def test_a_message_that_nobody_says_would_be_found() -> None:
 # ---- what is installed
 
 
+def check_index_page(page: email.message.Message) -> None:
+    """An index shows README without the checkout: no link leads nowhere there, and nothing else is lost."""
+    assert page["Author"]
+    assert page["Description-Content-Type"] == "text/markdown"
+    assert page["License-Expression"] == "Apache-2.0"
+    assert page["Summary"]
+    text, readme = str(page.get_payload()), (ROOT / "README.md").read_text()
+    assert re.findall(r"\]\((?![a-z]+:|#)[^)]*\)", text) == []
+    linked = re.findall(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)", readme)
+    assert linked
+    for words, path in linked:
+        assert words in text
+        assert f"`{path}`" in text
+    assert len(text.splitlines()) == len(readme.splitlines())
+    assert page.get_all("Project-URL", []) == [], "an address that stands there is one that exists"
+
+
 def test_a_wheel_has_every_source_and_nothing_else(tmp_path: Path) -> None:
     """Built from a copy, since a build leaves folders behind."""
     import shutil
@@ -261,7 +280,7 @@ def test_a_wheel_has_every_source_and_nothing_else(tmp_path: Path) -> None:
     copy.mkdir()
     for name in ("kvplug", "shm", "rdma", "adapters"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy],
@@ -275,6 +294,8 @@ def test_a_wheel_has_every_source_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "installed")
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        check_index_page(email.message_from_bytes(archive.read(metadata)))
     wanted = {"kvplug/" + str(path.relative_to(ROOT / "kvplug")) for path in (ROOT / "kvplug").rglob("*.py")}
     for name in ("shm", "rdma", "adapters"):
         wanted |= {f"kvplug/{name}/" + str(path.relative_to(ROOT / name)) for path in (ROOT / name).rglob("*.py")}

@@ -170,7 +170,7 @@ def test_as_one_of_several_connectors_it_stays_out_of_the_others_way(
         agree(cases, engine.each(requests(cases), timeout_s=30.0))
         assert engine.do("reset")
     assert engine.do("metrics").get("vllm:external_prefix_cache_hits_total", 0.0) > 0, "the other one loads"
-    assert "kvplug: OFF: it is one of several KV connectors" in engine.log_text()
+    assert "kvplug: OFF: KvplugConnector is one of several KV connectors" in engine.log_text()
     assert "kvplug: ON" not in engine.log_text()
     engine.close()
 
