@@ -13,8 +13,9 @@ import inspect
 import os
 import platform
 import re
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvplug.adapters.common.hooks import put_around
 from kvplug.adapters.vllm.compat_requests import processing
@@ -78,6 +79,8 @@ def problems() -> list[str]:
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.request import Request
 
     connector = getattr(base, "KVConnectorBase_V1", None)
@@ -95,7 +98,12 @@ def problems() -> list[str]:
         (BlockPool, "touch", ("blocks",)),
         (BlockPool, "free_blocks", ("ordered_blocks",)),
         (KVCacheManager, "get_blocks", ("request_id",)),
+        (KVCacheManager, "free", ("request",)),
         (KVCacheManager, "reset_prefix_cache", ()),
+        (EngineCore, "collective_rpc", ("method",)),
+        (EngineCore, "reset_prefix_cache", ("reset_running_requests", "reset_connector")),
+        (EngineCore, "set_weight_version", ()),
+        (Scheduler, "_free_blocks", ("request",)),
         (
             kv_cache_utils,
             "generate_block_hash_extra_keys",
@@ -120,6 +128,12 @@ def problems() -> list[str]:
         f"BlockPool.{name} is gone"
         for name in ("blocks", "null_block", "num_gpu_blocks", "cached_block_hash_to_block")
         if name not in pool_fields
+    ]
+    scheduler_fields = set(Scheduler.__init__.__code__.co_names)
+    found += [
+        f"Scheduler.{name} is gone"
+        for name in ("deferred_frees", "failed_recving_kv_req_ids", "finished_recving_kv_req_ids", "running")
+        if name not in scheduler_fields
     ]
     if "failed_recving" not in getattr(getattr(base, "KVConnectorTransferResults", None), "__dataclass_fields__", {}):
         found.append("KVConnectorTransferResults.failed_recving is gone")
@@ -154,6 +168,17 @@ def transfer_config() -> Any:
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
     )
+
+
+def who_named_connector(config: Any) -> str:
+    """The setting by which a user has asked for another KV connector, and which one that is."""
+    name = config.kv_transfer_config.kv_connector
+    if getattr(config.cache_config, "kv_offloading_size", None) is not None:
+        return (
+            f"--kv-offloading-size asks for vLLM's {name}, which is left alone; an engine has one KV connector, so "
+            "leave that option out to use kvplug"
+        )
+    return f"--kv-transfer-config names {name}, which is left alone"
 
 
 def register_connector() -> None:
@@ -375,54 +400,168 @@ def before_cache_reset(manager: Any, react: Callable[[], None]) -> None:
     manager.reset_prefix_cache = reset_prefix_cache
 
 
+class CacheReset:
+    """An engine that is about to empty its prefix cache, and what keeps it from doing so that is not there without a
+    KV connector: requests that wait for a load or were loaded and not admitted yet, aborted ones whose load has not
+    been reported, and blocks that vLLM frees late because a load could overtake a step's writes.
+    """
+
+    def __init__(self, core: Any, preempts: bool) -> None:
+        self._scheduler, self._executor = core.scheduler, core.model_executor
+        self._preempts = preempts
+        """Whether running requests were sent back to the queue, so that the cache can be emptied at all."""
+
+    def _loaded(self) -> list[Any]:
+        """Requests that are not running and have blocks: they are loaded, or were."""
+        from vllm.v1.request import RequestStatus
+
+        waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        return [
+            request
+            for request in self._scheduler.requests.values()
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            or (request.status in waiting and request.num_computed_tokens > 0 and not request.resumable)
+        ]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether requests keep their blocks, so that the engine answers that its cache could not be emptied."""
+        return not self._preempts and bool(self._scheduler.running or self._loaded())
+
+    def loads(self, awaited: set[str]) -> set[str]:
+        """Requests of which a load is not over or was not used yet; ``awaited``: those whose load was not reported."""
+        over = {name for name in awaited if name in self._scheduler.requests}
+        return over | {request.request_id for request in self._loaded()}
+
+    def quiesce(self, newest_load: int, newest_store: int) -> bool:
+        """Every worker gives up what it has not begun to copy, and waits for what it copies; whether all is quiet.
+
+        ``newest_load``, ``newest_store``: the last jobs that were sent to the workers.
+        """
+        return all(self._executor.collective_rpc(quiesce_copies, args=(newest_load, newest_store)))
+
+    def give_up_loads(self, awaited: set[str]) -> None:
+        """Takes the blocks back. Requests that were loaded are computed when they are scheduled again.
+
+        Only after :meth:`quiesce`: nothing may still write to these blocks.
+        """
+        from vllm.v1.request import RequestStatus
+
+        scheduler = self._scheduler
+        for name in awaited:
+            request = scheduler.requests.get(name)
+            if request is not None and request.is_finished():
+                scheduler._free_blocks(request)
+        for request in self._loaded():
+            request.num_computed_tokens = 0
+            scheduler.kv_cache_manager.free(request)
+            getattr(scheduler, "_inflight_prefills", set()).discard(request)
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:  # as after a load that has failed
+                scheduler.failed_recving_kv_req_ids.add(request.request_id)
+                scheduler.finished_recving_kv_req_ids.add(request.request_id)
+
+    def free_deferred(self) -> None:
+        """Frees what vLLM frees late. Loads of kvplug's wait for the steps that were given to the device before them,
+        so none can overtake a step that still writes there."""
+        deferred = self._scheduler.deferred_frees
+        while deferred:
+            _, blocks = deferred.popleft()
+            self._scheduler.kv_cache_manager.block_pool.free_blocks(reversed(blocks))
+
+
+def quiesce_copies(_worker: Any, newest_load: int, newest_store: int) -> bool:
+    """In a worker: :meth:`CacheReset.quiesce`."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return bool(get_kv_transfer_group().quiesce(newest_load, newest_store))
+
+
 # -- weights -----------------------------------------------------------------------------------------------------
 
 
-WeightsReaction = Callable[[str, "int | None"], None]
-"""Called with what changes the weights ("" at its end), and how many changes workers have seen, if that is known."""
+class EngineReactions(Protocol):
+    """What a connector in the scheduler's process does about calls that its engine gets."""
+
+    def on_weights(self, why: str, seen: int | None) -> None:
+        """Weights change ("" at the end of a change); ``seen``: how many changes workers have seen, if known."""
+
+    def on_cache_reset(self, reset: CacheReset | None) -> None:
+        """The engine's prefix cache is about to be emptied; None: that is over, whatever came of it."""
 
 
-def on_weights_rpc(react: WeightsReaction) -> None:
-    """In the scheduler's process: calls ``react`` when a call to the workers changes weights.
+def watch_engine(reactions: EngineReactions) -> None:
+    """In the scheduler's process: from now on the connector is told of calls that its engine gets, and of no other's.
 
-    Calls that are known by name are judged by it. Around any other, a function or a method of the user's own, the
-    weights are looked at in every worker (:mod:`kvplug.adapters.vllm.fingerprint`).
+    Calls to the workers that are known by name are judged by it. Around any other, a function or a method of the
+    user's own, the weights are looked at in every worker (:mod:`kvplug.adapters.vllm.fingerprint`).
     """
     from vllm.v1.engine.core import EngineCore
 
-    _reactions.append(react)
+    _watching.add(reactions)
     put_around(EngineCore, "collective_rpc", _around_rpc)
     put_around(EngineCore, "set_weight_version", _around_version)
+    put_around(EngineCore, "reset_prefix_cache", _around_cache_reset)
 
 
-def _around_rpc(original: Any) -> Any:
+_watching: weakref.WeakSet[EngineReactions] = weakref.WeakSet()
+"""Connectors of the engines in this process."""
+
+
+def _reactions_of(core: Any) -> EngineReactions | None:
+    connector = getattr(getattr(core, "scheduler", None), "connector", None)
+    return connector if connector in _watching else None
+
+
+def _around_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _reactions or (isinstance(method, str) and method in _HARMLESS_RPCS):
+        reactions = _reactions_of(self)
+        if reactions is None or (isinstance(method, str) and method in _HARMLESS_RPCS):
             return original(self, method, *args, **kwargs)
         if isinstance(method, str) and method in _CHANGING_RPCS:
-            _react(method)
+            reactions.on_weights(method, None)
             try:
                 return original(self, method, *args, **kwargs)
             finally:
-                _react("", _seen_by_workers(self))
+                reactions.on_weights("", _seen_by_workers(self))
         before = _fingerprints(self)
         try:
             return original(self, method, *args, **kwargs)
         finally:
             if before is None or _fingerprints(self) != before:
-                _react(method if isinstance(method, str) else "by a function that was sent to the workers")
+                reactions.on_weights(
+                    method if isinstance(method, str) else "by a function that was sent to the workers", None
+                )
 
     return collective_rpc
 
 
-def _around_version(set_version: Any) -> Any:
-    @functools.wraps(set_version)
+def _around_version(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def set_weight_version(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _react("a new weight version")
-        return set_version(self, *args, **kwargs)
+        reactions = _reactions_of(self)
+        if reactions is not None:
+            reactions.on_weights("a new weight version", None)
+        return original(self, *args, **kwargs)
 
     return set_weight_version
+
+
+def _around_cache_reset(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reset_prefix_cache(
+        self: Any, reset_running_requests: bool = False, reset_connector: bool = False, **kwargs: Any
+    ) -> Any:
+        reactions = _reactions_of(self)
+        if reactions is None:
+            return original(self, reset_running_requests, reset_connector, **kwargs)
+        reactions.on_cache_reset(CacheReset(self, reset_running_requests))
+        try:
+            return original(self, reset_running_requests, reset_connector, **kwargs)
+        finally:
+            reactions.on_cache_reset(None)
+
+    return reset_prefix_cache
 
 
 def _fingerprints(core: Any) -> list[Any] | None:
@@ -430,14 +569,6 @@ def _fingerprints(core: Any) -> list[Any] | None:
         return list(core.model_executor.collective_rpc(weights_fingerprint))
     except Exception:  # noqa: BLE001 - weights that can't be looked at count as changed
         return None
-
-
-_reactions: list[WeightsReaction] = []
-
-
-def _react(why: str, seen: int | None = None) -> None:
-    for react in _reactions:
-        react(why, seen)
 
 
 def _seen_by_workers(core: Any) -> int | None:
@@ -488,7 +619,7 @@ def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 _worker_reactions: list[Callable[[str], None]] = []
 
 
-def forget_reactions(scheduler: WeightsReaction, worker: Callable[[str], None]) -> None:
-    """Drops reactions of a connector that was shut down."""
-    _reactions[:] = [react for react in _reactions if react != scheduler]
+def forget(connector: Any, worker: Callable[[str], None]) -> None:
+    """Drops the reactions of a connector that was shut down."""
+    _watching.discard(connector)
     _worker_reactions[:] = [react for react in _worker_reactions if react != worker]

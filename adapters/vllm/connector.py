@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.kvplug")
 T = TypeVar("T")
 
+ARRIVAL_TIMEOUT_S = 10.0
+"""How long a worker that is told to end its copies waits for a step that was sent before and comes by another way."""
 EMPTY_STEP_S = 0.001
 """How long a step that runs no model lasts while requests wait for other hosts: an engine in one's own process does
 not pause between steps, and would take the interpreter from the threads that it waits for."""
@@ -59,12 +61,18 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._step_errors: Counter[str] = Counter()
         self._owed: dict[str, None] = {}
         self._awaited: set[str] = set()
+        self._given_up: set[str] = set()
+        self._reset: compat.CacheReset | None = None
+        self._layouts: dict[Rank, Any] = {}
         self._orphans: set[str | None] = set()
         self._orphan_jobs: set[int] = set()
         self._loading: set[str | None] = set()
         self._submitted_step = 0
+        self._newest_load = self._newest_store = 0
+        self._told: RankLayout | None = None
+        self._of_another = False
         self._failed: tuple[set[str], set[int]] = set(), set()
-        self._by_block = _goes_on_at_any_block(kv_cache_config)
+        self._by_block = self._shielded("start", _goes_on_at_any_block, False, kv_cache_config)
         self._start: SchedulerStart | None = None
         self._pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
@@ -74,7 +82,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
                 )
                 vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
             self._start = self._shielded("start", _scheduler_start, None, vllm_config)
-            self._shielded("start", compat.on_weights_rpc, None, self._on_rpc)
+            self._shielded("start", compat.watch_engine, None, self)
         else:
             self._shielded("start", compat.on_worker_weights, None, self._on_worker_weights)
         atexit.register(_close, weakref.ref(self))
@@ -114,20 +122,29 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         if not all(isinstance(layout, RankLayout) for layout in metadata.values()):
             return  # it is another connector's, beside which kvplug does not work
 
-        def begin() -> SchedulerSide | None:
-            assert self._start is not None
-            side = self._start.begin(self._kv_cache_config, metadata, logger.warning)
-            if side is not None:
-                side.state.block_pool, side.state.manager = self._pool, self._kv_cache_manager
-            return side
+        if self._layouts == metadata or self._start is None:  # the engine may tell the same again
+            return
+        before, self._layouts = self._scheduler, dict(metadata)
+        if before is not None:
+            if before.loading:
+                logger.warning("kvplug: OFF: the workers' layouts changed while blocks were being loaded")
+                before.switch_off()
+                return
+            self._shielded("other layouts", before.close, None)
+        self._scheduler = self._shielded("start", self._begin, None, self._start, before)
 
-        if self._start is not None:
-            self._scheduler = self._shielded("start", begin, None)
+    def _begin(self, start: SchedulerStart, before: SchedulerSide | None) -> SchedulerSide | None:
+        side = start.begin(self._kv_cache_config, self._layouts, logger.warning)
+        if side is not None:
+            side.state.block_pool, side.state.manager = self._pool, self._kv_cache_manager
+            if before is not None:
+                side.go_on_from(before)
+        return side
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond the engine's own that the pool can give; loaded while other requests go on. None: ask again."""
         side = self._scheduler
-        if side is None or side.off:
+        if side is None or side.off or request.request_id in self._given_up:
             return 0, False
         count = self._shielded("a lookup", side.matched_tokens, 0, request, num_computed_tokens)
         return count, bool(count)
@@ -147,8 +164,8 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """The step's jobs."""
         scheduled = scheduler_output.num_scheduled_tokens
-        meta = StepMetadata(step=0, runs_model=bool(scheduled))
         side = self._scheduler
+        meta = StepMetadata(step=0, engine=side.engine if side is not None else "", runs_model=bool(scheduled))
         if side is not None:
             meta = self._shielded("a step", side.build, meta, {} if side.off else scheduled)
         if self._owed:
@@ -170,10 +187,10 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """What the workers have to say."""
-        if self._scheduler is None:  # then no load is kvplug's
-            return
-        if connector_output.finished_recving:
+        if connector_output.finished_recving and (self._scheduler is not None or self._awaited or self._given_up):
             self._only_awaited(connector_output)
+        if self._scheduler is None:
+            return
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             self._shielded("a report", self._scheduler.reported, None, report)
@@ -183,8 +200,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         finished = connector_output.finished_recving
         if not finished <= self._awaited:
             connector_output.finished_recving = finished & self._awaited
-            self._step_errors["hook_errors"] += len(finished - self._awaited)
+            self._step_errors["hook_errors"] += len(finished - self._awaited - self._given_up)
         self._awaited -= finished
+        self._given_up -= finished
 
     def on_new_request(self, request: Any) -> None:
         """A request was added."""
@@ -207,11 +225,36 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             self._shielded("a cache reset", self._scheduler.reset, None)
         return True
 
-    def _before_cache_reset(self) -> None:
-        if self._scheduler is not None:
-            self._shielded("a cache reset", self._scheduler.before_reset, None)
+    def on_cache_reset(self, reset: compat.CacheReset | None) -> None:
+        """The engine is about to empty its own prefix cache, by a call that it got; None: that is over."""
+        self._reset = reset
 
-    def _on_rpc(self, why: str, seen: int | None) -> None:
+    def _before_cache_reset(self) -> None:
+        self._shielded("a cache reset", self._make_way, None)
+
+    def _make_way(self) -> None:
+        """Whatever would not be there without kvplug keeps the engine from emptying its prefix cache no longer."""
+        reset, side = self._reset, self._scheduler
+        if reset is not None and reset.hopeless:
+            return  # the engine says that it could not; until it can, loads and stores go on
+        if side is not None:
+            side.before_reset()
+        if reset is None:
+            return
+        if reset.loads(self._awaited) or (side is not None and side.stores.held):
+            newest = (side.loads.newest, side.stores.newest) if side is not None else (0, 0)
+            if not reset.quiesce(*newest):
+                logger.warning("kvplug: copies do not end; the engine's prefix cache can't be emptied yet")
+                return
+            reset.give_up_loads(self._awaited)
+            self._given_up |= self._awaited
+            self._awaited.clear()
+            if side is not None:
+                side.quiesced()
+        reset.free_deferred()
+
+    def on_weights(self, why: str, seen: int | None) -> None:
+        """The engine got a call that changes weights, or may have changed them."""
         if self._scheduler is not None:
             self._shielded("a change of weights", self._scheduler.weights_changed, None, why, seen)
 
@@ -227,23 +270,34 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
                     "kvplug: OFF: KvplugConnector is one of several KV connectors, and works only as the only one"
                 )
             return
+        if self._layout is not None:  # vLLM has one worker's connector in a process; this one copies another's blocks
+            self._told = RankLayout(
+                compat.ranks(),
+                None,
+                "another engine in this process uses kvplug, and an engine needs a process of its own",
+            )
+            return
         from kvplug.adapters.vllm.boot import worker_start
 
         self._layout, self._worker = worker_start(self._vllm_config, self._kv_cache_config, kv_caches, logger.warning)
+        self._told = self._layout
 
     def get_handshake_metadata(self) -> RankLayout | None:
         """Where this worker's bytes lie, for the scheduler's side."""
-        return self._layout
+        return self._told
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins; its loads begin with it, since what they write to was allocated and is not in use."""
         super().bind_connector_metadata(connector_metadata)
         meta = connector_metadata
-        if not isinstance(meta, StepMetadata) or not meta.loads:
+        mine = self._layout.token if self._layout is not None else None
+        self._of_another = isinstance(meta, StepMetadata) and meta.engine != (mine or "")
+        if self._of_another or not isinstance(meta, StepMetadata) or not meta.loads:
             return
         if self._worker is None or not self._shielded("a load", self._submit_loads, False, meta):
             self._orphans |= {job.request_id for job in meta.loads if job.request_id}
             self._orphan_jobs |= {job.job_id for job in meta.loads}
+        self._newest_load = max(self._newest_load, *(job.job_id for job in meta.loads))
 
     def _submit_loads(self, meta: StepMetadata) -> bool:
         assert self._worker is not None
@@ -276,14 +330,19 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """The step's blocks are written, or the device has been told to: their stores begin. Does not wait."""
         meta = self._connector_metadata
-        if self._worker is None or not isinstance(meta, StepMetadata) or meta.step <= self._submitted_step:
+        if self._worker is None or self._of_another or not isinstance(meta, StepMetadata):
+            return
+        if meta.step <= self._submitted_step:
             return
         self._submitted_step = meta.step
         if meta.stores:
             self._shielded("a store", self._worker.submit_stores, None, meta.stores, meta.plan)
+            self._newest_store = max(job.job_id for job in meta.stores)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Loads that ended. One that failed is also reported as failed, and its tokens are computed."""
+        if self._of_another:
+            return KVConnectorTransferResults(finished_recving=set(), failed_recving=set())
         meta = self._connector_metadata
         runs_model = meta.runs_model if isinstance(meta, StepMetadata) else True
         if not runs_model:
@@ -311,12 +370,16 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of single-group models that do not hold what they should."""
+        if self._of_another:
+            return set()
         invalid = self._failed[1]
         self._failed = set(), set()
         return invalid
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """What the scheduler's side has to know."""
+        if self._of_another:
+            return None
         report = self._shielded("a report", self._worker.take_report, None) if self._worker is not None else None
         if self._orphan_jobs:
             report = report or WorkerReport()
@@ -328,6 +391,22 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             report = report or WorkerReport()
             report.ran = meta.step
         return report
+
+    def quiesce(self, newest_load: int, newest_store: int) -> bool:
+        """Copies that have not begun are given up, and the others waited for, within a bound; whether all is quiet.
+
+        Args:
+            newest_load: the last load's job that the scheduler has sent; it may be on its way here still.
+            newest_store: the last store's.
+        """
+        if self._worker is None:
+            return True
+        deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
+        while self._newest_load < newest_load or self._newest_store < newest_store:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(EMPTY_STEP_S)
+        return self._shielded("a cache reset", self._worker.quiesce, False)
 
     def weight_changes_seen(self) -> int:
         """How many changes of weights there were in this worker; asked by :mod:`kvplug.adapters.vllm.compat`."""
@@ -343,7 +422,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         """Counts since the last call; only the scheduler's side has any, workers send theirs there."""
         side = self._scheduler
         if side is not None and side.fetches is not None:
-            side.fetches.gather_counts()
+            self._shielded("a report", side.fetches.gather_counts, None)
         if self.role != KVConnectorRole.SCHEDULER or not (
             self._step_errors or (side is not None and side.state.counts)
         ):
@@ -362,13 +441,17 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def build_prom_metrics(
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
-    ) -> KvplugPromMetrics:
-        """kvplug's counters for /metrics."""
-        return KvplugPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+    ) -> KvplugPromMetrics | None:
+        """kvplug's counters for /metrics; None if they can't be registered, which is no reason for an engine to end."""
+        try:
+            return KvplugPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        except Exception:
+            logger.exception("kvplug: an error in its counters; there are none of kvplug's on /metrics")
+            return None
 
     def shutdown(self) -> None:
         """Leaves the pool."""
-        compat.forget_reactions(self._on_rpc, self._on_worker_weights)
+        compat.forget(self, self._on_worker_weights)
         worker, self._worker = self._worker, None
         scheduler, self._scheduler = self._scheduler, None
         if worker is not None:

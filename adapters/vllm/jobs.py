@@ -88,6 +88,9 @@ class StepMetadata(KVConnectorMetadata):
     """One engine step's jobs."""
 
     step: int
+    engine: str = ""
+    """The session of the engine whose step it is; "" while it does without kvplug. Engines in one process share what
+    vLLM has once for a process, the worker's connector among it."""
     runs_model: bool
     """False for an empty step, which on some versions ends without wait_for_save."""
     timed: bool = False

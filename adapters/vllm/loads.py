@@ -35,6 +35,8 @@ class Loads:
         self._state = state
         self._offers: OrderedDict[str, Record] = OrderedDict()
         self.queued: list[Job] = []
+        self.newest = 0
+        """The last load's job."""
 
     # -- lookup ------------------------------------------------------------------------------------------------------
 
@@ -195,6 +197,7 @@ class Loads:
         )
         pins_held = [(p.slots, p.gens) for p in offer.pins if len(p.slots)] if offer is not None else []
         self.queued.append(state.submit(Pending(job, state.world, keys=tuple(keys), record=record, pins=pins_held)))
+        self.newest = job.job_id
         record.loads += 1
         state.counts["hit_tokens"] += num_tokens
 

@@ -2,16 +2,23 @@
 
 Counts are gathered in the scheduler's process (workers send theirs along with each step's output), travel with vLLM's
 own statistics to the process that serves /metrics, and are added to Prometheus counters there.
+
+Prometheus' registry is one for a process. When another engine begins in it, vLLM takes its own collectors out of the
+registry and makes new ones, so that /metrics shows the engine that began last and never a sum of two; kvplug's do the
+same.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import REGISTRY, Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.logger import init_logger
 
+logger = init_logger("vllm.kvplug")
 COUNTERS: dict[str, tuple[str, str]] = {
     "lookups": ("lookups", "Requests that were looked up in the pool."),
     "lookup_tokens": ("lookup_tokens", "Tokens that were looked up in the pool."),
@@ -28,7 +35,10 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "hook_errors": ("hook_errors", "Errors inside kvplug that the engine was shielded from."),
     "offers_expired": ("offers_expired", "Hits that the engine did not take up in time."),
     "requests_refused": ("requests_refused", "Requests whose contents could not be identified."),
-    "steps_without_room": ("steps_without_room", "Steps after which nothing was stored: too many blocks are held."),
+    "steps_without_room": (
+        "steps_without_room",
+        "Steps with full blocks after which nothing was stored: too many are held.",
+    ),
     "seals_queued": ("seals_queued", "Seals that had to wait for a busy pool lock."),
     "weight_changes": ("weight_changes", "Changes of weights in the living engine."),
     "fetches": ("fetches", "Fetches begun from another host."),
@@ -43,6 +53,8 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "rotations": ("rotations", "Times that this engine's namespace was rotated by a cache reset."),
 }
 NOT_STORED = "not_stored:"
+_registered: list[Any] = []
+"""Collectors of the engine that began last in this process."""
 SECONDS = {"load_ns": "load", "store_ns": "store", "fetch_ns": "fetch"}
 
 
@@ -70,11 +82,18 @@ class KvplugStats(KVConnectorStats):
 
 
 class KvplugPromMetrics(KVConnectorPromMetrics):
-    """kvplug_* counters, one child per engine."""
+    """kvplug_* counters, one child per engine. Those of an engine that began earlier in this process make way."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        make = metric_types[Counter]
+        _unregister()
+        self._failed = False
+
+        def make(**arguments: Any) -> Any:
+            collector = metric_types[Counter](**arguments)
+            _registered.append(collector)
+            return collector
+
         self._plain = {
             name: make(name=f"kvplug_{metric}", documentation=text, labelnames=labelnames)
             for name, (metric, text) in COUNTERS.items()
@@ -92,9 +111,16 @@ class KvplugPromMetrics(KVConnectorPromMetrics):
                 counter.labels(*labels)  # present, with 0, from the start
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Adds a report's numbers."""
-        labels = self.per_engine_labelvalues[engine_idx]
-        for name, value in transfer_stats_data.items():
+        """Adds a report's numbers. An error is said once, and costs the report."""
+        try:
+            self._observe(transfer_stats_data, self.per_engine_labelvalues[engine_idx])
+        except Exception:
+            if not self._failed:
+                logger.exception("kvplug: figures of engine %s are missing on /metrics", engine_idx)
+            self._failed = True
+
+    def _observe(self, counts: dict[str, Any], labels: Any) -> None:
+        for name, value in counts.items():
             if value <= 0:
                 continue
             if name in self._plain:
@@ -103,3 +129,10 @@ class KvplugPromMetrics(KVConnectorPromMetrics):
                 self._not_stored.labels(*labels, name.removeprefix(NOT_STORED)).inc(value)
             elif name in SECONDS:
                 self._seconds.labels(*labels, SECONDS[name]).inc(value / 1e9)
+
+
+def _unregister() -> None:
+    """Takes what an earlier engine of this process has registered out of the registry."""
+    while _registered:
+        with contextlib.suppress(KeyError):  # somebody else has emptied the registry, or it is not Prometheus' own
+            REGISTRY.unregister(_registered.pop())

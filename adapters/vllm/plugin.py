@@ -96,7 +96,7 @@ def _switch_on(config: VllmConfig) -> None:
     given = config.kv_transfer_config
     if given is not None and given.kv_connector is not None:
         if given.kv_connector != compat.CONNECTOR_NAME:
-            _say(f"kvplug: OFF: --kv-transfer-config names {given.kv_connector}, which is left alone")
+            _say(f"kvplug: OFF: {compat.who_named_connector(config)}")
         return
     reason = against(config)
     if reason is not None:

@@ -74,6 +74,8 @@ class Record:
     """What decides the bytes of its blocks can't be identified."""
     stored: list[int] = field(default_factory=list)
     """Per group, blocks from the front that need no more storing."""
+    due: int = 0
+    """Tokens whose whole blocks were to be stored when blocks were last stored; room may not have been for all."""
     next_at: int = 0
     """Computed tokens at which the next block of any group is full."""
 

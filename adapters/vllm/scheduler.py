@@ -68,6 +68,8 @@ class SchedulerSide:
         self._kv_layout = kv_cache_config.kv_cache_layout
         self._config = config
         self._environment = VARIABLES.deciding(os.environ)
+        role = vllm_config.kv_transfer_config
+        self._reads, self._writes = role.is_kv_consumer, role.is_kv_producer  # type: ignore[union-attr]
         self._mm_by_content = compat_requests.mm_named_by_content(vllm_config)
         self._probe: WeightsProbe | None = probe
         self._say = say
@@ -93,6 +95,8 @@ class SchedulerSide:
         self._lora = LoraIdentities(self._adapter_identity)
         self._refusals: set[str] = set()
         self._step = 0
+        self.engine = token
+        """The session that this engine's workers share."""
         self._weights_known(WEIGHTS_WAIT_S)
         if self._probe is not None:
             self._say(
@@ -136,8 +140,13 @@ class SchedulerSide:
         block = sum(sum(sizes) for sizes in self.state.part_nbytes)
         self._say(
             f"kvplug: ON, pool {self.state.store.pool_name} of {format_size(int(size))}, namespace {found.describe()}, "
-            f"{format_size(block)} for {self.state.span} tokens"
+            f"{format_size(block)} for {self.state.span} tokens{self._role()}"
         )
+
+    def _role(self) -> str:
+        if not self._reads:
+            return "; kv_role is kv_producer: blocks are stored and none is read"
+        return "" if self._writes else "; kv_role is kv_consumer: blocks are read and none is stored"
 
     def _adapter_identity(self, path: str) -> bytes | None:
         first = self._adapters_seen_ns.setdefault(path, time.time_ns())  # what changes later is not what is loaded
@@ -168,7 +177,7 @@ class SchedulerSide:
     def matched_tokens(self, request: Request, local: int) -> int | None:
         """Tokens beyond the engine's own that the pool can give; pinned. None: ask again, more may be on its way."""
         record = self._record(request)
-        if record.chain is None or record.load_failed or request.skip_reading_prefix_cache:
+        if not self._reads or record.chain is None or record.load_failed or request.skip_reading_prefix_cache:
             return 0
         if record.loads > request.num_preemptions:  # it was admitted with a load, and is here again: that load failed
             return 0
@@ -243,6 +252,9 @@ class SchedulerSide:
         self._let_go(record)
         if record.chain is None or record.epoch != self.state.epoch:
             return
+        missed = self.stores.without_room(record)
+        if missed:
+            self.state.counts["not_stored:no_room"] += missed
         for group, rule in enumerate(self.state.rules):
             if record.stored[group]:
                 steps = record.chain.step_keys[: record.stored[group] * rule.span // self.state.step_tokens]
@@ -263,7 +275,7 @@ class SchedulerSide:
             if record is None:
                 continue
             computed = record.request.num_computed_tokens + count
-            if computed >= record.next_at and self._storable(record):
+            if self._writes and computed >= record.next_at and self._storable(record):
                 try:
                     record.step_keys(min(computed, len(record.tokens)))
                 except KeyFormatError as error:
@@ -279,6 +291,7 @@ class SchedulerSide:
             waits, self.fetches.waiting = self.fetches.waiting > 0, 0
         return StepMetadata(
             step=self._step,
+            engine=self.engine,
             runs_model=bool(scheduled),
             timed=timed,
             waits=waits,
@@ -340,10 +353,32 @@ class SchedulerSide:
 
     def before_reset(self) -> None:
         """The engine is about to empty its prefix cache, which it can't while blocks are held."""
+        for record in self.state.records.values():
+            self.loads.give_back(record)
         if self.stores.held:
             self.stores.poll()
         if self.stores.held:
             self.stores.cancel_all()
+
+    @property
+    def loading(self) -> bool:
+        """Whether workers read from slots that are pinned for them."""
+        return any(pending.job.request_id is not None for pending in self.state.pending.values())
+
+    def quiesced(self) -> None:
+        """No worker copies any more, and nobody waits for a load: nothing is held or pinned for them any longer."""
+        pending = self.state.pending
+        for job_id in [job_id for job_id, one in pending.items() if one.job.request_id is not None]:
+            self.loads.unpin(pending.pop(job_id))
+        self.stores.let_all_go()
+
+    def go_on_from(self, before: SchedulerSide) -> None:
+        """Takes the place of a side that was closed: jobs and steps are counted on, so that workers take what comes
+        for new. Where that side had left the shared namespace, this one uses none before the engine's own cache was
+        emptied, and a private one then.
+        """
+        self._step = before._step
+        self.state.go_on_from(before.state)
 
     def reset(self) -> None:
         """The engine's user wants nothing that was cached so far to be used again."""
@@ -373,6 +408,8 @@ class SchedulerSide:
             self._probe.stop()
         for probe in self._adapters.values():
             probe.stop()
+        self.stores.cancel_all()
+        self.quiesced()
         try:
             self.state.store.close()
         except KvplugError as error:

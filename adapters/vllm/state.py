@@ -89,6 +89,12 @@ class EngineState:
         self.root = None
         self._stale_cache = compat.cache_identity(self.block_pool) if self.block_pool is not None else object()
 
+    def go_on_from(self, before: EngineState) -> None:
+        """Counts jobs and changes of weights on; what had left the shared namespace does not come back to it."""
+        self._jobs, self.worker_changes = before._jobs, before.worker_changes
+        if before.epoch:
+            self.weights_changed()
+
     def rotate(self) -> None:
         """This engine's blocks so far are hidden from it; they stay there for others."""
         self.epoch += 1

@@ -124,13 +124,21 @@ class WorkerSide:
         self.drain()
 
     def drain(self) -> bool:
-        """Gives up stores that have not begun and waits, within a bound, for copies that run; whether all ended."""
+        """Gives up copies that have not begun and waits, within a bound, for those that run; whether all ended."""
         self._giving_up.set()
         with self._idle:
             done = self._idle.wait_for(lambda: not any(self._under_way.values()), DRAIN_TIMEOUT_S)
         self._giving_up.clear()
         if not done:
             self._warn(f"kvplug: copies did not end within {DRAIN_TIMEOUT_S:.0f} s")
+        return done
+
+    def quiesce(self) -> bool:
+        """As :meth:`drain`. Loads whose end was not told are told as failed: the engine takes their blocks back."""
+        done = self.drain()
+        with self._lock:
+            for result in self._loaded:
+                result.ok, result.failed_blocks = False, set()
         return done
 
     def close(self) -> None:
@@ -178,7 +186,7 @@ class WorkerSide:
     def _load(self, job: Job, plan: Plan, after: Any, refused: bool) -> None:
         began = time.perf_counter()
         counts: Counter[str] = Counter()
-        if refused:
+        if refused or self._giving_up.is_set():
             result = LoadResult(job, ok=False, failed_blocks=_all_blocks(job))
         else:
             result = LoadResult(job, ok=True)

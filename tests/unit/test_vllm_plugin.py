@@ -97,6 +97,17 @@ def test_another_connector_is_left_alone_and_that_is_said(
     assert any("ExampleConnector" in line for line in said(caplog))
 
 
+def test_who_asked_for_offloading_is_told_by_that_option(
+    wanted: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert make(kv_offloading_size=1.0).kv_transfer_config.kv_connector == "OffloadingConnector"
+    (line,) = set(said(caplog))
+    assert "--kv-offloading-size" in line
+    assert "OffloadingConnector" in line
+    assert "--kv-transfer-config" not in line
+
+
 def test_a_users_own_configuration_of_kvplug_is_kept(wanted: None) -> None:
     mine = KVTransferConfig(kv_connector="KvplugConnector", kv_role="kv_both", engine_id="mine")
     assert make(kv_transfer_config=mine).kv_transfer_config.engine_id == "mine"

@@ -114,11 +114,39 @@ def test_another_host_gives_what_each_group_needs_and_no_more(
     agree(cases, warm.each(requests(cases)))
 
 
+@pytest.fixture(scope="module")
+def cramped(start: Callable[..., InProcess]) -> InProcess:
+    """An engine with few device blocks, of which a prompt of some hundred tokens has more than stores may hold."""
+    return start("cramped", GEMMA3, num_gpu_blocks_override=90, max_model_len=1024).ready()
+
+
+def test_a_prompt_that_stores_have_no_room_for_gets_further_with_each_repeat(
+    cramped: InProcess, witness: Control, pool: str
+) -> None:
+    """What is stored is a prefix in all groups, so it is hit; what was there uses no room. The rest is counted."""
+    (case,) = witness.pick(make_prompts(8, 94, tokens=(700, 720)), 1, max_tokens=1)
+    hits = []
+    before = cramped.do("metrics")["kvplug_not_stored_blocks_total"]
+    for _ in range(8):
+        cramped.do("reset")
+        (record,) = cramped.each([case.request()])
+        agree([case], [record])
+        hits.append(record["external"])
+        with attached(pool) as store:
+            eventually("what was begun is stored", lambda: store.stats().writing_slots == 0)
+        if hits[-1] == storable(len(case.prompt)):
+            break
+    room = int(90 * 0.2) // len(cramped.info["groups"]) * BLOCK
+    assert hits[:3] == [0, room, 2 * room], hits
+    assert hits == sorted(hits)
+    assert hits[-1] == storable(len(case.prompt)), hits
+    assert cramped.do("metrics")["kvplug_not_stored_blocks_total"] > before
+
+
 def test_a_hybrid_engine_under_preemption_answers_right(
-    start: Callable[..., InProcess], cases: list[Case], filled: list[Any], witness: Control, pool: str
+    cramped: InProcess, cases: list[Case], filled: list[Any], witness: Control, pool: str
 ) -> None:
     """Few device blocks; longer outputs, so that windows move over block edges while requests come and go."""
-    cramped = start("cramped", GEMMA3, num_gpu_blocks_override=90, max_model_len=1024)
     long = witness.pick(make_prompts(14, 93, tokens=(100, 200)), 12, max_tokens=96)
     for _ in range(2):
         cramped.do("reset")

@@ -47,6 +47,20 @@ def check_warm(engine: InProcess, cases: list[Case], pages: list[Any]) -> None:
         assert engine.do("pages", block_ids=full_blocks(case, record)) == expected
 
 
+def empty_amid_loads(engine: InProcess, cases: list[Case], pool: str) -> None:
+    """The engine is told to empty its cache while every rank loads: it does, and goes on."""
+    assert engine.do("reset")
+    for connector in (False, True):
+        out = engine.do("amid", requests=requests(cases), call="reset_prefix_cache", args=[True, connector])
+        assert (out["error"], out["answer"]) == (None, True)
+        assert "WAITING_FOR_REMOTE_KVS" in out["states"]
+        assert out["free"] == engine.info["num_blocks"] - 1
+        agree(cases, engine.do("wait", names=out["names"]))
+        assert engine.do("reset")
+        with attached(pool) as store:
+            eventually("nothing stays pinned", lambda store=store: store.stats().pinned_slots == 0)
+
+
 def kill_in_flight(engine: InProcess, pid: int, pool: str, seed: int) -> None:
     """SIGKILL to one process of the engine while it stores and computes; the others end by themselves."""
     with attached(pool) as store:
@@ -71,6 +85,7 @@ def test_two_tensor_parallel_ranks_share_survive_kills_and_read_their_own_bytes(
     pages = fill(first.ready(), cases, pool)
     assert all(rank0 != rank1 for rank0, rank1 in pages), "the ranks hold different heads"
     check_warm(second.ready(), cases, pages)
+    empty_amid_loads(second, cases, pool)
 
     # A worker alone, then the scheduler alone (which runs in the first process here), each followed by a restart.
     kill_in_flight(first, first.info["worker_pids"][1], pool, 81)
@@ -88,3 +103,4 @@ def test_two_pipeline_stages_share_a_block(start: Callable[..., InProcess], case
     pages = fill(first.ready(), cases, pool)
     check_warm(second.ready(), cases, pages)
     agree(cases, second.generate(requests(cases)))
+    empty_amid_loads(second, cases, pool)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvplug.shm.segment import lock_path, segment_path
-from tests.vllm.common import Case, Control, agree, make_prompts, requests, storable
+from tests.vllm.common import Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
 from tests.vllm_lab.models import HRM_TEXT
 
@@ -191,3 +191,30 @@ def test_a_model_whose_prompts_attend_to_later_tokens_is_refused(
     assert [record["external"] for record in records] == [0] * len(prompts)
     assert "kvplug: OFF: rank (0, 0): cache group 0 attends to later tokens" in engine.log_text()
     engine.close()
+
+
+def test_a_producer_stores_and_reads_nothing_and_a_consumer_reads_and_stores_nothing(
+    start: Callable[..., InProcess], control: Control, pool: str
+) -> None:
+    engines = {
+        role: start(role, size="64mib", kv_transfer_config={**OWN, "kv_role": role})
+        for role in ("kv_producer", "kv_consumer")
+    }
+    producer, consumer = engines["kv_producer"], engines["kv_consumer"]
+    mine, theirs = (control.pick(make_prompts(4, seed), 2) for seed in (64, 65))
+    hits = {}
+    for role, engine, cases in (("kv_producer", producer, mine), ("kv_consumer", consumer, theirs)):
+        for attempt in range(2):
+            records = engine.ready().each(requests(cases))
+            agree(cases, records)
+            hits[role, attempt] = sum(record["external"] for record in records)
+            with attached(pool) as store:
+                eventually("what was begun is stored", lambda store=store: store.stats().writing_slots == 0)
+            assert engine.do("reset")
+        assert f"kv_role is {role}" in engine.log_text()
+    assert set(hits.values()) == {0}, hits
+    records = consumer.each(requests(mine))
+    agree(mine, records)
+    assert [r["external"] for r in records] == [storable(len(case.prompt)) for case in mine]
+    for engine in engines.values():
+        engine.close()

@@ -67,6 +67,12 @@ def test_each_supported_version_stores_hits_and_answers_right(
     assert len(states) == 2
     engine.do("reset")
     agree(cases[:1], engine.each(requests(cases[:1])))
+    for call, args in (("reset_prefix_cache", [True, False]), ("pause_scheduler", ["keep", True])):
+        engine.do("reset")
+        out = engine.do("amid", requests=requests(cases[:1]), call=call, args=args, hold="load")
+        assert (out["states"], out["error"]) == (["WAITING_FOR_REMOTE_KVS"], None)
+        assert out["free"] == engine.info["num_blocks"] - 1
+        agree(cases[:1], engine.do("wait", names=out["names"]))
     with attached(pool) as store:
         eventually("no pin is left", lambda: store.stats().pinned_slots == 0)
 

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -193,6 +194,89 @@ class Driver:
         self.engine.step()
         time.sleep(delay_s)
         return list(self.abort(names).values())
+
+    def amid(
+        self,
+        requests: list[dict[str, Any]],
+        call: str,
+        args: list[Any],
+        hold: str | None = None,
+        hold_s: float = 0.2,
+        delay_s: float = 0.0,
+        abort: bool = False,
+    ) -> dict[str, Any]:
+        """Adds requests, steps, calls a method of the engine core and lets the engine go on; what was seen meanwhile.
+
+        ``hold``: "load" or "store", copies that are stopped and go on ``hold_s`` seconds later; with "store" the engine
+        is stepped until it holds blocks. ``delay_s``: a pause before the call. ``abort``: the requests are aborted
+        before the call.
+        """
+        core = self.core()
+        if hold:
+            self.hold_copies(hold)
+        names = self.add(requests)
+        self.step()
+        deadline = time.monotonic() + 60
+        while hold == "store" and not self._sides()["stores"].held and time.monotonic() < deadline:
+            self.step()
+        if hold:
+            threading.Timer(hold_s, self.let_copies_go).start()
+        time.sleep(delay_s)
+        known = [core.scheduler.requests.get(self.live[name]["core_id"]) for name in names if name in self.live]
+        out: dict[str, Any] = {"names": names, "states": [one.status.name for one in known if one], "error": None}
+        if abort:
+            self.abort(names)
+        try:
+            out["answer"] = getattr(core, call)(*args)
+        except Exception as error:  # noqa: BLE001 - the test is told
+            out["error"] = f"{type(error).__name__}: {error}"
+        out["paused"] = core.is_scheduler_paused()
+        out["free"] = self.free_blocks()
+        core.resume_scheduler()
+        if args and "abort" in args:
+            self.abort(names)
+        return out
+
+    def hold_copies(self, which: str) -> None:
+        """From now on the worker stops before it copies ("load" or "store"), until :meth:`let_copies_go`."""
+        owner, name = self._sides()["worker"], {"load": "_load_group", "store": "_store_some"}[which]
+        plain, gate = getattr(owner, name), threading.Event()
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            gate.wait(60)
+            return plain(*args, **kwargs)
+
+        setattr(owner, name, held)
+        self._held = owner, name, gate
+
+    def let_copies_go(self) -> None:
+        """Ends that."""
+        owner, name, gate = self._held
+        delattr(owner, name)
+        gate.set()
+
+    def shorten_drain(self, seconds: float) -> float:
+        """How long the worker waits for copies from now on, in seconds; answers how long it waited so far."""
+        from kvplug.adapters.vllm import worker
+
+        before, worker.DRAIN_TIMEOUT_S = worker.DRAIN_TIMEOUT_S, seconds
+        return before
+
+    def tell_layouts_again(self) -> dict[str, Any]:
+        """Hands the workers' layouts to the scheduler's connector again, as vLLM 0.33 does in ``wake_up``."""
+        core = self.core()
+        metadata = {}
+        for one in core.model_executor.get_kv_connector_handshake_metadata():
+            metadata.update(one or {})
+        connector = core.scheduler.connector
+        connector.set_xfer_handshake_metadata_pp_aware(metadata)
+        side = connector._scheduler
+        return {
+            "threads": threading.active_count(),
+            "held": side.stores.held if side else 0,
+            "namespace": side.state.namespace.digest().hex() if side else None,
+            "step": side._step if side else None,
+        }
 
     # -- the cache ----------------------------------------------------------------------------------------------
 
