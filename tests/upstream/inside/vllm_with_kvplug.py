@@ -67,6 +67,11 @@ def _mocks(utils: Any) -> None:
         def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any:
             return self.lookups.get_num_new_matched_tokens(request, num_computed_tokens)
 
+        def build_connector_meta(self, scheduler_output: Any) -> Any:
+            """Tests look for the requests in the mock's; kvplug's is made too."""
+            super().build_connector_meta(scheduler_output)
+            return self.lookups.build_connector_meta(scheduler_output)
+
     utils.MockKVConnector = KvplugWithLookups
 
     made = utils.create_mock_connector
