@@ -279,8 +279,9 @@ class RankEngine:
             self._forget()
             if self._namespace is not None:
                 self._namespace = self._namespace.private(self._word("weights", self._changes))
-        logger.info(
-            "kvplug: the cache was flushed after a change of weights; this engine's pages are its own from now on"
+        logger.warning(
+            "kvplug: the cache was flushed after a change of weights; this engine's pages are its own, and it shares "
+            "with no other, until it is started again"
         )
 
     def rotate(self, why: str) -> None:
@@ -291,7 +292,11 @@ class RankEngine:
             self._forget()
             if self._namespace is not None:
                 self._namespace = self._namespace.rotated(self._word("rotation", self._rotations))
-        logger.info("kvplug: the engine's pages so far are hidden from it (%s)", why)
+        logger.warning(
+            "kvplug: the engine's pages so far are hidden from it (%s); it shares with no other until it is "
+            "started again",
+            why,
+        )
 
     def _word(self, kind: str, number: int) -> bytes:
         """32 bytes that all ranks of this engine, and nobody else, come to alike."""

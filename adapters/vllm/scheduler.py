@@ -140,7 +140,7 @@ class SchedulerSide:
         block = sum(sum(sizes) for sizes in self.state.part_nbytes)
         self._say(
             f"kvplug: ON, pool {self.state.store.pool_name} of {format_size(int(size))}, namespace {found.describe()}, "
-            f"{format_size(block)} for {self.state.span} tokens{self._role()}"
+            f"{format_size(block)} for {self.state.span} tokens{self._role()}{_alone(found)}"
         )
 
     def _role(self) -> str:
@@ -414,3 +414,11 @@ class SchedulerSide:
             self.state.store.close()
         except KvplugError as error:
             self._say(f"kvplug: closing the pool failed: {error}")
+
+
+def _alone(found: Namespace) -> str:
+    """What a user has to know of a namespace that no other engine has."""
+    if found.weights_epoch is None and found.rotation is None:
+        return ""
+    why = "its cache was reset or emptied by a pause" if found.weights_epoch is None else "its weights were changed"
+    return f"; this engine shares with no other until it is started again: {why}"

@@ -377,6 +377,15 @@ def test_media_that_another_engine_encodes_are_not_known() -> None:
     assert not compat_requests.mm_named_by_content(config)
 
 
+def test_who_shares_with_nobody_says_so() -> None:
+    from kvplug.adapters.vllm.scheduler import _alone
+
+    found = build(make())
+    assert _alone(found) == ""
+    assert "shares with no other until it is started again: its weights were changed" in _alone(found.private())
+    assert "shares with no other until it is started again: its cache was reset" in _alone(found.rotated())
+
+
 def test_scales_that_depend_on_history_are_refused() -> None:
     config = make()
     object.__setattr__(config.cache_config, "calculate_kv_scales", True)
