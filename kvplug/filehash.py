@@ -30,7 +30,7 @@ from kvplug.home import xdg_folder
 from kvplug.outside import decoded
 from kvplug.shm.liveness import close_private, open_private, try_lock_byte, unlock_byte
 
-__all__ = ["FileStamp", "HashCache", "hash_file", "stamp_of"]
+__all__ = ["SETTLED_S", "FileStamp", "HashCache", "hash_file", "stamp_of"]
 
 FileStamp: TypeAlias = tuple[int, int, int, int, int]
 """(device, inode, size in bytes, mtime ns, ctime ns): if equal, the content is taken to be unchanged."""
@@ -42,7 +42,8 @@ _CACHE_MAX_FILES = 8192
 _CACHE_FORMAT = 1
 _CACHE_NAME = "weights.json"
 _LOCK_NAME = "weights.lock"
-_SETTLED_S = 2.0
+SETTLED_S = 2.0
+"""The coarsest clock of a file system: what was changed less than this ago may change again on the same tick."""
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 20 << 20
 _POLL_S = 0.05
@@ -78,7 +79,7 @@ class HashCache:
         self,
         directory: str | os.PathLike[str] | None = None,
         *,
-        settled_s: float = _SETTLED_S,
+        settled_s: float = SETTLED_S,
         patience_s: float = _PATIENCE_S,
     ) -> None:
         self.settled_ns = int(settled_s * 1e9)

@@ -11,7 +11,8 @@ How weights are identified, in the order in which it is tried:
 What is not among these raises NamespaceError: nothing is cached for such a model.
 
 Hashing can take minutes, hence `WeightsProbe`. What an engine has loaded and what lies on the disk when it is hashed
-may differ; `unchanged_since_ns` closes that gap.
+may differ; `unchanged_since_ns` closes that gap for weights, and `AdapterFiles` for adapters, which come and
+go while an engine lives.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from kvplug.errors import NamespaceError
-from kvplug.filehash import FileStamp, HashCache, hash_file, stamp_of
+from kvplug.filehash import SETTLED_S, FileStamp, HashCache, hash_file, stamp_of
 from kvplug.hub import blob_hash, resolve_snapshot
 from kvplug.namespace import WeightsIdentity, digest_of
 from kvplug.threads import guarded
 
-__all__ = ["AdapterProbe", "WeightsIdentity", "WeightsProbe", "identify_adapter", "identify_weights"]
+__all__ = ["AdapterFiles", "AdapterProbe", "WeightsIdentity", "WeightsProbe", "identify_weights"]
+
+T = TypeVar("T")
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".tensors")
 _OTHER_SUFFIXES = (".json", ".py")
@@ -92,28 +97,7 @@ def identify_weights(
     source = _resolve(path_or_repo, revision, hub_cache, "weights")
     if isinstance(source, WeightsIdentity):
         return source
-    return _by_content(source, "weights", unchanged_since_ns, hash_cache or HashCache(), stop)
-
-
-def identify_adapter(
-    path_or_repo: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    unchanged_since_ns: int | None = None,
-    hub_cache: str | os.PathLike[str] | None = None,
-    hash_cache: HashCache | None = None,
-    stop: threading.Event | None = None,
-) -> WeightsIdentity:
-    """Identify a LoRA adapter by content: its weights and its configuration. Its `.digest` goes into a step's extras.
-
-    The arguments and errors of `identify_weights`; a directory without adapter_config.json is refused.
-    """
-    source = _resolve(path_or_repo, revision, hub_cache, "adapter")
-    if isinstance(source, WeightsIdentity):
-        return source
-    if not os.path.isfile(os.path.join(source, "adapter_config.json")):
-        raise NamespaceError(f"{source}: no adapter_config.json, so not a LoRA adapter")
-    return _by_content(source, "adapter", unchanged_since_ns, hash_cache or HashCache(), stop)
+    return _by_content(source, "weights", unchanged_since_ns, hash_cache or HashCache(), stop)[0]
 
 
 def _dummy(seed: int | None, config_digest: bytes | None) -> WeightsIdentity:
@@ -162,7 +146,8 @@ def _without_secrets(address: str) -> str:
 
 def _by_content(
     source: str, what: str, unchanged_since_ns: int | None, cache: HashCache, stop: threading.Event | None
-) -> WeightsIdentity:
+) -> tuple[WeightsIdentity, dict[str, FileStamp]]:
+    """What the files hold, and what each of them is recognised by."""
     try:
         files = _list_files(source)
         if not any(path.endswith(_WEIGHT_SUFFIXES) for path in files.values()):
@@ -172,13 +157,20 @@ def _by_content(
             [name, _content(path, before[name], unchanged_since_ns, cache, stop)]
             for name, path in sorted(files.items())
         ]
-        after = {name: _stamp(path) for name, path in _list_files(source).items()}
+        after = _stamps(source)
     except OSError as error:
         raise NamespaceError(f"{error.filename or source}: {error.strerror}") from error
     if after != before:
-        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        raise NamespaceError(f"{source}: changed while it was read: {', '.join(changed)}")
-    return WeightsIdentity("files", digest_of([what, "files", contents]))
+        raise NamespaceError(f"{source}: changed while it was read: {_changed(before, after)}")
+    return WeightsIdentity("files", digest_of([what, "files", contents])), before
+
+
+def _stamps(source: str) -> dict[str, FileStamp]:
+    return {name: _stamp(path) for name, path in _list_files(source).items()}
+
+
+def _changed(before: dict[str, FileStamp], after: dict[str, FileStamp]) -> str:
+    return ", ".join(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
 
 
 def _stamp(path: str) -> FileStamp:
@@ -234,14 +226,82 @@ def _walk(directory: str, prefix: str, depth: int, files: dict[str, str]) -> Non
                 files[name] = entry.path
 
 
-class _Probe:
+class AdapterFiles:
+    """The files of a LoRA adapter, from before an engine reads them until it has taken what it needs from them.
+
+    Made before the engine reads them, which reads them all; then :meth:`check`, after each time that the engine has
+    copied from them, says whether what it has copied is what was read here. An engine may map the files instead of
+    reading them, and copy much later; what is written into them meanwhile is what it then copies.
+
+    Files that were written a moment ago can change without a sign: file systems stamp changes with a clock that ticks
+    every few milliseconds, some every two seconds. Such files are read once more at the check.
+    """
+
+    def __init__(
+        self,
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        hub_cache: str | os.PathLike[str] | None = None,
+        hash_cache: HashCache | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Reads the adapter. The arguments and errors of `identify_weights`; a directory without adapter_config.json
+        is refused."""
+        self._cache = hash_cache or HashCache()
+        self._named = path_or_repo, revision, hub_cache
+        self._source = self._find()
+        self.identity = self._read(stop)
+        """What they hold; its digest goes into the extras of a step."""
+
+    def _find(self) -> str:
+        source = _resolve(*self._named, "adapter")
+        if isinstance(source, WeightsIdentity):
+            raise NamespaceError(f"{self._named[0]}: not in the hub's cache on this machine")
+        return source
+
+    def _read(self, stop: threading.Event | None) -> WeightsIdentity:
+        if not os.path.isfile(os.path.join(self._source, "adapter_config.json")):
+            raise NamespaceError(f"{self._source}: no adapter_config.json, so not a LoRA adapter")
+        began_ns = time.time_ns()
+        identity, self._files = _by_content(self._source, "adapter", None, self._cache, stop)
+        self.settles_ns = max(max(stamp[3:]) for stamp in self._files.values()) + int(SETTLED_S * 1e9)
+        """Wall clock, in ns, from when on a further change of these files can't go unseen."""
+        self.settled = began_ns > self.settles_ns
+        """Whether they were read after that."""
+        return identity
+
+    def unchanged(self) -> bool:
+        """Whether the same files are there, as far as can be told without reading them."""
+        try:
+            return self._find() == self._source and _stamps(self._source) == self._files
+        except (OSError, NamespaceError):
+            return False
+
+    def check(self) -> WeightsIdentity:
+        """What the files have held all the time since they were first read; NamespaceError if they have changed."""
+        before, known = self.identity, self._files
+        try:
+            now = _stamps(self._source)
+        except OSError as error:
+            raise NamespaceError(f"{error.filename or self._source}: {error.strerror}") from error
+        if self._find() != self._source:
+            raise NamespaceError(f"{self._named[0]}: another snapshot since the engine began to load it")
+        if now != known:
+            raise NamespaceError(f"{self._source}: changed since the engine began to load it: {_changed(known, now)}")
+        if not self.settled and (self._read(None) != before or self._files != known):
+            raise NamespaceError(f"{self._source}: changed since the engine began to load it")
+        return before
+
+
+class _Probe(Generic[T]):
     """Identification in a daemon thread of its own; it never keeps a process from ending."""
 
-    def __init__(self, identify: Callable[[threading.Event], WeightsIdentity], name: str) -> None:
+    def __init__(self, identify: Callable[[threading.Event], T], name: str) -> None:
         self._stop = threading.Event()
         self._done = threading.Event()
         # What result() says if the thread ends by an error of ours, which is in the log with its traceback.
-        self._outcome: WeightsIdentity | NamespaceError = NamespaceError(f"{name}: ended by an unexpected error")
+        self._outcome: T | NamespaceError = NamespaceError(f"{name}: ended by an unexpected error")
         self._identify = identify
         run = guarded(name, self._run, "these weights count as not identified")
         self._thread = threading.Thread(target=run, name=name, daemon=True)
@@ -255,8 +315,8 @@ class _Probe:
         finally:
             self._done.set()
 
-    def result(self, timeout: float = 0.0) -> WeightsIdentity | None:
-        """The identity, or None if it is not known within `timeout` seconds; raises NamespaceError if it failed."""
+    def result(self, timeout: float = 0.0) -> T | None:
+        """What was found, or None if it is not known within `timeout` seconds; raises NamespaceError if it failed."""
         if not self._done.wait(timeout):
             return None
         if isinstance(self._outcome, NamespaceError):
@@ -268,7 +328,7 @@ class _Probe:
         self._stop.set()
 
 
-class WeightsProbe(_Probe):
+class WeightsProbe(_Probe[WeightsIdentity]):
     """`identify_weights` in the background."""
 
     def __init__(
@@ -301,26 +361,17 @@ class WeightsProbe(_Probe):
         super().__init__(identify, "kvplug-weights")
 
 
-class AdapterProbe(_Probe):
-    """`identify_adapter` in the background."""
+class AdapterProbe(_Probe[AdapterFiles]):
+    """`AdapterFiles` of what lies at a path now, read in the background."""
 
     def __init__(
         self,
         path_or_repo: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        unchanged_since_ns: int | None = None,
         hub_cache: str | os.PathLike[str] | None = None,
         hash_cache: HashCache | None = None,
     ) -> None:
-        def identify(stop: threading.Event) -> WeightsIdentity:
-            return identify_adapter(
-                path_or_repo,
-                revision=revision,
-                unchanged_since_ns=unchanged_since_ns,
-                hub_cache=hub_cache,
-                hash_cache=hash_cache,
-                stop=stop,
-            )
+        def read(stop: threading.Event) -> AdapterFiles:
+            return AdapterFiles(path_or_repo, hub_cache=hub_cache, hash_cache=hash_cache, stop=stop)
 
-        super().__init__(identify, "kvplug-adapter")
+        super().__init__(read, "kvplug-adapter")

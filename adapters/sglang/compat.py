@@ -64,6 +64,8 @@ LORA_LOADS = tuple(
 )
 
 _APPLY = _SRT + "plugins.hook_registry.HookRegistry._apply_target"
+LORA_COPY = _SRT + "lora.mem_pool.LoRAMemoryPool.load_lora_weight_to_buffer"
+
 CALLED = ("torch.distributed.distributed_c10d._get_default_store",)
 """Functions behind no public name that are called, not hooked, in the processes of an engine that uses kvplug."""
 
@@ -82,6 +84,7 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     TOKENIZE: ("self", "obj"),
     TOKENIZED: ("self", "obj"),
     _APPLY: ("target", "hooks"),
+    LORA_COPY: ("self", "uid"),
     **dict.fromkeys(CALLED, ()),
     **dict.fromkeys(LORA_LOADS, ("self", "lora_ref")),
     **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES, RELEASE_MEMORY), ("self", "recv_req")),
@@ -127,7 +130,7 @@ def scheduler_targets() -> tuple[str, ...]:
     optional = [target for target in SESSION_CHANGES if _resolve(target) is not None]
     linker = (RELEASE_REQUEST, ADMIT) if has_linker() else ()
     steps = (RUN_BATCH, PROCESS_RESULT)
-    always = (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *steps, *LORA_LOADS, *WEIGHT_CHANGES)
+    always = (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *steps, *LORA_LOADS, LORA_COPY, *WEIGHT_CHANGES)
     return (*always, RELEASE_MEMORY, *optional, *linker)
 
 
@@ -385,6 +388,21 @@ def engine_word() -> str:
     return bytes(store.compare_set(_ENGINE_WORD, "", drawn)).decode()
 
 
+def ranks_agree(topic: str, mine: bytes) -> bool | None:
+    """Whether all ranks of this engine have said the same of a topic, and this one says it now; None until all have.
+
+    In the store of the ranks' process group, which needs no other rank to take part. Never waits for one.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    store = pkgutil.resolve_name(CALLED[0])()
+    keys = [f"kvplug/{topic}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], mine.hex())
+    return {bytes(store.get(key)).decode() for key in keys} == {mine.hex()} if store.check(keys) else None
+
+
 def facts() -> Facts:
     """The facts of this rank; call only where :func:`have_context`."""
     ctx = _context
@@ -497,6 +515,11 @@ def dummy_seed() -> int:
     from sglang.srt.model_loader.weight_utils import initialize_dummy_weights
 
     return int(inspect.signature(initialize_dummy_weights).parameters["seed"].default)
+
+
+def lora_hub_cache(manager: Any) -> str | None:
+    """Where SGLang's LoRA manager has the hub's files, if not in the usual place."""
+    return getattr(getattr(manager, "load_config", None), "download_dir", None)
 
 
 def not_now() -> Any:

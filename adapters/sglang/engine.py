@@ -69,7 +69,6 @@ class RankEngine:
         self.secret = bytes(32)
         self.private_name = PRIVATE
         self.keeps_sessions = False
-        self.hub_cache: str | None = None
         self.layout: dict[str, Value] | None = None
         self._measures = False
         self._lock = threading.RLock()
@@ -116,7 +115,6 @@ class RankEngine:
         self.shard = Shard((pp * cps + cp) * tps + tp, pps * cps * tps)
         self.replicated_shard = Shard(pp * cps + cp, pps * cps)
         self.store = KvStore(config=self.config)
-        self.hub_cache = self.facts.download_dir
         self.fetcher = Fetcher.configured(self.store, self.config)
         self._measures = self.fetcher is not None
         self._publisher = Publisher(self.counts, self.facts.server, self.gather_counts)
@@ -159,7 +157,7 @@ class RankEngine:
             "pages are shared as soon as the weights are identified",
             logging.INFO,
         )
-        lora.begin_reading(self.hub_cache)
+        lora.tell_ranks(self)
         identify = guarded("kvplug-identify", self._identify, "this engine's pages are not shared")
         threading.Thread(target=identify, name="kvplug-identify", daemon=True).start()
 
@@ -185,6 +183,10 @@ class RankEngine:
         """(count, index) of the parts that a page has on all ranks, for :meth:`KvStore.reserve_batch`."""
         shard = self.replicated_shard if replicated else self.shard
         return shard.count, shard.index
+
+    def ranks_agree(self, topic: str, mine: bytes) -> bool | None:
+        """Whether all ranks of this engine say the same of a topic; None until each has said something."""
+        return compat.ranks_agree(topic, mine)
 
     def gather_counts(self) -> None:
         """Adds what the fetcher has counted to :attr:`counts`."""

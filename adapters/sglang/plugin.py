@@ -78,6 +78,7 @@ def register_scheduler_hooks() -> None:
     compat.hook(compat.FLUSH_CACHE, after_flush, "after")
     compat.hook(compat.NAMESPACE_SEED, around_seed, "around")
     compat.hook(compat.REQUEST, after_request, "after")
+    compat.hook(compat.LORA_COPY, after_lora_copy, "after")
     compat.hook(compat.RUN_BATCH, before_step, "before")
     compat.hook(compat.PROCESS_RESULT, after_step, "after")
     compat.hook(compat.RELEASE_MEMORY, before_memory_release, "before")
@@ -336,13 +337,26 @@ def before_memory_release(_updater: Any, recv_req: Any = None, *_args: Any, **_k
 
 
 @_guarded
-def before_lora_load(_manager: Any, lora_ref: Any, *args: Any, **kwargs: Any) -> None:
+def before_lora_load(manager: Any, lora_ref: Any, *args: Any, **kwargs: Any) -> None:
     """Before an adapter is loaded: from tensors if there are more arguments, else from its path."""
     from kvplug.adapters.sglang import lora
 
-    lora.note_load(str(lora_ref.lora_id), None if args or kwargs else getattr(lora_ref, "lora_path", None))
+    path = None if args or kwargs else getattr(lora_ref, "lora_path", None)
+    became_another = lora.note_load(str(lora_ref.lora_id), path, compat.lora_hub_cache(manager))
     for each in _engines():
-        lora.begin_reading(each.hub_cache)
+        if became_another:
+            each.rotate("an adapter was loaded again under its id, with other content")
+        lora.tell_ranks(each)
+
+
+@_guarded
+def after_lora_copy(_result: Any, _pool: Any, uid: str | None, *_args: Any, **_kwargs: Any) -> None:
+    """After an adapter was copied to the device, which may be from files that were changed since it was loaded."""
+    from kvplug.adapters.sglang import lora
+
+    if uid is not None and lora.note_copy(str(uid)):
+        for each in _engines():
+            each.rotate("an adapter's files were changed after it was loaded, and it was copied from them")
 
 
 @_guarded
@@ -378,7 +392,7 @@ def around_seed(plain: _Hook, extra_key: Any = None, cache_salt: Any = None) -> 
     from kvplug.adapters.sglang import lora
 
     try:
-        return lora.seed(extra_key, cache_salt, plain, engines[0].secret, engines[0].hub_cache)
+        return lora.seed(extra_key, cache_salt, plain, engines[0])
     except Exception as error:  # noqa: BLE001
         engines[0].off(f"an error while an adapter was named: {type(error).__name__}: {error}")
         return plain(extra_key, cache_salt)

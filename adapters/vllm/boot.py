@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvplug import config as configuration
 from kvplug.adapters.devices import device_of, for_device
-from kvplug.adapters.vllm import compat, namespace, plugin
+from kvplug.adapters.vllm import compat, compat_adapters, namespace, plugin
+from kvplug.adapters.vllm.adapters import HeldAdapters
 from kvplug.adapters.vllm.jobs import Rank, RankLayout
 from kvplug.adapters.vllm.layout import group_bytes
 from kvplug.adapters.vllm.llvmlite_handle import shield_compiled_modules
@@ -80,6 +81,8 @@ def worker_start(
         store = opened[0] if opened else KvStore.join(token, config=configuration.load())
         opened[:] = [store]
         reason = plugin.unsupported() or plugin.against(vllm_config)
+        if reason is None and vllm_config.lora_config is not None:
+            reason = "; ".join(compat_adapters.adapter_problems()) or None
         if reason is not None:  # a user's own configuration did not go through the plugin
             raise UnsupportedEngineError(reason)
         rules = compat.group_rules(kv_cache_config)
@@ -100,6 +103,8 @@ def worker_start(
         if device.describe():
             warn(f"kvplug: {device.describe()}")
         side = WorkerSide(store, device, groups, rank, warn)
+        if vllm_config.lora_config is not None:
+            side.adapters = HeldAdapters(rank)
     except Exception as error:  # noqa: BLE001 - the engine must start; the scheduler's side says why kvplug is off
         for store in opened:
             store.close()

@@ -13,7 +13,7 @@ import atexit
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from kvplug.adapters.vllm import compat
+from kvplug.adapters.vllm import compat, compat_adapters
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.metrics import KvplugPromMetrics, KvplugStats
 from kvplug.errors import KvplugError, UnsupportedEngineError
@@ -83,8 +83,10 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
                 vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
             self._start = self._shielded("start", _scheduler_start, None, vllm_config)
             self._shielded("start", compat.watch_engine, None, self)
+            self._shielded("start", compat_adapters.after_add_lora, None, self, self._on_add_lora)
         else:
             self._shielded("start", compat.on_worker_weights, None, self._on_worker_weights)
+            self._shielded("start", self._watch_adapters, None)
         atexit.register(_close, weakref.ref(self))
 
     # -- the shield --------------------------------------------------------------------------------------------------
@@ -258,7 +260,32 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._shielded("a change of weights", self._scheduler.weights_changed, None, why, seen)
 
+    def _on_add_lora(self, reports: list[WorkerReport | None]) -> None:
+        if self._scheduler is not None:
+            for report in reports:
+                if report is not None:
+                    self._shielded("an adapter's load", self._scheduler.adapters_reported, None, report)
+
     # -- the worker's process ------------------------------------------------------------------------------------------
+
+    def _watch_adapters(self) -> None:
+        if self._vllm_config.lora_config is not None:
+            compat_adapters.on_adapters(self._vllm_config, self._on_adapter_read, self._on_adapter_copied)
+
+    def _on_adapter_read(self, number: int, path: str, listed: Callable[[], Iterable[int]]) -> None:
+        if self._worker is not None and self._worker.adapters is not None:
+            self._shielded("an adapter's load", self._worker.adapters.reads, None, number, path, listed)
+
+    def _on_adapter_copied(self, number: int) -> None:
+        if self._worker is not None and self._worker.adapters is not None:
+            self._shielded("an adapter's load", self._worker.adapters.copied, None, number)
+
+    def adapters_report(self) -> WorkerReport | None:
+        """What the scheduler's side does not know yet of this worker's adapters; asked by
+        :mod:`kvplug.adapters.vllm.compat_adapters`."""
+        if self._worker is None or self._worker.adapters is None:
+            return None
+        return self._shielded("a report", self._worker.adapters.add_to, None, None)
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Joins the engine's session and works out where the bytes of a block lie."""
@@ -365,6 +392,10 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
                     invalid |= result.failed_blocks
                 else:
                     failed.add(request_id)
+        adapters = self._worker.adapters if self._worker is not None else None
+        if adapters is not None:  # vLLM throws away what such requests have computed in this step, and begins again
+            invalid |= adapters.contradicted()
+            adapters.finished(finished_req_ids)
         self._failed = failed, invalid
         return KVConnectorTransferResults(finished_recving=finished, failed_recving=failed)
 
@@ -452,6 +483,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         """Leaves the pool."""
         compat.forget(self, self._on_worker_weights)
+        compat_adapters.forget_adapters(self, self._on_adapter_copied)
         worker, self._worker = self._worker, None
         scheduler, self._scheduler = self._scheduler, None
         if worker is not None:

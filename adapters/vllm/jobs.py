@@ -65,6 +65,20 @@ class GroupBlocks:
 
 
 @dataclass(frozen=True)
+class AdapterLoad:
+    """A worker has read a LoRA adapter, or has copied it anew and it is not what it was."""
+
+    rank: Rank
+    number: int
+    """The adapter's id in the engine."""
+    content: bytes | None
+    """Digest of what it holds; None if that can't be told, and then ``why`` says why."""
+    why: str
+    changes: int
+    """How many adapters of this worker have become others under their ids, this one included."""
+
+
+@dataclass(frozen=True)
 class Job:
     """Blocks to copy. Every rank reports it done exactly once, whatever becomes of it."""
 
@@ -76,6 +90,10 @@ class Job:
     """Of a load; None marks a store."""
     hopeless: bool = False
     """A load that must fail, because what was promised can't be kept."""
+    adapter_changes: dict[Rank, int] | None = None
+    """If blocks depend on adapters: the scheduler's count of changes in each worker; one with another count refuses."""
+    adapter: tuple[int, bytes, bool] | None = None
+    """Of a load for a request with an adapter: its id, its content, and whether the worker may have yet to read it."""
 
     @property
     def num_blocks(self) -> int:
@@ -119,6 +137,10 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """What to add to kvplug's counters."""
     ran: int = 0
     """The step whose results come with this, if it is timed."""
+    adapters: tuple[AdapterLoad, ...] = ()
+    """Adapters that were read, in order."""
+    held: dict[Rank, frozenset[int]] = field(default_factory=dict)
+    """Ids of the adapters that a worker has; only if they are others than before."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Adds another rank's report to this one."""
@@ -130,6 +152,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             max(self.changed, other.changed),
             self.counts + other.counts,
             max(self.ran, other.ran),
+            self.adapters + other.adapters,
+            self.held | other.held,
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvplug.adapters.vllm.hits import longest_hit, most_tokens, needed
 from kvplug.adapters.vllm.jobs import GroupBlocks, Job, as_ids
-from kvplug.adapters.vllm.requests import GroupPins, Offer, Record
+from kvplug.adapters.vllm.requests import GroupPins, LoraIdentities, Offer, Record
 from kvplug.adapters.vllm.state import EngineState, Pending
 from kvplug.errors import Code
 from kvplug.keys import KeyArray, block_keys
@@ -37,6 +37,10 @@ class Loads:
         self.queued: list[Job] = []
         self.newest = 0
         """The last load's job."""
+        self.adapters: LoraIdentities | None = None
+        """The engine's LoRA adapters."""
+        self.forecasts = len(state.rules) == 1 and state.rules[0].whole_prefix
+        """Whether the engine can take back what it has computed for a request with blocks of another adapter."""
 
     # -- lookup ------------------------------------------------------------------------------------------------------
 
@@ -194,12 +198,24 @@ class Loads:
             groups=() if hopeless else tuple(groups),
             request_id=record.request.request_id,
             hopeless=hopeless or state.weights_in_doubt,
+            **self._adapter_of(record),
         )
         pins_held = [(p.slots, p.gens) for p in offer.pins if len(p.slots)] if offer is not None else []
         self.queued.append(state.submit(Pending(job, state.world, keys=tuple(keys), record=record, pins=pins_held)))
         self.newest = job.job_id
         record.loads += 1
         state.counts["hit_tokens"] += num_tokens
+
+    def _adapter_of(self, record: Record) -> dict[str, Any]:
+        """What a worker has to know of a request's adapter."""
+        adapter = record.adapter
+        if adapter is None or self.adapters is None:
+            return {}
+        self.adapters.brought(adapter)
+        return {
+            "adapter_changes": dict(self.adapters.changes),
+            "adapter": (adapter.number, adapter.content, self.forecasts),
+        }
 
     def unpin(self, pending: Pending) -> None:
         """Nobody reads what this job has pinned any more."""

@@ -28,6 +28,13 @@ _FROM_FILES = frozenset({
 """Load formats that take the weights that lie at the model's path, and nothing else."""
 
 
+_ADAPTER_SETTINGS = (
+    "lora_dtype", "target_modules", "fully_sharded_loras", "enable_tower_connector_lora",
+    "enable_mixed_moe_lora_format", "enable_moe_shared_loras",
+)  # fmt: skip
+"""Settings that choose which modules an adapter is applied to, in which dtype, and how."""
+
+
 def plan_parts(rules: Sequence[GroupRule], layouts: dict[Rank, RankLayout]) -> Plan:
     """Which part of a group's slot belongs to which rank. Offsets are filled in by :func:`place_parts`.
 
@@ -89,6 +96,16 @@ def _quantization(model: Any) -> Any:
     settings = getattr(model, "quantization_config", None)
     # As text with every field in it: str() of a layer kind's leaves the activations out.
     return method if settings is None else {"method": method, "settings": repr(settings)}
+
+
+def adapter_settings(vllm_config: VllmConfig) -> bytes:
+    """Digest of what decides, beside an adapter's files, what this engine makes of it; empty without adapters."""
+    config = vllm_config.lora_config
+    if config is None:
+        return b""
+    values = {name: getattr(config, name, None) for name in _ADAPTER_SETTINGS}
+    values["target_modules"] = sorted(map(str, values["target_modules"] or ()))
+    return digest_of({name: str(value) for name, value in values.items()}, "lora_config")
 
 
 def weights_probe(vllm_config: VllmConfig, config: Config, loading_since_ns: int | None) -> WeightsProbe:

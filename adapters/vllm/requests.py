@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from kvplug.adapters.devices.base import Int64s
 from kvplug.adapters.vllm import compat_requests as compat
+from kvplug.adapters.vllm.jobs import AdapterLoad, Rank, WorkerReport
 from kvplug.errors import NamespaceError
 from kvplug.extras import encode_extras
 from kvplug.fetching import Fetch
@@ -23,6 +24,25 @@ if TYPE_CHECKING:
 
 _CONTENT_HASH = re.compile(r"(?:.*:)?[0-9a-f]{64,128}")
 """What vLLM's content hashes look like (blake3, sha256 or sha512 in hex, after a LoRA's name where towers have one)."""
+
+
+_UNKNOWN = b""
+"""Stands for a content that can't be told."""
+
+
+class NotYetKnownError(NamespaceError):
+    """What decides the bytes of a request's blocks is being found out; it may be cached later."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a request's adapter is taken for."""
+
+    number: int
+    """Its id in the engine."""
+    content: bytes
+    held: bool
+    """Whether the workers have it; else they will read it when the request runs."""
 
 
 @dataclass
@@ -72,6 +92,8 @@ class Record:
     """Other hosts were asked once; they are not asked again for this request."""
     refused: bool = False
     """What decides the bytes of its blocks can't be identified."""
+    adapter: Adapter | None = None
+    """What its chain takes its LoRA adapter for."""
     stored: list[int] = field(default_factory=list)
     """Per group, blocks from the front that need no more storing."""
     due: int = 0
@@ -106,7 +128,7 @@ def open_chain(
     """The chain of a request's keys; NamespaceError if its contents can't be identified.
 
     Args:
-        lora_identity: the content identity of an adapter, None while (or for ever if) it is not known.
+        lora_identity: the content identity of an adapter; None while it is not known: NotYetKnownError is raised then.
         trust_mm_ids: take users' identifiers of images and sound for their content.
         mm_by_content: whether the engine hashes the content of those that users have not named.
     """
@@ -118,7 +140,10 @@ def open_chain(
     if request.lora_request is not None:
         lora = lora_identity(request.lora_request)
         if lora is None:
-            raise NamespaceError("the LoRA adapter is not identified")
+            raise NotYetKnownError(
+                "the content of its LoRA adapter is not known yet; its files are being read or were written a moment "
+                "ago, and the workers have yet to read them"
+            )
     if request.mm_features and not mm_by_content:
         raise NamespaceError(
             "multimodal inputs are counted, not hashed (mm_processor_cache_gb=0 without prefix caching), come in where "
@@ -170,31 +195,125 @@ def _embeds_steps(request: Request, step_tokens: int) -> dict[int, bytes]:
 
 
 class LoraIdentities:
-    """Identities of adapters by content, found out in the background, each bound to the name it was first seen under.
+    """Which LoRA adapter a request's blocks are computed with: adapters of one engine by content.
 
-    An adapter's weights are loaded once per id; a name or id that is given to another adapter, or one that is loaded
-    in place, is never cached again in this engine: what the engine then has in memory can't be told from outside.
+    What the workers hold under an id is what they say that they have read. Where they hold nothing, they will read what
+    lies at the path when the request runs; what lies there now is a forecast, which the worker compares with what it
+    reads (:mod:`kvplug.adapters.vllm.adapters`).
+
+    Beside that stands the engine's own prefix cache, which tells adapters apart by name and path, up to 0.30 by name
+    alone. Once two contents were computed with under what it takes for one adapter, blocks that a request gets from
+    there may be of either; nothing under that name is cached then until the engine's own cache was emptied.
     """
 
-    def __init__(self, identify: Callable[[str], bytes | None]) -> None:
-        self._identify = identify
-        self._bound: dict[str, tuple[int, str]] = {}
-        self._names: dict[int, str] = {}
-        self._tainted: set[str] = set()
+    def __init__(
+        self,
+        lies_at: Callable[[str], bytes | None],
+        *,
+        ranks: Iterable[Rank] = ((0, 0),),
+        by_name_alone: bool = False,
+        settings: bytes = b"",
+    ) -> None:
+        """
+        Args:
+            lies_at: digest of the adapter that lies at a path now, None while it is being read; NamespaceError if
+                that can't be told.
+            ranks: the engine's workers.
+            by_name_alone: whether the engine's own prefix cache takes adapters of one name for one adapter.
+            settings: what decides, beside an adapter's content, what this engine makes of it.
+        """
+        self._lies_at = lies_at
+        self._ranks = frozenset(ranks)
+        self._by_name_alone = by_name_alone
+        self._settings = settings
+        self._loads: dict[int, dict[Rank, AdapterLoad]] = {}
+        self._held: dict[Rank, frozenset[int]] = {}
+        self._users: dict[Any, set[int]] = {}
+        self._contents: dict[int, set[bytes]] = {}
+        self.changes: dict[Rank, int] = {}
+        """Per worker, how many adapters have become others under their ids."""
 
     def __call__(self, lora: Any) -> bytes | None:
         """32 bytes, or None: not known (yet). NamespaceError, with the reason, if its content can't be told."""
+        adapter = self.find(lora)
+        return None if adapter is None else self.digest(lora, adapter)
+
+    def digest(self, lora: Any, adapter: Adapter) -> bytes:
+        """What goes into a request's keys, 32 bytes."""
+        shape = bytes([bool(getattr(lora, "is_3d_lora_weight", False))])
+        return blake3(adapter.content + shape + self._settings).digest()
+
+    def find(self, lora: Any) -> Adapter | None:
+        """What a request's adapter holds; None while that is not known. NamespaceError if it can't be told."""
         name, number, path = str(lora.lora_name), int(lora.lora_int_id), str(lora.lora_path)
-        bound = self._bound.setdefault(name, (number, path))
-        named = self._names.setdefault(number, name)
-        if bound != (number, path) or named != name:
-            self._tainted |= {name, named}
-        if getattr(lora, "load_inplace", False):
-            self._tainted.add(name)
-        if name in self._tainted:
-            return None
-        content = self._identify(path)
+        users = self.used(lora)
+        content = self._content_held(name, number)
+        held = content is not None
+        if content is None:
+            content = self._lies_at(path)
         if content is None:
             return None
-        shape = bytes([bool(getattr(lora, "is_3d_lora_weight", False))])
-        return blake3(content + shape).digest()
+        if {content}.union(*(self._contents.get(user, ()) for user in users)) != {content}:
+            raise NamespaceError(
+                f"LoRA adapter {name}: the engine's prefix cache holds blocks of another content under its name; "
+                "nothing of it is cached until that cache is reset, or until it has a name and path of its own"
+            )
+        return Adapter(number, content, held)
+
+    def _content_held(self, name: str, number: int) -> bytes | None:
+        if any(number not in self._held.get(rank, ()) for rank in self._ranks):
+            return None
+        loads = self._loads.get(number, {})
+        if loads.keys() != self._ranks:
+            return None
+        for load in loads.values():
+            if load.content is None:
+                raise NamespaceError(f"LoRA adapter {name}: {load.why}")
+        contents = {load.content for load in loads.values()}
+        if len(contents) != 1:
+            raise NamespaceError(f"LoRA adapter {name}: the engine's workers have read different contents")
+        return contents.pop()
+
+    def used(self, lora: Any) -> set[int]:
+        """A request with this adapter was seen. The ids that the engine's own cache takes for the same adapter."""
+        key = str(lora.lora_name) if self._by_name_alone else (str(lora.lora_name), str(lora.lora_path))
+        users = self._users.setdefault(key, set())
+        users.add(int(lora.lora_int_id))
+        return users
+
+    def confirmed(self, adapter: Adapter) -> bool:
+        """Whether every worker has read what this adapter was taken for, and nothing else since."""
+        loads = self._loads.get(adapter.number, {})
+        return loads.keys() == self._ranks and all(load.content == adapter.content for load in loads.values())
+
+    def agrees(self, adapter: Adapter) -> bool:
+        """Whether no worker has read anything else than what this adapter was taken for."""
+        return all(load.content == adapter.content for load in self._loads.get(adapter.number, {}).values())
+
+    def brought(self, adapter: Adapter) -> None:
+        """Blocks are loaded from the pool for a request with this adapter; the engine's own cache keeps them."""
+        self._contents.setdefault(adapter.number, set()).add(adapter.content)
+
+    def reported(self, report: WorkerReport) -> set[int]:
+        """What workers have read. Returns the ids of adapters that are not, or may not be, what they were before."""
+        changed = set()
+        for load in report.adapters:
+            before = self._loads.setdefault(load.number, {})
+            if load.rank in before and before[load.rank].content != load.content:
+                changed.add(load.number)
+            before[load.rank] = load
+            self._contents.setdefault(load.number, set()).add(_UNKNOWN if load.content is None else load.content)
+            self.changes[load.rank] = max(load.changes, self.changes.get(load.rank, 0))
+        self._held.update(report.held)
+        return changed
+
+    def cache_emptied(self, living: Iterable[Any]) -> None:
+        """The engine has emptied its own prefix cache; ``living``: the adapters of requests that go on."""
+        self._users.clear()
+        self._contents = {
+            number: {_UNKNOWN if load.content is None else load.content for load in loads.values()}
+            for number, loads in self._loads.items()
+            if any(number in held for held in self._held.values())
+        }
+        for lora in living:
+            self.used(lora)

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvplug.adapters.vllm import compat, compat_requests, namespace
+from kvplug.adapters.vllm import compat, compat_adapters, compat_requests, namespace
 from kvplug.adapters.vllm.environment import VARIABLES
 from kvplug.adapters.vllm.fetches import Fetches
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
-from kvplug.adapters.vllm.requests import LoraIdentities, Record, open_chain
+from kvplug.adapters.vllm.requests import LoraIdentities, NotYetKnownError, Record, open_chain
 from kvplug.adapters.vllm.state import EngineState, Pending, part_sizes
 from kvplug.adapters.vllm.stores import Stores
 from kvplug.config import Config
@@ -38,6 +38,8 @@ WEIGHTS_WAIT_S = 1.0
 ADAPTER_WAIT_S = 0.05
 """How long an adapter's first request waits for its identity; small ones are known by then."""
 MAX_REASONS_SAID = 20
+MAX_PATHS = 256
+"""Paths of adapters whose contents are remembered."""
 NEVER = 1 << 62
 """Tokens: a request that is not cached has no next block to store."""
 
@@ -91,8 +93,14 @@ class SchedulerSide:
         self.stores = Stores(self.state)
         self.fetches = self._fetches(store)
         self._adapters: dict[str, AdapterProbe] = {}
-        self._adapters_seen_ns: dict[str, int] = {}
-        self._lora = LoraIdentities(self._adapter_identity)
+        self._lora = LoraIdentities(
+            self._adapter_identity,
+            ranks=layouts,
+            by_name_alone=compat_adapters.adapters_by_name_alone(),
+            settings=namespace.adapter_settings(vllm_config),
+        )
+        self.loads.adapters = self.stores.adapters = self._lora
+        self._cache: object = None
         self._refusals: set[str] = set()
         self._step = 0
         self.engine = token
@@ -149,18 +157,44 @@ class SchedulerSide:
         return "" if self._writes else "; kv_role is kv_consumer: blocks are read and none is stored"
 
     def _adapter_identity(self, path: str) -> bytes | None:
-        first = self._adapters_seen_ns.setdefault(path, time.time_ns())  # what changes later is not what is loaded
-        probe = self._adapters.get(path)
-        wait_s = 0.0
+        """The content of the adapter that lies at a path now; None while it is being read, or was written just now."""
+        probe, wait_s = self._adapters.get(path), 0.0
         if probe is None:
-            probe = self._adapters[path] = AdapterProbe(path, unchanged_since_ns=first)
-            wait_s = ADAPTER_WAIT_S
+            while len(self._adapters) >= MAX_PATHS:
+                self._adapters.pop(next(iter(self._adapters))).stop()
+            probe, wait_s = self._adapters.setdefault(path, AdapterProbe(path)), ADAPTER_WAIT_S
         try:
-            identity = probe.result(wait_s)
+            files = probe.result(wait_s)
         except NamespaceError:
             del self._adapters[path]  # the next request looks again: a disk may have been away for a moment
             raise
-        return None if identity is None else identity.digest
+        if files is None:
+            return None
+        if not files.unchanged() or (not files.settled and time.time_ns() > files.settles_ns):
+            del self._adapters[path]  # the next request reads what lies there now
+            return None
+        return files.identity.digest if files.settled else None
+
+    def adapters_reported(self, report: WorkerReport) -> None:
+        """What workers have read. Requests that run with an adapter which is another now are not cached any more."""
+        changed = self._lora.reported(report)
+        for record in self.state.records.values():
+            lora = record.request.lora_request
+            if lora is None or record.refused:
+                continue
+            mistaken = record.adapter is not None and not self._lora.agrees(record.adapter)
+            if mistaken or (record.adapter is None and int(lora.lora_int_id) in changed):
+                self._refuse(
+                    record, NamespaceError(f"LoRA adapter {lora.lora_name}: it became another while a request used it")
+                )
+
+    def _look_at_cache(self) -> None:
+        """Notes whether the engine has emptied its own prefix cache."""
+        cache = compat.cache_identity(self.state.block_pool)
+        if cache is not self._cache:
+            self._cache = cache
+            living = (record.request.lora_request for record in self.state.records.values())
+            self._lora.cache_emptied(lora for lora in living if lora is not None)
 
     def weights_changed(self, why: str, seen: int | None = None) -> None:
         """Weights were changed in the living engine, or may have been; ``seen`` by the workers so often in all."""
@@ -177,6 +211,8 @@ class SchedulerSide:
     def matched_tokens(self, request: Request, local: int) -> int | None:
         """Tokens beyond the engine's own that the pool can give; pinned. None: ask again, more may be on its way."""
         record = self._record(request)
+        if request.lora_request is not None and not self._adapter_stands(record):
+            return 0
         if not self._reads or record.chain is None or record.load_failed or request.skip_reading_prefix_cache:
             return 0
         if record.loads > request.num_preemptions:  # it was admitted with a load, and is here again: that load failed
@@ -186,6 +222,27 @@ class SchedulerSide:
         except KeyFormatError as error:
             self._refuse(record, error)
             return 0
+
+    def _adapter_stands(self, record: Record) -> bool:
+        """Whether the adapter still is what the request's chain takes it for, and the pool may be asked for it."""
+        if record.chain is None:
+            return False
+        assert record.adapter is not None
+        try:
+            adapter = self._lora.find(record.request.lora_request)
+        except NamespaceError as error:
+            self._refuse(record, error)
+            return False
+        if adapter is None or (not adapter.held and not self.loads.forecasts):
+            self._let_go(record)
+            return False
+        if adapter.content != record.adapter.content:
+            self._let_go(record)
+            record.chain, record.stored = None, [0] * len(self.state.rules)
+            self._open(record, self.state.current_root())
+        else:
+            record.adapter = adapter
+        return record.chain is not None
 
     def _record(self, request: Request) -> Record:
         """The request's record; opened anew when the namespace was changed while the request had nothing computed."""
@@ -198,6 +255,9 @@ class SchedulerSide:
             tokens = request._all_token_ids
             record = Record(request, None, tokens, state.step_tokens, state.epoch, stored=[0] * len(state.rules))
             state.records[request.request_id] = record
+            if request.lora_request is not None:
+                self._look_at_cache()
+                self._lora.used(request.lora_request)
         if record.chain is None and not record.refused and record.epoch == state.epoch:
             self._open(record, root)
         return record
@@ -213,13 +273,19 @@ class SchedulerSide:
                 record.request,
                 root,
                 self.state.step_tokens,
-                lora_identity=self._lora,
+                lora_identity=lambda lora: self._adapter_digest(record, lora),
                 trust_mm_ids=self._config.trust_mm_ids,
                 mm_by_content=self._mm_by_content,
             )
             record.next_at = min(rule.span for rule in self.state.rules)
+        except NotYetKnownError as error:
+            self._say_once(f"kvplug: a request reads nothing from the pool: {error}")
         except NamespaceError as error:
             self._refuse(record, error)
+
+    def _adapter_digest(self, record: Record, lora: Any) -> bytes | None:
+        record.adapter = self._lora.find(lora)
+        return None if record.adapter is None else self._lora.digest(lora, record.adapter)
 
     def _refuse(self, record: Record, error: KvplugError) -> None:
         """This request is not cached; each reason is said once."""
@@ -227,9 +293,12 @@ class SchedulerSide:
         record.chain, record.refused, record.next_at = None, True, NEVER
         self.state.counts["requests_refused"] += 1
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyFormatError) else str(error)
-        if reason not in self._refusals and len(self._refusals) < MAX_REASONS_SAID:
-            self._refusals.add(reason)
-            self._say(f"kvplug: a request is not cached: {reason}")
+        self._say_once(f"kvplug: a request is not cached: {reason}")
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._refusals and len(self._refusals) < MAX_REASONS_SAID:
+            self._refusals.add(line)
+            self._say(line)
 
     def _let_go(self, record: Record) -> None:
         """The request uses neither what it was offered nor what is being fetched for it."""
@@ -302,9 +371,13 @@ class SchedulerSide:
 
     def _storable(self, record: Record) -> bool:
         state = self.state
-        if record.chain is None and not record.refused and record.epoch == state.epoch and self._probe is not None:
+        if record.refused or record.epoch != state.epoch:
+            return False
+        if record.chain is None and (self._probe is not None or record.request.lora_request is not None):
             self._open(record, state.current_root())
-        return record.chain is not None and record.epoch == state.epoch and state.root is not None
+        if record.adapter is not None and not self._lora.confirmed(record.adapter):
+            return False
+        return record.chain is not None and state.root is not None
 
     def reported(self, report: WorkerReport) -> None:
         """What the workers have to say after a step. Whatever goes wrong with some of it, jobs that ended end here."""
@@ -340,6 +413,8 @@ class SchedulerSide:
     def _noted(self, report: WorkerReport) -> None:
         state = self.state
         state.counts.update(report.counts)
+        if report.adapters or report.held:
+            self.adapters_reported(report)
         if report.ran and self.fetches is not None:
             self.fetches.speed.ended(report.ran)
         if report.changed > state.worker_changes:

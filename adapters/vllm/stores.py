@@ -17,7 +17,7 @@ from kvplug.adapters.devices.base import Int64s
 from kvplug.adapters.vllm import compat
 from kvplug.adapters.vllm.hits import Bools
 from kvplug.adapters.vllm.jobs import GroupBlocks, Job, as_ids
-from kvplug.adapters.vllm.requests import Record
+from kvplug.adapters.vllm.requests import LoraIdentities, Record
 from kvplug.adapters.vllm.state import EngineState, Pending
 from kvplug.errors import Code
 from kvplug.keys import KeyArray, block_keys
@@ -55,6 +55,8 @@ class Stores:
         self.held = 0
         self.newest = 0
         """The last store's job."""
+        self.adapters: LoraIdentities | None = None
+        """The engine's LoRA adapters."""
 
     def plan(self, due: list[tuple[Record, int]]) -> Job | None:
         """The store job for a step, given requests and how many of their tokens the step leaves computed.
@@ -82,7 +84,13 @@ class Stores:
                 held += reserved[1]
         if not groups:
             return None
-        job = Job(job_id=state.next_job_id(), epoch=state.worker_changes, groups=tuple(groups))
+        has_adapter = self.adapters is not None and any(record.adapter is not None for record, _ in due)
+        job = Job(
+            job_id=state.next_job_id(),
+            epoch=state.worker_changes,
+            groups=tuple(groups),
+            adapter_changes=dict(self.adapters.changes) if self.adapters is not None and has_adapter else None,
+        )
         self.newest = job.job_id
         compat.hold(state.block_pool, held)
         self.held += len(held)

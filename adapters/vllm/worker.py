@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from kvplug.adapters.devices.base import DeviceCopy, Int64s
+from kvplug.adapters.vllm.adapters import HeldAdapters
 from kvplug.adapters.vllm.jobs import GroupBlocks, Job, Plan, Rank, WorkerReport
 from kvplug.adapters.vllm.layout import GroupBytes
 from kvplug.errors import Code
@@ -53,6 +54,8 @@ class WorkerSide:
         self, store: KvStore, device: DeviceCopy, groups: list[GroupBytes], rank: Rank, warn: Callable[[str], None]
     ) -> None:
         self.store = store
+        self.adapters: HeldAdapters | None = None
+        """This rank's LoRA adapters, if the engine has any."""
         self._device = device
         self._groups = groups
         self._rank = rank
@@ -90,9 +93,14 @@ class WorkerSide:
         after = self._device.mark()
         with self._lock:
             self._under_way[name] += len(jobs)
-            stale = [job.epoch != self._changed for job in jobs]
+            stale = [job.epoch != self._changed or self._has_other_adapter(job) for job in jobs]
         for job, refused in zip(jobs, stale, strict=True):
             self._queues[name].put((job, plan, after, refused or job.hopeless))
+
+    def _has_other_adapter(self, job: Job) -> bool:
+        if self.adapters is None:
+            return job.adapter_changes is not None
+        return self.adapters.refuses(job)
 
     def take_loaded(self, wait: bool) -> list[LoadResult]:
         """Loads that ended since the last call. With ``wait``, a moment is spent on one that is under way."""
@@ -104,13 +112,12 @@ class WorkerSide:
 
     def take_report(self) -> WorkerReport | None:
         """What the scheduler's side has to know; None if there is nothing new."""
+        report = None
         with self._lock:
-            report = self._report
-            if not (report.done or report.counts) and self._changed == self._changed_told:
-                return None
-            self._report = WorkerReport()
-            report.changed = self._changed_told = self._changed
-        return report
+            if self._report.done or self._report.counts or self._changed != self._changed_told:
+                report, self._report = self._report, WorkerReport()
+                report.changed = self._changed_told = self._changed
+        return self.adapters.add_to(report) if self.adapters is not None else report
 
     @property
     def changes_seen(self) -> int:

@@ -18,9 +18,9 @@ def kind_of_cache(scheduler: Any) -> str:
 
 def adapters_known(scheduler: Any) -> bool:
     """Whether the content of all adapters that this process has loaded is known."""
-    from kvplug.adapters.sglang import lora
+    from kvplug.adapters.sglang import engine, lora
 
-    return all(adapter.digest(None) is not None for adapter in lora._loaded.values())
+    return all(adapter.digest(engine.engines()[0]) is not None for adapter in lora._loaded.values())
 
 
 def page_names(scheduler: Any) -> dict[str, Any]:

@@ -51,12 +51,17 @@ class Engine:
     """Stands where a rank's engine is, and notes what it is told."""
 
     secret = b"s" * 32
-    hub_cache = None
     keeps_sessions = False
     private_name = "kvplug-private-word|"
 
     def __init__(self) -> None:
         self.told: list[Any] = []
+
+    def ranks_agree(self, topic: str, mine: bytes) -> bool:
+        return True
+
+    def say(self, line: str) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: self.told.append((name, *args, *kwargs.values()))
@@ -155,7 +160,7 @@ def adapters_are_named_by_content_wherever_pages_are_named() -> None:
     assert lora.is_known("user" + ref.lora_id)
     with contextlib.suppress(Exception):
         LoRAManager._load_lora_adapter_from_tensors(object.__new__(LoRAManager), ref, {}, {})
-    assert lora._loaded[ref.lora_id]._path is None
+    assert lora._loaded[ref.lora_id].read is None
     plain = utils.storage_namespace_seed.__wrapped__
     named = utils.storage_namespace_seed("user" + ref.lora_id, "salt")
     assert named != plain("user" + ref.lora_id, "salt")

@@ -16,7 +16,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItems,
 from vllm.v1.request import Request
 
 from kvplug.adapters.vllm import compat_requests
-from kvplug.adapters.vllm.requests import LoraIdentities, open_chain
+from kvplug.adapters.vllm.requests import NotYetKnownError, open_chain
 from kvplug.errors import NamespaceError
 
 ROOT = b"r" * 32
@@ -87,9 +87,16 @@ def test_an_identifier_that_is_not_a_content_hash_is_not_trusted(name: str) -> N
 
 
 def test_an_adapter_that_is_not_identified_is_not_cached() -> None:
-    """Not by its name, and not as if there were none."""
-    with pytest.raises(NamespaceError, match="LoRA"):
+    """Not by its name, and not as if there were none. What may be known later is told from what never will."""
+    with pytest.raises(NotYetKnownError, match="LoRA"):
         keys(request(lora_request=LORA))
+
+    def never(_: Any) -> bytes:
+        raise NamespaceError("it changed")
+
+    with pytest.raises(NamespaceError, match="it changed") as found:
+        open_chain(request(lora_request=LORA), ROOT, 16, lora_identity=never, trust_mm_ids=False)
+    assert not isinstance(found.value, NotYetKnownError)
 
 
 def test_a_session_whose_tokens_may_be_replaced_is_not_cached() -> None:
@@ -113,32 +120,6 @@ def test_an_extra_key_of_the_engine_that_kvplug_does_not_know_is_not_passed_over
     monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", one_more)
     with pytest.raises(NamespaceError, match="does not know"):
         keys(request())
-
-
-def adapter(name: str, number: int, path: str, **more: Any) -> Any:
-    return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path, **more)
-
-
-def test_an_adapter_is_its_content() -> None:
-    """The same content under another name and path is the same adapter; other content is not."""
-    content = {"/a": b"x" * 32, "/b": b"x" * 32, "/c": b"y" * 32}
-    known = LoraIdentities(content.get)
-    assert known(adapter("a", 1, "/a")) == known(adapter("b", 2, "/b")) != known(adapter("c", 3, "/c"))
-
-
-def test_a_name_that_is_given_to_another_adapter_is_never_cached_again() -> None:
-    """The engine's own prefix cache, up to 0.30, tells adapters apart by name alone."""
-    known = LoraIdentities({"/a": b"x" * 32, "/b": b"y" * 32}.get)
-    assert known(adapter("a", 1, "/a"))
-    assert known(adapter("a", 2, "/b")) is None
-    assert known(adapter("a", 1, "/a")) is None
-
-
-def test_an_adapter_that_is_loaded_in_place_is_not_cached() -> None:
-    """What is in memory then is not told by the path."""
-    known = LoraIdentities({"/a": b"x" * 32}.get)
-    assert known(adapter("a", 1, "/a", load_inplace=True)) is None
-    assert known(adapter("a", 1, "/a")) is None
 
 
 @pytest.mark.parametrize(

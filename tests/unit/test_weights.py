@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from kvplug import filehash, weights
 from kvplug.errors import NamespaceError
 from kvplug.filehash import HashCache
-from kvplug.weights import AdapterProbe, WeightsIdentity, WeightsProbe, identify_adapter, identify_weights
+from kvplug.weights import AdapterFiles, AdapterProbe, WeightsIdentity, WeightsProbe, identify_weights
 from tests.stopwatch import Stopwatch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -358,22 +359,90 @@ def make_adapter(folder: Path, rank: int = 8, weights: bytes = b"w") -> Path:
 
 
 def test_an_adapter_is_known_by_weights_and_configuration_not_by_name(tmp_path: Path) -> None:
-    one = identify_adapter(make_adapter(tmp_path / "a"))
-    assert identify_adapter(make_adapter(tmp_path / "b")) == one
-    assert identify_adapter(make_adapter(tmp_path / "c", rank=16)) != one
-    assert identify_adapter(make_adapter(tmp_path / "d", weights=b"v")) != one
+    one = AdapterFiles(make_adapter(tmp_path / "a")).identity
+    assert AdapterFiles(make_adapter(tmp_path / "b")).identity == one
+    assert AdapterFiles(make_adapter(tmp_path / "c", rank=16)).identity != one
+    assert AdapterFiles(make_adapter(tmp_path / "d", weights=b"v")).identity != one
     assert identify_weights(tmp_path / "a") != one, "an adapter's identity is none of a model's"
 
 
 def test_what_is_no_adapter_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(NamespaceError, match=r"adapter_config\.json"):
-        identify_adapter(model)
+        AdapterFiles(model)
     adapter = make_adapter(tmp_path / "a")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(NamespaceError, match="no weights"):
-        identify_adapter(adapter)
+        AdapterFiles(adapter)
     with pytest.raises(NamespaceError):
-        identify_adapter("org/lora", hub_cache=tmp_path)
+        AdapterFiles("org/lora", hub_cache=tmp_path)
+    with pytest.raises(NamespaceError, match="not in the hub's cache"):
+        AdapterFiles("org/lora", revision=COMMIT, hub_cache=tmp_path)
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as settled at once, as if the file system's clock ticked finely."""
+    monkeypatch.setattr(weights, "SETTLED_S", -60.0)
+
+
+@pytest.mark.parametrize("way", ["replaced", "in place", "same size and time", "another file", "gone"])
+def test_an_adapter_that_is_changed_after_it_was_read_is_not_taken_for_what_it_was(
+    way: str, tmp_path: Path, settled: None
+) -> None:
+    """Between reading here and the engine's last copy from the files: each is a change, and said."""
+    folder = make_adapter(tmp_path / "a", weights=b"w" * 100)
+    file = folder / "adapter_model.safetensors"
+    files = AdapterFiles(folder)
+    assert files.settled
+    assert files.unchanged()
+    assert files.check() == files.identity
+    before = file.stat()
+    time.sleep(0.02)  # the next tick of the file system's clock
+    if way == "replaced":
+        (tmp_path / "new").write_bytes(b"v" * 100)
+        os.replace(tmp_path / "new", file)
+    elif way == "another file":
+        (folder / "adapter_model.bin").write_bytes(b"v")
+    elif way == "gone":
+        file.unlink()
+    else:
+        with file.open("r+b") as inside:
+            inside.write(b"v" * 100)
+        if way == "same size and time":
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not files.unchanged()
+    with pytest.raises(NamespaceError, match="since the engine began to load it"):
+        files.check()
+
+
+def test_an_adapter_that_was_written_a_moment_ago_is_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change on the same tick of the file system's clock leaves no sign: here none ever does."""
+    monkeypatch.setattr(weights, "stamp_of", lambda status: (0, 0, status.st_size, 1 << 62, 0))
+    monkeypatch.setattr(filehash, "stamp_of", weights.stamp_of)
+    folder = make_adapter(tmp_path / "a", weights=b"w" * 100)
+    files = AdapterFiles(folder)
+    assert not files.settled
+    assert files.check() == files.identity
+    (folder / "adapter_model.safetensors").write_bytes(b"v" * 100)
+    assert files.unchanged(), "nothing to see"
+    with pytest.raises(NamespaceError, match="since the engine began to load it"):
+        files.check()
+
+
+def test_an_adapter_of_the_hub_that_moves_to_another_commit_is_another(tmp_path: Path, settled: None) -> None:
+    """What an engine downloads while it loads is not what was there before."""
+    for commit, blob in ((COMMIT, "a" * 64), (OTHER_COMMIT, "b" * 64)):
+        blobs = {"adapter_config.json": ("c" * 40, b"{}"), "adapter_model.safetensors": (blob, LARGE_BYTES)}
+        make_hub(tmp_path, blobs, commit)
+        if commit == COMMIT:
+            files = AdapterFiles("org/name", hub_cache=tmp_path)
+            assert files.check() == files.identity
+    assert not files.unchanged()
+    with pytest.raises(NamespaceError, match="another snapshot"):
+        files.check()
+    assert AdapterFiles("org/name", hub_cache=tmp_path).identity != files.identity
 
 
 # in the background
@@ -393,9 +462,12 @@ def test_a_probe_answers_none_while_it_reads_and_stops_when_told(tmp_path: Path)
 
 def test_a_probe_gives_what_the_call_gives(model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter")
-    probes = WeightsProbe(model), AdapterProbe(adapter), WeightsProbe(model, weights_id="x")
+    probes = WeightsProbe(model), WeightsProbe(model, weights_id="x")
     results = [probe.result(30) for probe in probes]
-    assert results == [identify_weights(model), identify_adapter(adapter), identify_weights(model, weights_id="x")]
+    assert results == [identify_weights(model), identify_weights(model, weights_id="x")]
+    files = AdapterProbe(adapter).result(30)
+    assert files is not None
+    assert files.identity == AdapterFiles(adapter).identity
     assert probes[0].result() == results[0], "asking again gives the same"
 
 

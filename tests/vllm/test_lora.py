@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,26 +80,98 @@ def test_adapters_never_read_each_others_blocks_and_find_their_own(
         assert record["external"] == storable(len(case.prompt))
 
 
+def put(folder: Path, case: Case) -> None:
+    """Another adapter takes the place of what lay there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(str(case.lora), folder)
+
+
+def found(engine: InProcess, case: Case, **more: Any) -> None:
+    """Waits until the whole prompt comes from the pool; what is said is right all the while."""
+
+    def whole() -> bool:
+        engine.do("reset")
+        (record,) = engine.each([case.request(**more)])
+        agree([case], [record])
+        return bool(record["external"] == storable(len(case.prompt)))
+
+    eventually("the prompt comes from the pool", whole)
+
+
 def test_an_adapter_is_known_by_its_content_not_by_its_name_or_path(
     engines: dict[str, InProcess], cases: list[Case], tmp_path: Path
 ) -> None:
-    """The second adapter's files in another place are the same adapter. A name given twice is none at all."""
+    """The second adapter's files in another place are the same adapter, also under the name that another has."""
     warm = engines["warm"]
     second = cases[2]
-    moved = tmp_path / "moved"
-    shutil.copytree(str(second.lora), moved)
-    case = Case(second.prompt, second.tokens, lora=str(moved))
-    settle(warm, case)
-    warm.do("reset")
-    (record,) = warm.each([case.request()])
-    agree([case], [record])
-    assert record["external"] == storable(len(case.prompt)), "the same content is the same adapter"
+    shutil.copytree(str(second.lora), tmp_path / "moved")
+    found(warm, second, lora=str(tmp_path / "moved"))
+    shutil.copytree(str(second.lora), tmp_path / "again")
+    found(warm, second, lora=str(tmp_path / "again"), lora_name="adapter1")
 
-    again = tmp_path / "again"
-    shutil.copytree(str(second.lora), again)
-    case = Case(second.prompt, second.tokens, lora=str(again))
-    for _ in range(3):
+
+def test_each_step_of_a_training_loop_is_an_adapter_of_its_own(
+    engines: dict[str, InProcess], cases: list[Case], tmp_path: Path
+) -> None:
+    """All steps are written to one folder; each is loaded under a name and id of its own, and found again."""
+    warm, folder = engines["warm"], tmp_path / "policy"
+    for step, case in enumerate((cases[1], cases[2], cases[1])):
+        put(folder, case)
+        found(warm, case, lora=str(folder), lora_name=f"step-{step}", lora_id=100 + step)
+
+
+def test_an_adapter_that_was_loaded_ahead_is_known_to_its_first_request(
+    engines: dict[str, InProcess], cases: list[Case], tmp_path: Path
+) -> None:
+    """As servers load adapters; its files may have been written a moment ago."""
+    cold, case = engines["cold"], cases[1]
+    found(engines["warm"], case)
+    put(tmp_path / "new", case)
+    mine = case.request(lora=str(tmp_path / "new"), lora_name="ahead", lora_id=200)
+    assert cold.do("add_lora", request=mine)
+    cold.do("reset")
+    (record,) = cold.each([mine])
+    agree([case], [record])
+    assert record["external"] == storable(len(case.prompt))
+
+
+def test_an_adapter_that_the_engine_reads_again_is_what_lies_there_then(
+    engines: dict[str, InProcess], cases: list[Case], tmp_path: Path
+) -> None:
+    """The engine keeps two; a third takes the place of one, whose folder holds another adapter when it is needed."""
+    warm, folder = engines["warm"], tmp_path / "one"
+    mine = {"lora": str(folder), "lora_name": "read-again", "lora_id": 300}
+    put(folder, cases[1])
+    found(warm, cases[1], **mine)
+    agree(cases[1:], warm.each([case.request() for case in cases[1:]]))
+    put(folder, cases[2])
+    found(warm, cases[2], **mine)
+
+
+def test_an_adapter_that_is_replaced_between_a_look_at_it_and_its_load_gets_its_own_answer(
+    engines: dict[str, InProcess], cases: list[Case], tmp_path: Path
+) -> None:
+    """Blocks of what lay there were loaded for the request; they are thrown away, and nothing of them stays."""
+    warm, folder = engines["warm"], tmp_path / "two"
+    found(warm, cases[2])
+    put(folder, cases[2])
+    mine = {"lora": str(folder), "lora_name": "replaced"}
+    ids = iter(range(400, 500))
+
+    def foretold() -> bool:
+        """Whether blocks of the pool are on their way for an adapter that the worker has not read."""
+        mine["lora_id"] = next(ids)  # type: ignore[assignment]
         warm.do("reset")
-        (record,) = warm.each([case.request(lora_name="adapter1")])  # the name that the first adapter has here
-        agree([case], [record])
-        assert record["external"] == 0, "what the engine holds under a name given twice can't be told from outside"
+        names = warm.do("add", requests=[cases[2].request(**mine)])
+        warm.do("step")
+        if warm.do("states", names=names) != ["WAITING_FOR_REMOTE_KVS"]:
+            agree([cases[2]], warm.do("wait", names=names))
+            return False
+        put(folder, cases[1])
+        agree([cases[1]], warm.do("wait", names=names))
+        return True
+
+    eventually("what lies there is settled, and foretold", foretold)
+    again = {**mine, "lora_name": "replaced"}
+    agree([cases[1]], warm.each([cases[1].request(**again)]))
+    found(warm, cases[1], **again)

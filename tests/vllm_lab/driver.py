@@ -72,9 +72,11 @@ class Driver:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def add(self, requests: list[dict[str, Any]]) -> list[str]:
-        """Queues requests without a step. Keys: prompt (token ids), max_tokens, lora (a folder), salt, logprobs."""
+        """Queues requests without a step. Keys: prompt (token ids), max_tokens, lora (a folder), salt, logprobs.
+
+        An adapter has a name and an id of its folder's own, or those that lora_name and lora_id give.
+        """
         from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
 
         names = []
         for r in requests:
@@ -83,10 +85,7 @@ class Driver:
             prompt: dict[str, Any] = {"prompt_token_ids": r["prompt"]}
             if r.get("salt") is not None:
                 prompt["cache_salt"] = r["salt"]
-            lora = None
-            if r.get("lora"):
-                number = self.lora_ids.setdefault(r["lora"], len(self.lora_ids) + 1)
-                lora = LoRARequest(r.get("lora_name", f"adapter{number}"), number, r["lora"])
+            lora = self._lora(r) if r.get("lora") else None
             params = SamplingParams(
                 temperature=0, max_tokens=r.get("max_tokens", 8), ignore_eos=True, logprobs=r.get("logprobs")
             )
@@ -94,6 +93,21 @@ class Driver:
             self.live[name] = {"core_id": core_id, "start": time.monotonic(), "ttft_s": None, "external": 0, "local": 0}
             names.append(name)
         return names
+
+    def _lora(self, r: dict[str, Any]) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        number = r.get("lora_id") or self.lora_ids.setdefault(r["lora"], len(self.lora_ids) + 1)
+        return LoRARequest(r.get("lora_name", f"adapter{number}"), number, r["lora"])
+
+    def add_lora(self, request: dict[str, Any]) -> bool:
+        """Loads a request's adapter ahead, as a server does that is told of one."""
+        return bool(self.engine.add_lora(self._lora(request)))
+
+    def states(self, names: list[str]) -> list[str]:
+        """The scheduler's status of each request that is under way."""
+        requests = self.core().scheduler.requests
+        return [requests[self.live[name]["core_id"]].status.name for name in names]
 
     def step(self, n: int = 1) -> int:
         """Steps the engine; answers how many requests are still under way."""
