@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
+from kvplug.adapters.common.hooks import put_around
+
 ReadReaction = Callable[[int, str, Callable[[], Iterable[int]]], None]
 """Called with an adapter's id, the local path that is about to be read, and what lists the ids of those held."""
 CopyReaction = Callable[[int], None]
@@ -45,13 +47,9 @@ def on_adapters(config: Any, reads: ReadReaction, copied: CopyReaction) -> None:
     from vllm.lora import model_manager, worker_manager
 
     _watchers.append((config.lora_config, reads, copied))
-    if hasattr(worker_manager.get_adapter_absolute_path, "_kvplug"):
-        return
-    worker_manager.get_adapter_absolute_path = _around_path(worker_manager.get_adapter_absolute_path)
-    manager = worker_manager.WorkerLoRAManager
-    manager._load_adapter = _around_load(manager._load_adapter)  # type: ignore[method-assign]
-    models = model_manager.LoRAModelManager
-    models.activate_adapter = _around_activate(models.activate_adapter)  # type: ignore[method-assign]
+    put_around(worker_manager, "get_adapter_absolute_path", _around_path)
+    put_around(worker_manager.WorkerLoRAManager, "_load_adapter", _around_load)
+    put_around(model_manager.LoRAModelManager, "activate_adapter", _around_activate)
 
 
 def _around_load(plain: Any) -> Any:
@@ -77,7 +75,6 @@ def _around_path(plain: Any) -> Any:
                     reads(number, str(path), manager.list_adapters)
         return path
 
-    get_adapter_absolute_path._kvplug = True  # type: ignore[attr-defined]
     return get_adapter_absolute_path
 
 
@@ -105,10 +102,10 @@ def after_add_lora(connector: Any, react: Callable[[list[Any]], None]) -> None:
     from vllm.v1.engine.core import EngineCore
 
     _askers.append((connector, react))
-    plain = EngineCore.add_lora
-    if hasattr(plain, "_kvplug"):
-        return
+    put_around(EngineCore, "add_lora", _around_add)
 
+
+def _around_add(plain: Any) -> Any:
     @functools.wraps(plain)
     def add_lora(self: Any, *args: Any, **kwargs: Any) -> Any:
         answer = plain(self, *args, **kwargs)
@@ -118,8 +115,7 @@ def after_add_lora(connector: Any, react: Callable[[list[Any]], None]) -> None:
                 tell(_reports(self))
         return answer
 
-    add_lora._kvplug = True  # type: ignore[attr-defined]
-    EngineCore.add_lora = add_lora  # type: ignore[method-assign]
+    return add_lora
 
 
 def _reports(core: Any) -> list[Any]:
