@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from kvplug import weights
+from kvplug.adapters.vllm import compat_adapters
 from kvplug.adapters.vllm.adapters import HeldAdapters
 from kvplug.adapters.vllm.jobs import AdapterLoad, GroupBlocks, Job, Rank, WorkerReport
 from kvplug.adapters.vllm.requests import Adapter, LoraIdentities
@@ -293,3 +294,49 @@ def test_blocks_brought_for_an_adapter_that_turns_out_another_are_called_wrong(t
     worker.load(1, write(folder, b"2"))
     assert worker.held.contradicted() == {5, 6}
     assert worker.held.contradicted() == set()
+
+
+# ---- where vLLM reads and copies -------------------------------------------------------------------------------------
+
+
+def test_the_engines_own_loads_and_copies_are_seen_each_for_its_engine(tmp_path: Path) -> None:
+    """On vLLM's own managers. Two engines of one process may have the same ids."""
+    from vllm.lora.model_manager import AdapterLRUCache, LoRAModelManager
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    assert compat_adapters.adapter_problems() == []
+    seen: list[tuple[Any, ...]] = []
+    mine, other = SimpleNamespace(), SimpleNamespace()
+
+    def copied(number: int) -> None:
+        seen.append(("copied", number))
+
+    def reads(number: int, path: str, listed: Any) -> None:
+        seen.append(("reads", number, path, set(listed())))
+
+    connector = object()
+    compat_adapters.on_adapters(SimpleNamespace(lora_config=mine), reads, copied)
+    try:
+        for config in (other, mine):
+            models = object.__new__(LoRAModelManager)
+            models.lora_config = config  # type: ignore[assignment]
+            models.supported_lora_modules, models.packed_modules_mapping = [], {}
+            models._registered_adapters = AdapterLRUCache(4, lambda _: None)
+            models._registered_adapters[7] = SimpleNamespace(id=7)  # type: ignore[assignment]
+            models._active_adapters, models.lora_index_to_id, models.modules = {}, [None], {}  # type: ignore[assignment]
+            worker = object.__new__(WorkerLoRAManager)
+            worker.lora_config, worker._adapter_manager = config, models  # type: ignore[assignment]
+            worker.max_position_embeddings = 8
+            with pytest.raises(Exception, match="nowhere"):
+                worker._load_adapter(LoRARequest("a", 7, str(tmp_path / "nowhere")))
+            assert models.activate_adapter(7)
+            assert not models.activate_adapter(7), "it has its place already"
+        assert seen == [("reads", 7, str(tmp_path / "nowhere"), {7}), ("copied", 7)]
+    finally:
+        compat_adapters.forget_adapters(connector, copied)
+    assert models.lora_index_to_id == [7]
+    models._active_adapters.clear()
+    models.lora_index_to_id = [None]
+    assert models.activate_adapter(7)
+    assert len(seen) == 2, "nobody asks any more"
