@@ -168,14 +168,16 @@ def test_a_copy_that_does_not_end_costs_the_call_and_nothing_else(
 
 
 def test_layouts_that_are_told_again_change_nothing(engine: InProcess, cases: list[Case], pool: str) -> None:
-    """As vLLM does from 0.33 on whenever it is woken up. This engine has left the shared namespace by now."""
+    """As vLLM does from 0.33 on whenever it is woken up. This engine has left the shared namespace."""
+    assert engine.do("reset", external=True)
     _warm(engine, cases[:2], pool)
     names = engine.do("add", requests=requests(cases[2:3]))
     engine.do("step")
     first = engine.do("tell_layouts_again")
     for _ in range(19):
         again = engine.do("tell_layouts_again")
-        assert (again["namespace"], again["step"]) == (first["namespace"], first["step"])
+        for name in ("side", "namespace", "step", "held"):
+            assert again[name] == first[name], name
         assert again["threads"] <= first["threads"]
     agree(cases[2:3], engine.do("wait", names=names))
     with attached(pool) as store:

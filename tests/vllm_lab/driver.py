@@ -286,6 +286,7 @@ class Driver:
         connector.set_xfer_handshake_metadata_pp_aware(metadata)
         side = connector._scheduler
         return {
+            "side": id(side),
             "threads": threading.active_count(),
             "held": side.stores.held if side else 0,
             "namespace": side.state.namespace.digest().hex() if side else None,
