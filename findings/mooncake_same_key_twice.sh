@@ -10,6 +10,7 @@
 #
 # Needs libibverbs.so.1 (Debian: libibverbs1), also without RDMA. Ports 50151 and 50152 on loopback.
 set -euo pipefail
+ldconfig -p | grep -q "libibverbs\.so\.1 " || { echo "needs libibverbs.so.1 (Debian: libibverbs1)"; exit 2; }
 folder=$(mktemp -d)
 trap 'kill "$master" 2>/dev/null || true; rm -rf "$folder"' EXIT
 master=
