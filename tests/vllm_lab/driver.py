@@ -215,14 +215,14 @@ class Driver:
         call: str,
         args: list[Any],
         hold: str | None = None,
-        hold_s: float = 0.2,
+        hold_s: float | None = 0.2,
         delay_s: float = 0.0,
         abort: bool = False,
     ) -> dict[str, Any]:
         """Adds requests, steps, calls a method of the engine core and lets the engine go on; what was seen meanwhile.
 
-        ``hold``: "load" or "store", copies that are stopped and go on ``hold_s`` seconds later; with "store" the engine
-        is stepped until it holds blocks. ``delay_s``: a pause before the call. ``abort``: the requests are aborted
+        ``hold``: "load" or "store", copies that are stopped and go on ``hold_s`` seconds later, or (None) after the
+        call; with "store" the engine is stepped until it holds blocks. ``delay_s``: a pause before the call. ``abort``: the requests are aborted
         before the call.
         """
         core = self.core()
@@ -233,7 +233,7 @@ class Driver:
         deadline = time.monotonic() + 60
         while hold == "store" and not self._sides()["stores"].held and time.monotonic() < deadline:
             self.step()
-        if hold:
+        if hold and hold_s is not None:
             threading.Timer(hold_s, self.let_copies_go).start()
         time.sleep(delay_s)
         known = [core.scheduler.requests.get(self.live[name]["core_id"]) for name in names if name in self.live]
@@ -246,6 +246,8 @@ class Driver:
             out["error"] = f"{type(error).__name__}: {error}"
         out["paused"] = core.is_scheduler_paused()
         out["free"] = self.free_blocks()
+        if hold and hold_s is None:
+            self.let_copies_go()
         core.resume_scheduler()
         if args and "abort" in args:
             self.abort(names)
