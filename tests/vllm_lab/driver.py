@@ -222,8 +222,8 @@ class Driver:
         """Adds requests, steps, calls a method of the engine core and lets the engine go on; what was seen meanwhile.
 
         ``hold``: "load" or "store", copies that are stopped and go on ``hold_s`` seconds later, or (None) after the
-        call; with "store" the engine is stepped until it holds blocks. ``delay_s``: a pause before the call. ``abort``: the requests are aborted
-        before the call.
+        call; with "store" the engine is stepped until it holds blocks. ``delay_s``: a pause before the call.
+        ``abort``: the requests are aborted before the call.
         """
         core = self.core()
         if hold:
