@@ -115,7 +115,7 @@ class SglangServer(LabProcess):
             config = {"pool": pool, "size": size, "verify": "always", **(settings or {})}
             command += ["--enable-kvplug", "--kvplug-mode", mode, "--kvplug-config", json.dumps(config)]
         environment = base_env(
-            version=version, plugins=plugins, tp=tp, env={"SGLANG_LAB_EAR": str(self._ear), **(env or {})}
+            version=version, plugins=plugins, tp=tp, env={"LAB_SGLANG_EAR": str(self._ear), **(env or {})}
         )
         super().__init__([*command, *arguments], environment, log)
 

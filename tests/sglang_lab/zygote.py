@@ -45,7 +45,7 @@ PRELOAD = (
     "sglang.srt.managers.scheduler",
     "sglang.srt.managers.detokenizer_manager",
 )
-READ_LATE = ("KVPLUG_", "SGLANG_LAB_", "SGLANG_PLUGINS", "SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_TEST_")
+READ_LATE = ("KVPLUG_", "LAB_SGLANG_", "SGLANG_PLUGINS", "SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_TEST_")
 """Variables that nothing looks at while SGLang is imported."""
 START_S = 240.0
 MESSAGE_BYTES = 1 << 20

@@ -1,6 +1,6 @@
 """A plugin of SGLang's: what older releases lack without an accelerator, and an ear in every scheduler.
 
-The ear is a Unix socket, one for each rank, in the folder that ``SGLANG_LAB_EAR`` names. A line of JSON that comes in,
+The ear is a Unix socket, one for each rank, in the folder that ``LAB_SGLANG_EAR`` names. A line of JSON that comes in,
 ``{"call": "module:function", "arguments": {...}}``, is answered by what that function returns when it is called, on a
 thread of its own, with the scheduler first.
 """
@@ -18,7 +18,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-EAR = "SGLANG_LAB_EAR"
+EAR = "LAB_SGLANG_EAR"
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
