@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvplug.errors import BufferError
 from kvplug.shm.jit import warm_up
+from kvplug.shm.layout import SIZE_MASK
 from kvplug.shm.objects import C_CONTIGUOUS, HEAD_BYTES, READ_BYTES, WRITEABLE, array_addresses
 
 I64 = npt.NDArray[np.int64]
@@ -185,36 +186,39 @@ class RegisteredRanges:
     """Memory that the caller has vouched for by ``register_buffer``: raw addresses are taken from nowhere else."""
 
     def __init__(self) -> None:
-        self._starts: I64 = np.empty(0, np.int64)
-        self._ends: I64 = np.empty(0, np.int64)
+        self._ends: dict[int, int] = {}
+        """By first address. Changed by one instruction each time: threads and signal handlers may come between."""
+        self._sorted: tuple[dict[int, int], I64, I64] = ({}, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def add(self, addr: int, nbytes: int) -> None:
-        """Vouch for ``nbytes`` bytes at ``addr``. Raises BufferError."""
+        """Vouch for ``nbytes`` bytes at ``addr``; once more: what counts is what was said last. Raises BufferError."""
+        said = f"register_buffer({addr!r:.40}, {nbytes!r:.40})"
+        if not (is_whole(addr) and is_whole(nbytes)):
+            raise BufferError(f"{said}: address and length must be integers")
         if addr <= 0 or nbytes <= 0:
-            raise BufferError(f"register_buffer({addr:#x}, {nbytes}): address and length must be positive")
-        if addr + nbytes > MAX_ADDRESS:
-            raise BufferError(f"register_buffer({addr:#x}, {nbytes}): no memory of a process reaches so far")
-        if (self._starts == addr).any():  # registered anew: what counts is what was said last
-            self.remove(addr)
-        order = np.argsort(np.append(self._starts, addr), kind="stable")
-        self._starts = np.append(self._starts, addr)[order]
-        self._ends = np.append(self._ends, addr + nbytes)[order]
+            raise BufferError(f"{said}: address and length must be positive")
+        if int(addr) + int(nbytes) > MAX_ADDRESS:
+            raise BufferError(f"{said}: no memory of a process reaches so far")
+        self._ends[int(addr)] = int(addr) + int(nbytes)
 
     def remove(self, addr: int) -> None:
         """Withdraw what was registered at this address. Raises BufferError if nothing was."""
-        if not (self._starts == addr).any():
-            raise BufferError(f"unregister_buffer({addr:#x}): nothing is registered there")
-        keep = self._starts != addr
-        self._starts, self._ends = self._starts[keep], self._ends[keep]
+        if not is_whole(addr) or self._ends.pop(int(addr), None) is None:
+            raise BufferError(f"unregister_buffer({addr!r:.40}): nothing is registered there")
 
     def check(self, addrs: I64, nbytes: I64) -> None:
         """Raises BufferError naming the first fragment that is outside of every registered range."""
         if not len(addrs):
             return
+        known, starts, reach = self._sorted
+        if known != self._ends:
+            known = dict(self._ends)
+            starts = np.array(sorted(known), np.int64)
+            reach = np.maximum.accumulate(np.array([known[start] for start in starts.tolist()], np.int64))
+            self._sorted = known, starts, reach
         inside = nbytes == 0  # of nothing there is nothing to vouch for
-        if len(self._starts):
-            reach = np.maximum.accumulate(self._ends)
-            at = np.searchsorted(self._starts, addrs, side="right") - 1
+        if len(starts):
+            at = np.searchsorted(starts, addrs, side="right") - 1
             inside |= (at >= 0) & (addrs + nbytes <= reach[np.maximum(at, 0)]) & (nbytes >= 0)
         if not inside.all():
             bad = int(np.flatnonzero(~inside)[0])
@@ -224,6 +228,11 @@ class RegisteredRanges:
             )
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, Python's or numpy's; True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def one_each(n: int) -> I64:
     """Offsets, ``n`` + 1 or more, of blocks that have one fragment each: a slice would cost more than it is worth."""
     return _ONE_EACH if n < len(_ONE_EACH) else np.arange(n + 1)
@@ -231,7 +240,10 @@ def one_each(n: int) -> I64:
 
 def equal_fragments(addrs: Any, nbytes: Any, n: int) -> tuple[I64, I64, I64]:
     """The same as :func:`fragments` for F fragments each: addrs (N, F), nbytes (N, F) or (F,), arrays of integers."""
-    at, sizes = np.asarray(addrs), np.asarray(nbytes)
+    try:
+        at, sizes = np.asarray(addrs), np.asarray(nbytes)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise BufferError(f"addresses and lengths must be arrays of integers: {e}") from e
     if at.dtype.kind not in "iu" or sizes.dtype.kind not in "iu":
         raise BufferError(f"addresses and lengths must be integers, not {at.dtype} and {sizes.dtype}")
     if at.ndim != 2 or len(at) != n or at.shape[1] < 1:
@@ -242,19 +254,29 @@ def equal_fragments(addrs: Any, nbytes: Any, n: int) -> tuple[I64, I64, I64]:
             f"or ({at.shape[1]},) if they are the same for every key"
         )
     sizes = np.broadcast_to(sizes, at.shape)
-    bad = (sizes < 0) | ((at <= 0) & (sizes > 0))
-    if bad.any():
-        i, f = np.argwhere(bad)[0].tolist()
-        raise BufferError(f"fragment {f} of key {i}: {int(sizes[i, f])} bytes at {int(at[i, f]):#x}")
+    _refuse_impossible(at, sizes)
     offsets = np.arange(0, at.size + 1, at.shape[1], dtype=np.int64)
     return offsets, np.require(at.ravel(), np.int64, "W"), np.require(sizes.ravel(), np.int64, "W")
+
+
+def _refuse_impossible(at: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> None:
+    """BufferError for fragments (N, F) that are nobody's memory. Whether the rest is the caller's, nobody can see."""
+    bad = (sizes < 0) | (sizes > SIZE_MASK) | (at > MAX_ADDRESS - SIZE_MASK) | ((at <= 0) & (sizes > 0))
+    if bad.any():
+        which = np.argwhere(bad)[0].tolist()
+        name = f"fragment {which[1]} of key {which[0]}" if len(which) == 2 else f"fragment {which[0]}"
+        where = tuple(which)
+        raise BufferError(
+            f"{name}: {int(sizes[where])} bytes at {int(at[where]):#x} can't be: an address is positive and "
+            f"below 2**57, a length 0 to 2**40"
+        )
 
 
 def fragments(addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], n: int) -> tuple[I64, I64, I64]:
     """(offsets int64[N+1], addresses int64[M], bytes int64[M]) of N lists of fragments. Raises BufferError."""
     try:
         lists, counts = (len(addrs), len(sizes)), [list(map(len, one)) for one in (addrs, sizes)]
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise BufferError(f"addresses and sizes must be lists, with one list of integers for each key: {e}") from e
     if lists != (n, n):
         raise BufferError(f"{lists[0]} address lists and {lists[1]} size lists were given for {n} keys")
@@ -262,11 +284,13 @@ def fragments(addrs: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], n:
         i = next(i for i, (a, b) in enumerate(zip(*counts, strict=True)) if a != b)
         raise BufferError(f"key {i} has {counts[0][i]} addresses and {counts[1][i]} sizes")
     offsets = np.concatenate(([0], np.cumsum(counts[0]))).astype(np.int64)
-    return offsets, _integers(addrs, int(offsets[-1])), _integers(sizes, int(offsets[-1]))
+    flat = _integers(addrs, int(offsets[-1])), _integers(sizes, int(offsets[-1]))
+    _refuse_impossible(*flat)
+    return offsets, *flat
 
 
 def _integers(lists: Sequence[Sequence[int]], total: int) -> I64:
     try:
         return np.fromiter(map(operator.index, chain.from_iterable(lists)), np.int64, total)
-    except (TypeError, OverflowError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise BufferError(f"addresses and lengths must be integers of at most 64 bits: {e}") from e

@@ -3,13 +3,14 @@
 Every view is made over an array object of its own, the *owner*. Whatever is derived from a view (a slice, an array, a
 tensor) keeps that owner alive, and nothing else does: when it is gone, nobody can reach the block's bytes any more.
 Asking a memoryview to release itself would say less, since slices and tensors are no exports of it.
+
+What a handle answers for is its batch's :class:`kvplug.shm.batch.Holding`. A handle that is forgotten takes its batch
+with it, and the pool gives back the rest: nothing here has a finaliser, which an exception could interrupt.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 Owner = npt.NDArray[np.uint8]
 
 
-def _owner(pool: Pool, batch: SlotBatch, i: int) -> Owner:
-    at = int(batch.offsets[i])
-    return pool.segment.memory[at : at + int(batch.nbytes[i])]
+def _owner(pool: Pool, batch: SlotBatch, i: int, *, writable: bool) -> Owner:
+    """The block's bytes as an array object of their own; while it lives, the block stays."""
+    at = int(batch.arrays()[2][i])
+    owner = pool.segment.memory[at : at + int(batch.nbytes[i])]
+    owner.flags.writeable = writable
+    pool.lend(batch, i, owner)
+    return owner
 
 
 class PinnedBlocks:
@@ -41,7 +46,6 @@ class PinnedBlocks:
         self._pool, self._batch = pool, batch
         self._life = pool.life
         self._views: dict[int, memoryview] = {}
-        self._owners: dict[int, weakref.ref[Owner]] = {}
         self._released = False
 
     @property
@@ -61,12 +65,7 @@ class PinnedBlocks:
         if self._batch.codes[i] != Code.OK:
             return None
         if i not in self._views:
-            owner = _owner(self._pool, self._batch, i)
-            owner.flags.writeable = False
-            self._owners[i] = weakref.ref(owner)
-            self._views[i] = owner.data
-            self._pool.lend(owner, int(self._batch.slots[i]))
-            self._batch.slots[i] = -1  # its pin goes with the owner
+            self._views[i] = _owner(self._pool, self._batch, i, writable=False).data
         return self._views[i]
 
     def __iter__(self) -> Iterator[memoryview | None]:
@@ -74,23 +73,12 @@ class PinnedBlocks:
 
     def release(self) -> int:
         """Release the pins of all blocks that nobody uses. How many are in use: their pins follow by themselves."""
-        kept = self._forget_views()
-        slots = self._take_slots()
-        if self._life is self._pool.life and not self._pool.is_closed:  # closing has released them
-            self._pool.unpin(slots)
-        return kept
-
-    def _forget_views(self) -> int:
-        """Let go of the views. The number of those that are in use: each keeps its block's pin."""
         self._released = True
         self._views.clear()
-        return sum(owner() is not None for owner in self._owners.values())
-
-    def _take_slots(self) -> npt.NDArray[np.int64]:
-        slots = self._batch.slots
-        taken = slots[slots >= 0]
-        slots[:] = -1
-        return taken
+        kept = int(self._batch.holding.in_use().sum())
+        if self._life is self._pool.life and not self._pool.is_closed:  # closing has released them
+            self._pool.give_back(self._batch)
+        return kept
 
     def __enter__(self) -> PinnedBlocks:
         return self
@@ -99,14 +87,6 @@ class PinnedBlocks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-    def __del__(self) -> None:
-        if sys.is_finalizing():
-            return
-        self._forget_views()
-        slots = self._take_slots()
-        if len(slots) and self._life is self._pool.life:
-            self._pool.unpin_later(slots)
 
 
 class Reservation:
@@ -119,12 +99,9 @@ class Reservation:
         self._pool, self._batch = pool, batch
         self._life = pool.life
         self._open = np.flatnonzero(batch.codes == Code.OK)
-        self._owners: list[weakref.ref[Owner]] = []
         self.views: list[memoryview | None] = [None] * len(batch)
         for i in self._open.tolist():
-            owner = _owner(pool, batch, i)
-            self._owners.append(weakref.ref(owner))
-            self.views[i] = owner.data
+            self.views[i] = _owner(pool, batch, i, writable=True).data
 
     @property
     def codes(self) -> npt.NDArray[np.int8]:
@@ -140,45 +117,25 @@ class Reservation:
             raise PoolError("this reservation was made before a fork, by the parent: it is the parent's to seal")
         out = self._batch.codes.copy()
         if len(self._open):
-            slots, gens = self._batch.slots[self._open], self._batch.gens[self._open]
+            slots, gens, offsets = (array[self._open] for array in self._batch.arrays())
             for view in self.views:
                 if view is not None:
                     with contextlib.suppress(BufferError):
                         view.release()
             sums = np.empty(len(slots), np.int64)
-            copies.hash_batch(
-                self._pool.base_address + self._batch.offsets[self._open], self._batch.nbytes[self._open], sums
-            )
-            out[self._open] = self._pool.complete(slots, gens, 0, sums)
+            copies.hash_batch(self._pool.base_address + offsets, self._batch.nbytes[self._open], sums)
+            out[self._open] = self._pool.complete(slots, gens, sums, part=0)
             self._open = self._open[:0]
+            self._pool.finish(self._batch.holding)
         return out
 
     def abort(self) -> None:
         """Give the slots back unwritten. Idempotent. One that somebody can still write to is free once nobody can."""
-        self._give_back(later=False)
-
-    def _give_back(self, *, later: bool) -> None:
-        if not len(self._open):
-            return
         self.views[:] = [None] * len(self.views)
-        slots, gens = self._batch.slots[self._open], self._batch.gens[self._open]
-        self._open = self._open[:0]
         pool = self._pool
-        if self._life is not pool.life or pool.is_closed:  # the parent's; or reclaimed with the session
-            return
-        strong = [owner() for owner in self._owners]  # nothing is acknowledged before it was given up
-        used = np.array([owner is not None for owner in strong])
-        if later:
-            pool.abort_later(slots, gens)
-        else:
-            pool.abort(slots[~used], gens[~used], writers_done=True)
-            pool.abort(slots[used], gens[used], writers_done=False)
-        for i, owner in enumerate(strong):
-            if owner is not None:
-                at = slice(i, i + 1)
-                weakref.finalize(owner, pool.acknowledge_later, slots[at].copy(), gens[at].copy()).atexit = False
-        if later and not used.all():
-            pool.acknowledge_later(slots[~used], gens[~used])
+        if len(self._open) and self._life is pool.life and not pool.is_closed:  # else it is the parent's, or reclaimed
+            pool.give_back(self._batch)
+        self._open = self._open[:0]
 
     def __enter__(self) -> Reservation:
         return self
@@ -187,7 +144,3 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # the interpreter is half gone; what dies with the process is reclaimed
-            self._give_back(later=True)

@@ -7,6 +7,15 @@
 Keys are ``bytes`` of length 32 or an (N, 32) uint8 array; buffers anything with the buffer protocol, numpy arrays or
 CPU tensors. Wrong input raises a typed error (:mod:`kvplug.errors`) before anything was changed; a full pool, a
 missing block or a busy lock never raise: they are codes, one per key.
+
+*Raw addresses* (:meth:`KvStore.put_fragments`, :meth:`KvStore.get_fragments`, registered buffers) are taken at their
+word. Refused is what no process has: addresses at or below zero or past 2**57, lengths below zero or above 2**40.
+Whether memory is mapped there, is the caller's, stays for the call and may be written to, nobody can see: a wrong
+address ends the process, or overwrites what lies there. The calls under other stores' names take addresses only inside
+of registered buffers.
+
+An exception from a signal handler may end any call: what the call had taken is given back. Slots that were read from
+:meth:`KvStore.pin_batch` or :meth:`KvStore.reserve_batch` are the caller's, at the latest until :meth:`KvStore.close`.
 """
 
 from __future__ import annotations
@@ -20,14 +29,16 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from kvplug import config as configuration
-from kvplug.buffers import RegisteredRanges, addresses, equal_fragments, fragments, one_each
+from kvplug.buffers import RegisteredRanges, addresses, equal_fragments, fragments, is_whole, one_each
 from kvplug.config import Config
 from kvplug.errors import BufferError, Code, ConfigError, KeyFormatError
 from kvplug.handles import PinnedBlocks, Reservation
 from kvplug.keys import as_key_array
 from kvplug.shm import copy as copies
 from kvplug.shm.attach import PoolOptions
+from kvplug.shm.batch import part_sizes
 from kvplug.shm.failpoints import WRITE_COPY, fail
+from kvplug.shm.layout import MAX_PARTS, sibling_bits
 from kvplug.shm.local import L_RESERVE_BUDGET
 from kvplug.shm.pool import Pool, SlotBatch, part_offsets
 from kvplug.shm.stats import PoolStats, pool_stats
@@ -53,17 +64,49 @@ def _words(keys: Keys) -> I64:
     return words if words.flags.aligned else words.copy()
 
 
-def _ints(values: Any) -> I64:
-    """int64, contiguous, aligned and writable, as compiled calls want it: copied only if it is not."""
-    return np.require(values, np.int64, ["C", "A", "W"])
+def _ints(*arrays: Any) -> list[I64]:
+    """int64, contiguous, aligned and writable, as compiled calls want them: copied only if they are not.
+
+    Raises BufferError unless they are integers, one-dimensional, and all of one length.
+    """
+    out = []
+    for values in arrays:
+        try:
+            array = np.asarray(values)
+        except (TypeError, ValueError, OverflowError) as e:
+            raise BufferError(f"slots, generations and checksums are arrays of integers: {e}") from e
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise BufferError(
+                f"slots, generations and checksums are arrays of integers of one dimension, not {array.dtype} of shape "
+                f"{array.shape}"
+            )
+        if array.dtype == np.uint64:  # its bits are what counts
+            array = array.view(np.int64)
+        out.append(np.require(array, np.int64, ["C", "A", "W"]))
+    if len({len(array) for array in out}) > 1:
+        raise BufferError(f"arrays of one length were expected, not of {' and '.join(str(len(one)) for one in out)}")
+    return out
 
 
-def _whole(sizes: Any) -> Any:
-    """Sizes that are whole numbers, as they are. Raises ConfigError: 10.9 bytes would become 10."""
-    array = np.asarray(sizes)
-    if array.size and array.dtype.kind not in "iu":
-        raise ConfigError(f"sizes of blocks and parts are whole numbers of bytes, not {sizes!r:.80}")
-    return array
+def _flag(value: Any, name: str) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise ConfigError(f"{name} is True or False, not {value!r:.40}")
+
+
+def _part(part: Any) -> int:
+    """The number of a part; -1, which no block has, for one that none can have. Raises ConfigError."""
+    if not is_whole(part):
+        raise ConfigError(f"a part has a whole number, not {part!r:.40}")
+    return int(part) if 0 <= part < MAX_PARTS else -1
+
+
+def _family(siblings: Any) -> tuple[int, int]:
+    if isinstance(siblings, (tuple, list)) and len(siblings) == 2 and all(map(is_whole, siblings)):
+        count, index = int(siblings[0]), int(siblings[1])
+        sibling_bits(count, index)
+        return count, index
+    raise ConfigError(f"siblings are given as (count, index), not {siblings!r:.40}")
 
 
 def options_of(config: Config) -> PoolOptions:
@@ -123,8 +166,8 @@ class KvStore:
         try:
             name, hexed, session = token.rsplit(":", 2)
             joined = (bytes.fromhex(hexed), int(session))
-        except ValueError as e:
-            raise ConfigError(f"{token!r} is not the token of a store (pool:uuid:session)") from e
+        except (ValueError, AttributeError, TypeError) as e:
+            raise ConfigError(f"{token!r:.100} is not the token of a store (pool:uuid:session)") from e
         return cls(name, config=config, create=False, _join=joined)
 
     # ---- who and where -----------------------------------------------------------------------------------------------
@@ -203,16 +246,18 @@ class KvStore:
         b = pool.reserve(words, (size,), siblings=siblings, dated=dated)
         ok = np.flatnonzero(b.codes == Code.OK)
         if not len(ok):
+            pool.finish(b.holding)
             return b.codes
-        slots, gens = b.slots[ok], b.gens[ok]
-        sums = np.empty(len(ok), np.int64)
         try:
-            copy(part[ok], pool.base_address + b.offsets[ok], b.nbytes[ok], sums)
+            slots, gens, offsets = (array[ok] for array in b.arrays())
+            sums = np.empty(len(ok), np.int64)
+            copy(part[ok], pool.base_address + offsets, b.nbytes[ok], sums)
+            fail(pool.L, WRITE_COPY)
+            b.codes[ok] = pool.complete(slots, gens, sums, part=0)
+            pool.finish(b.holding)
         except BaseException:
-            pool.abort(slots, gens, writers_done=True)
+            pool.give_back(b)
             raise
-        fail(pool.L, WRITE_COPY)
-        b.codes[ok] = pool.complete(slots, gens, 0, sums)
         pool.count_written(len(ok) * size)
         return b.codes
 
@@ -256,7 +301,7 @@ class KvStore:
         As a context manager it aborts what was not sealed. Raises KeyFormatError, BlockTooLargeError, and ConfigError
         unless ``nbytes`` is a whole number of at least 1.
         """
-        return Reservation(self._pool, self._pool.reserve(_words(keys), _whole([nbytes])))
+        return Reservation(self._pool, self._pool.reserve(_words(keys), [nbytes]))
 
     # ---- what adapters use -------------------------------------------------------------------------------------------
 
@@ -265,11 +310,11 @@ class KvStore:
 
         Without ``touch`` it is no use of them: their turn to be evicted stays what it was.
         """
-        return self._pool.pin(_words(keys), prefix=prefix, touch=touch)
+        return self._pool.pin(_words(keys), prefix=_flag(prefix, "prefix"), touch=_flag(touch, "touch"))
 
     def unpin(self, slots: I64, gens: I64 | None = None) -> None:
         """Release one pin of each slot (negative entries are passed over). Never blocks: queued if the lock is busy."""
-        self._pool.unpin(_ints(slots))
+        self._pool.unpin(_ints(slots)[0])
 
     def reserve_batch(
         self, keys: Keys, part_nbytes: Sequence[int] | I64, *, siblings: tuple[int, int] = (1, 0)
@@ -281,35 +326,36 @@ class KvStore:
         written. Sibling *j* of *i* has the same key with i ^ j XORed into its last two bytes, u16 little-endian, as
         :func:`kvplug.keys.fold` numbers shards. Raises ConfigError unless 0 <= index < count <= 128.
         """
-        return self._pool.reserve(_words(keys), _whole(part_nbytes), siblings=siblings)
+        return self._pool.reserve(_words(keys), part_nbytes, siblings=_family(siblings))
 
     @staticmethod
     def part_offsets(part_nbytes: Sequence[int] | I64) -> I64:
         """Offset of each part inside a slot (64-byte aligned), int64[P]."""
-        return part_offsets(part_nbytes)[0]
+        return part_offsets(part_sizes(part_nbytes))[0]
 
     def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
         """Part ``part`` is written: record its XXH3 (uint64[N] or its bits); the last part seals.
 
         Codes: OK, PENDING, STALE, TIMEOUT (queued).
         """
-        return self._pool.complete(_ints(slots), _ints(gens), part, checksums)
+        return self._pool.complete(*_ints(slots, gens, checksums), part=_part(part))
 
     def abort_batch(self, slots: I64, gens: I64, writers_done: bool) -> I8:
         """Give up reservations; without ``writers_done`` the slots stay quarantined until :meth:`acknowledge`."""
-        return self._pool.abort(_ints(slots), _ints(gens), writers_done=writers_done)
+        return self._pool.abort(*_ints(slots, gens), writers_done=_flag(writers_done, "writers_done"))
 
     def acknowledge(self, slots: I64, gens: I64) -> I8:
         """Every possible writer of these given-up slots is done."""
-        return self._pool.acknowledge(_ints(slots), _ints(gens))
+        return self._pool.acknowledge(*_ints(slots, gens))
 
     def still_writing(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether these reservations still stand. No lock."""
-        return self._pool.still_writing(_ints(slots), _ints(gens))
+        return self._pool.still_writing(*_ints(slots, gens))
 
     def verify_parts(self, slots: I64, gens: I64, part: int) -> I8:
         """Compare a part of pinned blocks with its checksum: OK, CORRUPT, STALE."""
-        return self._pool.verify_part(_ints(slots), _ints(gens), part)
+        rows, lives = _ints(slots, gens)
+        return self._pool.verify_part(rows, lives, _part(part))
 
     # ---- scatter and gather ------------------------------------------------------------------------------------------
 
@@ -321,7 +367,7 @@ class KvStore:
         ``siblings``: see :meth:`reserve_batch`. Raises KeyFormatError, BufferError, BlockTooLargeError, ConfigError.
         """
         words = _words(keys)
-        return self._put_pieces(words, equal_fragments(addrs, nbytes, len(words)), siblings)
+        return self._put_pieces(words, equal_fragments(addrs, nbytes, len(words)), _family(siblings))
 
     def get_fragments(self, keys: Keys, addrs: Any, nbytes: Any) -> I8:
         """Copy each key's block into its F fragments, the way back of :meth:`put_fragments`, without the lock.
@@ -436,13 +482,19 @@ class KvStore:
 
 def _named(keys: Sequence[str | bytes]) -> list[bytes]:
     """32-byte keys of names: other stores' keys are strings; a name's key is its BLAKE3 under a tag of its own."""
+    try:
+        if isinstance(keys, (str, bytes, bytearray, memoryview)):
+            raise TypeError("it is one name")
+        iter(keys)
+    except TypeError as e:
+        raise KeyFormatError(f"keys must be a list of names, not {type(keys).__name__} ({e}); give [key]") from e
     out = []
     for i, key in enumerate(keys):
         if isinstance(key, bytes) and len(key) == 32:
             out.append(key)
         elif isinstance(key, str):
             try:
-                name = key.encode()
+                name = str.encode(key)
             except UnicodeEncodeError as e:
                 raise KeyFormatError(f"key {i}, {key!r:.40}, can't be written as UTF-8: {e.reason}") from e
             out.append(blake3(b"kvplug.named-key\0" + name).digest())

@@ -11,7 +11,7 @@ from kvplug.shm.lists import parts_of, row_at
 from kvplug.shm.local import L_BASE
 from kvplug.shm.lock import clean, dirty, enter, leave
 from kvplug.shm.read import CORRUPT
-from kvplug.shm.write import OK, STALE, record_part, seal_if_whole
+from kvplug.shm.write import DONE, OK, STALE, record_part, seal_if_whole
 from kvplug.shm.xxh3 import xxh3_64
 
 
@@ -33,7 +33,10 @@ def check_parts(L: Any, offsets: Any, nbytes: Any, sums: Any, codes: Any) -> Non
 
 @entry("i(I, I, I, I, I, I8)")
 def complete_whole(T: Any, L: Any, rows: Any, gens: Any, sums: Any, codes: Any) -> int:
-    """Record all P parts of each slot, with checksums int64[N * P], and seal it: OK or STALE. 0 or a lock code."""
+    """Record all P parts of each slot, with checksums int64[N * P], and seal it: OK or STALE. 0 or a lock code.
+
+    ``rows`` become DONE, as by write.complete.
+    """
     n = rows.shape[0]
     parts = len(sums) // max(n, 1)
     announce_rows(T, L, rows, 0, n)
@@ -43,9 +46,10 @@ def complete_whole(T: Any, L: Any, rows: Any, gens: Any, sums: Any, codes: Any) 
     dirty(T, L)
     for i in range(n):
         row = rows[i]
-        codes[i] = STALE
         if row < 0 or row >= T[H_N_ROWS]:
             continue
+        rows[i] = DONE
+        codes[i] = STALE
         if T[row_at(T, row) + R_WORD] != ((gens[i] << GEN_SHIFT) | WRITING) or parts_of(T, row) != parts:
             continue
         for part in range(parts):

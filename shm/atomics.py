@@ -22,8 +22,10 @@ from kvplug.shm.jit import kernel
 
 __all__ = [
     "clock_gettime",
+    "compare_exchange",
     "cpu_pause",
     "errno_location",
+    "fcntl",
     "fence",
     "fence_acquire",
     "fence_release",
@@ -53,6 +55,9 @@ memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, typ
 """memcpy(dst, src, nbytes) -> dst. The ranges must not overlap."""
 flock = types.ExternalFunction("flock", types.intc(types.intc, types.intc))
 """flock(fd, operation) -> 0, or -1 with errno (see :func:`load_errno`)."""
+fcntl = types.ExternalFunction("fcntl", types.intc(types.intc, types.intc, types.intp))
+"""fcntl(fd, command, address) -> 0, or -1 with errno. Variadic in C: on the two machines that are supported an address
+goes where a fixed third argument would."""
 clock_gettime = types.ExternalFunction("clock_gettime", types.intc(types.intc, types.intp))
 """clock_gettime(clock, address of int64[2]) -> 0 or -1."""
 usleep = types.ExternalFunction("usleep", types.intc(types.uint32))
@@ -115,6 +120,18 @@ def store_relaxed(typingctx: Any, addr: Any, val: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def compare_exchange(typingctx: Any, addr: Any, expected: Any, new: Any) -> Any:
+    """compare_exchange(addr, expected, new: int64) -> bool: put `new` there if `expected` is there; a full fence."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], _I64.as_pointer())
+        answer = builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(answer, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

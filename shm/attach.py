@@ -16,20 +16,21 @@ from kvplug.shm import failpoints, segment
 from kvplug.shm import layout as lay
 from kvplug.shm.jit import warm_up
 from kvplug.shm.layout import DEFAULT_MIN_BLOCK_BYTES, Geometry
-from kvplug.shm.liveness import close_private, count_locks, is_locked, try_lock_byte, unlock_byte
+from kvplug.shm.liveness import close_private, count_locks, try_lock_byte, unlock_byte
 from kvplug.shm.local import (
     L_BASE,
     L_FD,
     L_PID,
     L_PIN_BUDGET,
     L_RESERVE_BUDGET,
+    L_SELF,
     L_TIMEOUT_NS,
     L_TOUCH,
     L_VERIFY,
     LOCAL_WORDS,
 )
 from kvplug.shm.policies import by_name, by_number
-from kvplug.shm.reap import NO_SESSION, ROW_TAKEN, free_clients, mark_dead, publish, reap_rows
+from kvplug.shm.reap import NO_SESSION, ROW_TAKEN, find_dead, free_clients, mark_dead, publish, reap_rows
 from kvplug.shm.segment import Segment
 
 ATTEMPTS: Final = 3
@@ -53,9 +54,17 @@ class PoolOptions:
 
 
 def attach(
-    pool: str, options: PoolOptions, *, create: bool, session: int, pool_uuid: bytes | None
+    pool: str,
+    options: PoolOptions,
+    description: list[int],
+    *,
+    create: bool,
+    session: int,
+    pool_uuid: bytes | None,
 ) -> tuple[Segment, npt.NDArray[np.int64]]:
     """(segment, local words) of a new client. ``session`` 0 begins a session, else joins a living one.
+
+    ``description`` gets the client's file description, for whoever has to close it if this call is interrupted.
 
     Raises PoolNotFoundError, PoolFormatError, PoolOwnerError, PoolSpaceError, ClientLimitError, LockTimeoutError,
     PoolError.
@@ -95,13 +104,16 @@ def attach(
                     close_private(seg.lock_fd)
                     continue
                 local = _local_words(seg, options)
+                description.append(seg.lock_fd)
                 if _claim(seg, local, session, options) and seg.still_named():
                     return seg, local
             except BaseException:
+                description.clear()
                 close_private(seg.lock_fd)
                 if is_new:
                     segment.remove_segment_file(seg.path)
                 raise
+            description.clear()
             close_private(seg.lock_fd)
     raise PoolError(f"pool {pool!r} was removed {ATTEMPTS} times while attaching to it")
 
@@ -123,6 +135,7 @@ def _left_by_the_last(seg: Segment) -> bool:
 def _local_words(seg: Segment, options: PoolOptions) -> npt.NDArray[np.int64]:
     local = np.zeros(LOCAL_WORDS, np.int64)
     local[L_FD] = seg.lock_fd
+    local[L_SELF] = local.ctypes.data
     local[L_TIMEOUT_NS] = int(options.lock_timeout_s * 1e9)
     local[L_PID] = os.getpid()
     local[L_BASE] = seg.base
@@ -168,31 +181,18 @@ def _claim(seg: Segment, local: npt.NDArray[np.int64], session: int, options: Po
     )
 
 
-def find_dead(seg: Segment, me: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(client rows whose process is gone, when each client had started). No lock: starts are read before the probe."""
-    t, offset = seg.table, seg.geometry.o_client * 8  # as it was when attached, whatever the header says by now
-    first = seg.geometry.o_client
-    rows = t[first : first + lay.MAX_CLIENTS * lay.CLIENT_WORDS].reshape(-1, lay.CLIENT_WORDS)
-    states, started = rows[:, lay.C_STATE].copy(), rows[:, lay.C_STARTED_NS].copy()
-    dead = [
-        int(c)
-        for c in np.flatnonzero(states != lay.CLIENT_FREE)
-        if c != me and (states[c] == lay.CLIENT_DEAD or not is_locked(seg.lock_fd, offset + int(c)))
-    ]
-    return np.array(dead, np.int64), started[dead]
-
-
 def reap_dead(seg: Segment, local: npt.NDArray[np.int64], *, me: int = -1) -> int:
     """Reclaim what dead sessions left: pins, unfinished slots, rows. Their number of clients, or a lock code.
 
     Every step can be done again, by anyone, should this process die in it.
     """
-    dead, dead_started = find_dead(seg, me)
-    if not len(dead):
-        return 0
+    dead, dead_started = np.empty((2, lay.MAX_CLIENTS), np.int64)
+    gone = int(find_dead(seg.table, local, seg.geometry.o_client * 8, me, dead, dead_started))
+    if gone <= 0:
+        return gone
     bits = np.zeros(lay.PIN_WORDS, np.int64)
     started = np.zeros(lay.MAX_CLIENTS, np.int64)
-    n = int(mark_dead(seg.table, local, dead, dead_started, bits, started))
+    n = int(mark_dead(seg.table, local, dead[:gone], dead_started[:gone], bits, started))
     if n <= 0:
         return n
     row = 0

@@ -7,7 +7,10 @@ nobody has to judge by PIDs or heartbeats whether it lives. Two things would spo
 
 * a mapping, or a forked child, keeps the description open after its owner's death. Hence the description of its own,
   and the child closes its copy right after the fork (closing does not unlock: the parent's copy still holds).
-* ``flock`` belongs to the description, not to the thread. Hence a thread lock around it in :mod:`kvplug.shm.pool`.
+* ``flock`` belongs to the description, not to the thread. Hence ``L_THREAD`` in front of it, a word of the store's own
+  memory: one of its threads at a time. It is taken and given back inside of the compiled call as well, so that there is
+  no instant at which Python code holds it: an exception that a signal handler raises (KeyboardInterrupt, an alarm's)
+  finds either a section that has not begun, or one that is over.
 
 *Sections are compiled.* A kernel takes the lock, works and releases it without the GIL. A section written in Python
 keeps the lock for as long as another Python thread keeps the GIL (5 ms a turn); these keep it for microseconds
@@ -25,9 +28,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from kvplug.shm.atomics import cpu_pause, fence, flock, now_ns, store_release, usleep
+from kvplug.shm.atomics import compare_exchange, cpu_pause, fence, flock, now_ns, store_release, usleep
 from kvplug.shm.failpoints import LOCKED, UNLOCKING, fail
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import H_DIRTY, H_HOLDER, H_RETIRED
 from kvplug.shm.local import (
     HOLD_RING,
@@ -38,7 +41,10 @@ from kvplug.shm.local import (
     L_HOLD_MAX_NS,
     L_HOLDS,
     L_PID,
+    L_SELF,
+    L_SHUT,
     L_T0,
+    L_THREAD,
     L_TIMEOUT_NS,
     L_TIMEOUTS,
 )
@@ -53,34 +59,79 @@ SLEEP_US: Final = 20
 ENTERED: Final = 0
 TIMED_OUT: Final = -4  # Code.TIMEOUT
 IS_RETIRED: Final = -9  # Code.RETIRED
+IS_SHUT: Final = -11  # this store was closed; callers raise StoreClosedError
+
+
+@kernel
+def take_turn(L: Any, deadline: int) -> int:
+    """Wait until none of this store's other threads is inside: 0, Code.TIMEOUT, or IS_SHUT (then it is not held)."""
+    word = L[L_SELF] + 8 * L_THREAD
+    tries = 0
+    while not compare_exchange(word, 0, 1):
+        tries += 1
+        if tries <= SPINS:
+            for _ in range(PAUSES_A_SPIN):
+                cpu_pause()
+            continue
+        if deadline == 0:
+            deadline = now_ns() + L[L_TIMEOUT_NS]
+        elif now_ns() >= deadline:
+            return TIMED_OUT
+        usleep(SLEEP_US)
+    if L[L_SHUT] != 0:
+        end_turn(L)
+        return IS_SHUT
+    return ENTERED
+
+
+@kernel
+def end_turn(L: Any) -> None:
+    """Let the store's other threads in."""
+    store_release(L[L_SELF] + 8 * L_THREAD, 0)
+
+
+@entry("i(I, i)")
+def shut(L: Any, timeout_ns: int) -> int:
+    """No section begins any more, and none is under way: the description may be closed. 0 or Code.TIMEOUT."""
+    turn = take_turn(L, now_ns() + timeout_ns)
+    if turn == TIMED_OUT:
+        return turn
+    if turn == ENTERED:
+        L[L_SHUT] = 1
+        end_turn(L)
+    return 0
 
 
 @kernel
 def enter(T: Any, L: Any) -> int:
-    """Take the lock: 0, or Code.TIMEOUT, or Code.RETIRED (then it is not held). Rebuilds if the pool is dirty."""
+    """Take the lock: 0, or Code.TIMEOUT, Code.RETIRED or IS_SHUT (then it is not held). Rebuilds a dirty pool."""
+    turn = take_turn(L, 0)
+    if turn < 0:
+        if turn == TIMED_OUT:
+            L[L_TIMEOUTS] += 1
+        return turn
     fd = L[L_FD]
     tries = 0
     deadline = 0
     while flock(fd, LOCK_EX_NB) != 0:
-        if L[L_DOWN] != 0:
-            L[L_TIMEOUTS] += 1
-            return TIMED_OUT
         tries += 1
-        if tries <= SPINS:
+        if L[L_DOWN] == 0 and tries <= SPINS:
             for _ in range(PAUSES_A_SPIN):
                 cpu_pause()
             continue
         now = now_ns()
         if deadline == 0:
             deadline = now + L[L_TIMEOUT_NS]
-        if now >= deadline:
+        if L[L_DOWN] != 0 or now >= deadline:
             L[L_DOWN] = 1
             L[L_TIMEOUTS] += 1
+            end_turn(L)
             return TIMED_OUT
         usleep(SLEEP_US)
     L[L_DOWN] = 0
     if T[H_RETIRED] != 0:
         flock(fd, LOCK_UN)
+        end_turn(L)
         return IS_RETIRED
     T[H_HOLDER] = L[L_PID]
     L[L_T0] = now_ns()
@@ -103,6 +154,7 @@ def leave(T: Any, L: Any) -> None:
     L[HOLD_RING + n % HOLD_RING_LEN] = held
     L[L_HOLDS] = n + 1
     L[L_HOLD_MAX_NS] = max(L[L_HOLD_MAX_NS], held)
+    end_turn(L)
 
 
 @kernel

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from kvplug import hostmem
 from kvplug.shm import layout as lay
 from kvplug.shm import segment
+from kvplug.sizes import format_size
 from kvplug.threads import LivingThread
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvplug")
 INTERVAL_S: Final = 0.25
+RETRY_LEAST_S: Final = 1.0
+RETRY_MOST_S: Final = 30.0
 TABLE_STEP_BYTES: Final = 64 << 20  # some 10 ms
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -79,29 +82,70 @@ class Maintenance:
             _madvise(start, g.slab_bytes, MADV_POPULATE_WRITE)
             self._populated += 1
             return True
-        return watermark < pool.geometry.n_slabs and pool.grow()
+        return watermark < pool.geometry.n_slabs and pool.grow() and int(t[lay.H_WATERMARK]) > watermark
 
 
-def reserve_next_slab(pool: Pool) -> int:
-    """Take memory for the slab at the watermark. The slab, or -1 if there is no memory, or no slab left."""
-    slab = int(pool.T[lay.H_WATERMARK])
-    g = pool.geometry
-    if slab >= g.n_slabs:
-        return -1
-    memory = hostmem.memory()
-    if memory.limit_bytes and memory.limit_bytes - memory.used_bytes < g.slab_bytes + hostmem.MEMORY_RESERVE_BYTES:
-        pool.warn_once(
-            "memory",
-            f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: memory is short",
-        )
-        return -1
-    began = time.monotonic()
-    try:
-        segment.reserve(pool.lock_fd, g.data_offset + slab * g.slab_bytes, g.slab_bytes)
-    except OSError as e:
-        pool.warn_once(
-            "space", f"pool {pool.name!r} stops growing at {slab * g.slab_bytes} of {g.data_bytes} bytes: {e.strerror}"
-        )
-        return -1
-    log.debug("reserved slab %d in %.1f ms", slab, (time.monotonic() - began) * 1e3)
-    return slab
+class Growth:
+    """Memory for one slab after another, and patience while there is none.
+
+    What is short now may be there in a second: an engine was loading weights, a file was in the way. So a refusal ends
+    nothing. It is tried again after a pause, which doubles up to RETRY_MOST_S and begins anew when memory was had.
+    """
+
+    def __init__(self, seg: segment.Segment) -> None:
+        self._segment = seg
+        self._pause_s = 0.0
+        self._not_before = 0.0
+
+    def next_slab(self, slab: int) -> int:
+        """Take memory for ``slab``, the one at the watermark. The slab; -1: none is left, or no memory for now."""
+        if slab >= self._segment.geometry.n_slabs or time.monotonic() < self._not_before:
+            return -1
+        reason = self._reserve(slab)
+        if reason:
+            self._put_off(slab, reason)
+        if reason is not None:
+            return -1
+        if self._pause_s:
+            self._pause_s = 0.0
+            log.warning("kvplug: pool %r grows again, from %s", self._segment.pool, self._so_far(slab))
+        return slab
+
+    def _reserve(self, slab: int) -> str | None:
+        """Take the memory: None, or why it was not to be had; an empty string: the pool was removed."""
+        g = self._segment.geometry
+        memory = hostmem.memory()
+        spare = memory.limit_bytes - memory.used_bytes
+        if memory.limit_bytes and spare < g.slab_bytes + hostmem.MEMORY_RESERVE_BYTES:
+            return (
+                f"{format_size(max(spare, 0))} of {format_size(memory.limit_bytes)} of memory are unused "
+                f"({memory.source}), and it takes {format_size(g.slab_bytes)} at a time and leaves "
+                f"{format_size(hostmem.MEMORY_RESERVE_BYTES)} to others"
+            )
+        began = time.monotonic()
+        try:
+            if not self._segment.reserve_slab(slab):
+                return ""
+        except OSError as e:
+            return f"{hostmem.DEV_SHM} has no more room: {e.strerror}"
+        log.debug("kvplug: reserved slab %d in %.1f ms", slab, (time.monotonic() - began) * 1e3)
+        return None
+
+    def _put_off(self, slab: int, reason: str) -> None:
+        is_news = not self._pause_s
+        self._pause_s = min(max(self._pause_s * 2, RETRY_LEAST_S), RETRY_MOST_S)
+        self._not_before = time.monotonic() + self._pause_s
+        if is_news:
+            log.warning(
+                "kvplug: pool %r can't grow for now, it stays at %s: %s. So blocks are evicted sooner. It is tried "
+                "again, every %d s at the latest; give the machine or container more memory, or create the pool with a "
+                "smaller KVPLUG_SIZE",
+                self._segment.pool,
+                self._so_far(slab),
+                reason,
+                RETRY_MOST_S,
+            )
+
+    def _so_far(self, slab: int) -> str:
+        g = self._segment.geometry
+        return f"{format_size(slab * g.slab_bytes)} of {format_size(g.data_bytes)}"

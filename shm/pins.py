@@ -34,7 +34,7 @@ from kvplug.shm.layout import (
 from kvplug.shm.lists import row_at, slab_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_PIN_BUDGET, L_TOUCH
 from kvplug.shm.lock import clean, dirty, enter, leave
-from kvplug.shm.write import BUDGET, MISSING, OK, TOUCH_NONE, tick_of
+from kvplug.shm.write import BUDGET, DONE, MISSING, OK, TOUCH_NONE, tick_of
 
 SECTION_KEYS = 512
 
@@ -110,9 +110,12 @@ def pin(
     return leading if leading >= 0 else warm
 
 
-@entry("i(I, I, I32, I)")
-def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
-    """Release pins, in as many sections as it takes. How many entries are done: fewer than given means a lock code."""
+@entry("i(I, I, I32, I, B)")
+def unpin(T: Any, L: Any, counts: Any, rows: Any, which: Any) -> int:
+    """Release a pin of each of ``rows`` that is not negative, where ``which`` says so, in as many sections as it takes.
+
+    0 or a lock code. Those that were released are DONE, so that none is released twice.
+    """
     n = rows.shape[0]
     bit = 1 << (L[L_CLIENT] & 63) if (L[L_CLIENT] & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
     w = R_PIN + (L[L_CLIENT] >> 6)
@@ -121,12 +124,16 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
     while begin < n:
         end = min(begin + SECTION_KEYS, n)
         announce_rows(T, L, rows, begin, end)
-        if enter(T, L) < 0:
-            return begin
+        lock = enter(T, L)
+        if lock < 0:
+            return lock
         dirty(T, L)
         for i in range(begin, end):
             row = rows[i]
-            if row < 0 or row >= T[H_N_ROWS] or counts[row] == 0:
+            if row < 0 or row >= T[H_N_ROWS] or not which[i]:
+                continue
+            rows[i] = DONE
+            if counts[row] == 0:
                 continue
             counts[row] -= 1
             if counts[row] == 0:
@@ -136,7 +143,7 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any) -> int:
         clean(T, L)
         leave(T, L)
         begin = end
-    return n
+    return 0
 
 
 @entry("v(I, I, I, I, B)")

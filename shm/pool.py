@@ -4,11 +4,15 @@ All arrays are numpy; keys are int64 (N, 4) views of N 32-byte keys. Nothing her
 key or a lock that can't be had: those are codes (:class:`kvplug.errors.Code`). Calls that must happen sooner or later
 (releasing a pin, sealing, aborting) and find the lock busy past the deadline are queued and done by a later call or
 by the maintenance thread.
+
+*Exceptions from anywhere.* A signal handler may raise between any two instructions of the main thread, as for
+KeyboardInterrupt or an alarm. So Python code never holds the lock (:mod:`kvplug.shm.lock`); what must happen is queued
+before it is tried, and running it twice does nothing; and what a section has taken is known to
+:class:`kvplug.shm.batch.Holdings` before anybody else knows.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import itertools
 import logging
@@ -22,22 +26,23 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.errors import Code, ConfigError, PoolError, StoreClosedError
+from kvplug.errors import Code, PoolError, StoreClosedError
 from kvplug.shm import layout as lay
 from kvplug.shm import pins, read, reap, segment, write
 from kvplug.shm.attach import PoolOptions, attach, reap_dead
-from kvplug.shm.batch import I8, I64, SlotBatch, part_offsets
+from kvplug.shm.batch import I8, I64, Holding, Holdings, SlotBatch, part_offsets, part_sizes
 from kvplug.shm.events import EventReader
 from kvplug.shm.integrity import findings, prepare, raise_findings
 from kvplug.shm.layout import Geometry
 from kvplug.shm.liveness import close_private, count_locks
-from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SESSION
-from kvplug.shm.maintenance import Maintenance, reserve_next_slab
+from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SELF, L_SESSION, L_SHUT, L_THREAD
+from kvplug.shm.lock import IS_SHUT, shut
+from kvplug.shm.maintenance import Growth, Maintenance
 from kvplug.shm.policies import by_number
 from kvplug.shm.scan import expired_rows
 from kvplug.shm.slabs import NOT_BEGUN, drain_step, raise_watermark
 from kvplug.shm.victims import VictimFinder
-from kvplug.threads import troubles
+from kvplug.threads import LivingThread, troubles
 
 __all__ = ["Pool", "SlotBatch", "part_offsets"]
 
@@ -46,8 +51,20 @@ log = logging.getLogger("kvplug")
 RESERVE_KEYS_A_SECTION: Final = 256
 RESERVE_ROUNDS: Final = 64  # scans and slab moves that one batch may ask for
 EXPIRED_AT_A_TIME: Final = 4096
+SHUT_TIMEOUT_S: Final = 10.0  # a section that is under way ends within milliseconds; a deep check may take seconds
+LINGER_POLL_S: Final = 0.02
 _attached: weakref.WeakSet[Pool] = weakref.WeakSet()
-_loans = itertools.count()
+_lending: dict[int, Pool] = {}
+"""By holding: pools that live on while somebody has a view of a block, whether or not anybody has their store."""
+
+
+class _Due:
+    """A section that must happen; ``answer`` is Code.TIMEOUT until it has."""
+
+    __slots__ = ("answer", "section")
+
+    def __init__(self, section: Callable[[I64], int]) -> None:
+        self.section, self.answer = section, int(Code.TIMEOUT)
 
 
 def _let_go(description: list[int]) -> None:
@@ -65,12 +82,21 @@ class Pool:
         self.name = name
         self.options = options
         self.is_closed = False
-        self._patience_s = options.lock_timeout_s
+        self.is_forked = False
+        self._has_left = False
         self._warned: set[str] = set()
+        self._keys = itertools.count()
+        self._attaching, self._leaving = threading.RLock(), threading.RLock()
+        self._description: list[int] = []
+        _attached.add(self)
+        weakref.finalize(self, _let_go, self._description).atexit = False  # a store that was dropped, not closed
         self._attach(create, session, pool_uuid)
 
     def _attach(self, create: bool, session: int, pool_uuid: bytes | None) -> None:
-        self.segment, self.L = attach(self.name, self.options, create=create, session=session, pool_uuid=pool_uuid)
+        _let_go(self._description)  # of an attempt that was interrupted
+        self.segment, self.L = attach(
+            self.name, self.options, self._description, create=create, session=session, pool_uuid=pool_uuid
+        )
         self.T = self.segment.table
         self.geometry: Geometry = self.segment.geometry
         self.policy = by_number(int(self.T[lay.H_POLICY]))
@@ -78,22 +104,21 @@ class Pool:
         self.lock_fd = self.segment.lock_fd
         self.client, self.session = int(self.L[L_CLIENT]), int(self.L[L_SESSION])
         self.life = object()
-        self._description = [self.lock_fd]
-        weakref.finalize(self, _let_go, self._description).atexit = False  # a store that was dropped, not closed
-        self._lent: dict[int, int] = {}
-        self._mutex = threading.RLock()
-        self._growing = threading.Lock()
         self._pin_counts = np.zeros(self.geometry.n_rows, np.int32)
-        self._pending: collections.deque[Callable[[], int]] = collections.deque()
-        self._victims = VictimFinder(self.T, self.L, self.geometry, self.policy)
+        self._due: dict[int, _Due] = {}
+        self._holdings = Holdings()
+        self._finders: dict[int, VictimFinder] = {}
+        self._growth = Growth(self.segment)
         self.is_forked = False
         if self.policy.name != self.options.policy:
             log.info(
-                "pool %r evicts by %s, as it was created, not by %s", self.name, self.policy.name, self.options.policy
+                "kvplug: pool %r evicts by %s, as it was created, not by %s",
+                self.name,
+                self.policy.name,
+                self.options.policy,
             )
         if int(self.T[lay.H_WATERMARK]) == 0:
             self.grow()
-        _attached.add(self)
         self.reap()
         self._maintenance = Maintenance(self, prefault=self.options.prefault)
 
@@ -103,45 +128,104 @@ class Pool:
         if self.is_closed:
             raise StoreClosedError(f"the store on pool {self.name!r} was closed")
         if self.is_forked:
-            with self._mutex:
+            with self._attaching:
                 if self.is_forked:
                     self._attach(True, 0, None)
 
-    @contextlib.contextmanager
-    def _only_thread(self) -> Any:
+    def _begin(self) -> None:
+        """Of every call that enters a section: what is queued goes first."""
         self._ready()
-        if not self._mutex.acquire(timeout=self._patience_s):
-            yield False
-            return
-        try:
-            self._ready()  # it may have been closed meanwhile, and its file description be another file's
-            if self._pending:
-                self._drain()
-            yield True
-        finally:
-            self._mutex.release()
+        if self._due or self._holdings.ended:
+            self._catch_up(self.L)
 
-    def _drain(self) -> None:
-        while self._pending:
-            if self._pending[0]() == Code.TIMEOUT:
-                return
-            self._pending.popleft()
-
-    def _now_or_later(self, section: Callable[[], int]) -> int:
-        """Run a section that must happen; queue it if the lock is not to be had. Its answer, or Code.TIMEOUT."""
-        with self._only_thread() as mine:
-            # What is queued goes first: an acknowledgement must not overtake its abort.
-            answer = int(section()) if mine and not self._pending else int(Code.TIMEOUT)
-        if answer == Code.TIMEOUT:
-            self._pending.append(section)
+    def _unless_closed(self, answer: int) -> int:
+        """A section's answer; StoreClosedError if another thread closed the store before it began."""
+        if answer == IS_SHUT:
+            raise StoreClosedError(f"the store on pool {self.name!r} was closed")
         return answer
+
+    def _catch_up(self, L: I64, *, all_holdings: bool = False) -> bool:
+        """Run what is queued, in order, then give back what nobody holds any more. False if the lock was not to be had.
+
+        Several threads may be doing it, and one may be interrupted anywhere: each section marks what it has done.
+        """
+        for key in tuple(self._due):
+            due = self._due.get(key)
+            if due is None:
+                continue
+            answer = int(due.section(L))
+            if answer == Code.TIMEOUT:
+                return False
+            due.answer = answer
+            self._due.pop(key, None)
+        ended = self._holdings.ended
+        todo = list(self._holdings.all.values()) if all_holdings else []
+        while ended:
+            with contextlib.suppress(IndexError):
+                holding = ended.popleft().holding
+                if holding is not None:
+                    todo.append(holding)
+        for holding in todo:
+            if holding.key in self._holdings.all and holding.is_due and self._settle(holding, L) == Code.TIMEOUT:
+                return False  # upkeep looks at all of them
+        return True
+
+    def _settle(self, holding: Holding, L: I64) -> int:
+        """Give back the slots of a holding that is due, but for those of which a view lives. 0 or a lock code."""
+        answer = 0
+        used = holding.in_use()
+        if not (holding.slots >= 0).any():
+            pass
+        elif holding.pins:
+            answer = int(pins.unpin(self.T, L, self._pin_counts, holding.slots, ~used))
+        else:
+            codes = np.empty(len(used), np.int8)
+            for which, writers_done in ((used, False), (~used, True)):
+                slots, gens = holding.slots[which], holding.gens[which]
+                answer = answer or int(write.abort(self.T, L, slots.copy(), gens, writers_done, codes))
+                if writers_done:  # those that had a view when they were given up
+                    answer = answer or int(write.acknowledge(self.T, L, slots, gens, codes))
+        if answer != Code.TIMEOUT and not used.any():
+            self.finish(holding)
+        return answer
+
+    def _must(self, section: Callable[[I64], int]) -> int:
+        """Run a section that must happen, after those queued before it. Its answer; Code.TIMEOUT: it stays queued."""
+        self._ready()
+        due = _Due(section)
+        self._due[next(self._keys)] = due  # from here on it happens, whatever interrupts this thread
+        self._catch_up(self.L)
+        return self._unless_closed(due.answer)
 
     def on_reservations(self, section: Callable[..., int], slots: I64, gens: I64, *arguments: Any) -> I8:
         """One that must happen, over reservations, of which it gets copies; a code for each of them."""
         slots, gens = slots.copy(), gens.copy()
         codes = np.full(len(slots), Code.STALE, np.int8)
-        answer = self._now_or_later(lambda: section(self.T, self.L, slots, gens, *arguments, codes))
+        answer = self._must(lambda L: section(self.T, L, slots, gens, *arguments, codes))
         return codes if answer >= 0 else np.full(len(slots), answer, np.int8)
+
+    # ---- what objects of this process hold ---------------------------------------------------------------------------
+
+    def lend(self, batch: SlotBatch, i: int, owner: npt.NDArray[np.uint8]) -> None:
+        """Let the slot of entry ``i`` stay while ``owner`` lives, which nothing but users of the block refer to.
+
+        The pool lives on as well: were it gone, others would reap its pins and reservations.
+        """
+        _lending[batch.holding.key] = self
+        batch.holding.owners[i] = self._holdings.watch(owner, batch.holding)
+
+    def give_back(self, batch: SlotBatch) -> None:
+        """Whoever has this batch needs its slots no more: they go, those that somebody has a view of with the view."""
+        batch.holding.released = True
+        if batch.holding.mark is not None:
+            self._holdings.ended.append(batch.holding.mark)
+        if not self.is_closed:
+            self._catch_up(self.L)
+
+    def finish(self, holding: Holding) -> None:
+        """All is given back, or sealed."""
+        _lending.pop(holding.key, None)
+        holding.forget()
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
@@ -167,69 +251,78 @@ class Pool:
         Codes: OK, EXISTS, IN_PROGRESS, FULL, BUDGET, TIMEOUT, RETIRED. Raises BlockTooLargeError, ConfigError,
         StoreClosedError.
         """
-        sizes = np.ascontiguousarray(part_nbytes, np.int64)
-        if not 1 <= len(sizes) <= lay.MAX_PARTS or int(sizes.min()) < 1:
-            raise ConfigError(f"a block has 1 to {lay.MAX_PARTS} parts of at least one byte, not {sizes.tolist()}")
+        sizes = part_sizes(part_nbytes)
         _, size = part_offsets(sizes)
         which = lay.sibling_bits(*siblings)
         stride = self.geometry.stride(size, len(sizes))
+        self._begin()
         n = len(keys)
-        dated = dated or (self.take_ticks(n), n, 0)
-        out = SlotBatch.empty(n)
+        out = SlotBatch(n, self._holdings, pins=False)
         out.nbytes[:] = size
-        filled = (out.codes, out.slots, out.gens, out.offsets)
-        with self._only_thread() as mine:
-            if not mine:
-                out.codes[:] = Code.TIMEOUT
-                return out
-            at = 0
-            rounds = 0
-            just_looked = False
-            while at < n:
-                v = self._victims.of(stride)
-                proposed = (v.slots, v.words, v.ticks)
-                end = min(at + RESERVE_KEYS_A_SECTION, n)
-                got = int(
-                    write.reserve(
-                        self.T, self.L, keys, at, end, stride, size, which, sizes, *proposed, v.used, *filled, *dated
-                    )
-                )
-                if got < 0:
-                    out.codes[at:] = got
-                    break
-                just_looked = just_looked and got == at
-                at = got
-                if at == end:
-                    continue
-                rounds += 1
-                too_good = just_looked and int(v.used[0]) < len(v.slots)  # what is there is worth more than the rest
-                if too_good or rounds > RESERVE_ROUNDS or not (self.grow() or self._victims.refill(stride, n - at)):
-                    self._report_full(keys, out, at)
-                    break
-                just_looked = True
+        at = self._reserve(keys, sizes, stride, size, which, out, dated or (self.take_ticks(n), n, 0))
+        if at < n:
+            self._report_full(keys, out, at)
         return out
+
+    def _reserve(
+        self, keys: I64, sizes: I64, stride: int, size: int, which: int, out: SlotBatch, dated: tuple[int, int, int]
+    ) -> int:
+        """Section by section; between them, room is made. How many keys have their code."""
+        n = len(keys)
+        filled = (out.codes, *out.arrays())
+        finder = self._finders.pop(threading.get_ident(), None)  # each thread works with one of its own
+        if finder is None:
+            finder = VictimFinder(self.T, self.L, self.geometry, self.policy)
+        at = 0
+        rounds = 0
+        just_looked = False
+        while at < n:
+            v = finder.of(stride)
+            end = min(at + RESERVE_KEYS_A_SECTION, n)
+            watermark = int(self.T[lay.H_WATERMARK])
+            proposed = (v.slots, v.words, v.ticks, v.used)
+            got = self._unless_closed(
+                int(
+                    write.reserve(self.T, self.L, keys, at, end, stride, size, which, sizes, *proposed, *filled, *dated)
+                )
+            )
+            if got < 0:
+                out.codes[at:] = got
+                at = n
+                break
+            just_looked = just_looked and got == at
+            at = got
+            if at == end:
+                continue
+            if self._is_larger(watermark) or self.grow() or self._is_larger(watermark):
+                continue
+            rounds += 1
+            too_good = just_looked and int(v.used[0]) < len(v.slots)  # what is there is worth more than the rest
+            if too_good or rounds > RESERVE_ROUNDS or not finder.refill(stride, n - at):
+                break
+            just_looked = True
+        self._finders[threading.get_ident()] = finder
+        return at
+
+    def _is_larger(self, watermark: int) -> bool:
+        """Whether somebody, who may be another process, has made the pool larger than it was then."""
+        return int(self.T[lay.H_WATERMARK]) > watermark
 
     def _report_full(self, keys: I64, out: SlotBatch, at: int) -> None:
         there = self.exists(keys[at:])
         out.codes[at:] = np.where(there, np.int8(Code.EXISTS), np.int8(Code.FULL))
         write.count_full(self.T, self.L, int((~there).sum()))
 
-    def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
-        """Part ``part`` of each slot is written: record its XXH3; the last part seals.
+    def complete(self, slots: I64, gens: I64, checksums: I64, *, part: int) -> I8:
+        """Part ``part`` of each slot is written: record its XXH3, bits as int64; the last part seals.
 
         Codes: OK, PENDING, STALE, TIMEOUT (queued).
         """
-        sums = np.ascontiguousarray(checksums).view(np.int64).copy()
-        return self.on_reservations(write.complete, slots, gens, part, sums)
+        return self.on_reservations(write.complete, slots, gens, part, checksums.copy())
 
     def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> I8:
         """Give up reservations: FREE at once if nobody can write now, else QUARANTINED until :meth:`acknowledge`."""
         return self.on_reservations(write.abort, slots, gens, writers_done)
-
-    def abort_later(self, slots: I64, gens: I64, *, writers_done: bool = False) -> None:
-        """Queue the giving-up of reservations that were forgotten. For finalisers."""
-        codes = np.empty(len(slots), np.int8)
-        self._pending.append(lambda: write.abort(self.T, self.L, slots, gens, writers_done, codes))
 
     def count_written(self, nbytes: int) -> None:
         """Count bytes that were stored, at this client."""
@@ -238,11 +331,6 @@ class Pool:
     def acknowledge(self, slots: I64, gens: I64) -> I8:
         """Every possible writer of these quarantined reservations is done: free them."""
         return self.on_reservations(write.acknowledge, slots, gens)
-
-    def acknowledge_later(self, slots: I64, gens: I64) -> None:
-        """Queue an acknowledgement. For finalisers."""
-        codes = np.empty(len(slots), np.int8)
-        self._pending.append(lambda: write.acknowledge(self.T, self.L, slots, gens, codes))
 
     def still_writing(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether each reservation still stands; to be asked before a write. No lock."""
@@ -254,13 +342,14 @@ class Pool:
     def remove(self, keys: I64) -> I8:
         """Free the blocks with these keys, and their siblings: OK, MISSING, PINNED, IN_PROGRESS, TIMEOUT, RETIRED."""
         codes = np.full(len(keys), Code.TIMEOUT, np.int8)
-        with self._only_thread() as mine:
-            for at in range(0, len(keys) if mine else 0, RESERVE_KEYS_A_SECTION):
-                part = slice(at, at + RESERVE_KEYS_A_SECTION)
-                done = int(write.remove(self.T, self.L, keys[part], codes[part]))
-                if done < len(keys[part]):
-                    codes[at + done :] = Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT
-                    break
+        self._begin()
+        for at in range(0, len(keys), RESERVE_KEYS_A_SECTION):
+            part = slice(at, at + RESERVE_KEYS_A_SECTION)
+            done = int(write.remove(self.T, self.L, keys[part], codes[part]))
+            if done < len(keys[part]):
+                self._ready()  # unless that is why
+                codes[at + done :] = Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT
+                break
         return codes
 
     # ---- reading -----------------------------------------------------------------------------------------------------
@@ -319,9 +408,8 @@ class Pool:
         if not len(slots):
             return
         self.warn_once("corrupt", f"pool {self.name!r}: block(s) did not match their checksum and were dropped")
-        with self._only_thread() as mine:
-            if mine:
-                write.drop_corrupt(self.T, self.L, slots, words)
+        self._begin()
+        write.drop_corrupt(self.T, self.L, slots, words)
 
     def drop_corrupt(self, slots: I64, gens: I64) -> None:
         """Free blocks that :meth:`verify_part` found to be wrong, unless somebody (this client included) has a pin."""
@@ -329,55 +417,19 @@ class Pool:
 
     def pin(self, keys: I64, *, prefix: bool = False, touch: bool = True) -> SlotBatch:
         """Pin blocks; ``prefix``: the leading ones; ``touch``: date them. OK, MISSING, BUDGET, TIMEOUT, RETIRED."""
-        out = SlotBatch.empty(len(keys))
-        with self._only_thread() as mine:
-            answer = int(Code.TIMEOUT)
-            if mine:
-                filled = (out.codes, out.slots, out.gens, out.offsets, out.nbytes)
-                answer = int(pins.pin(self.T, self.L, self._pin_counts, keys, prefix, touch, *filled))
+        self._begin()
+        out = SlotBatch(len(keys), self._holdings, pins=True)
+        filled = (out.codes, *out.arrays(), out.nbytes)
+        answer = int(pins.pin(self.T, self.L, self._pin_counts, keys, prefix, touch, *filled))
         if answer < 0:
-            pinned = out.slots[out.slots >= 0].copy()
-            out.codes[:] = answer
-            out.slots[:] = -1
-            if len(pinned):
-                self.unpin(pinned)
+            out.codes[:] = self._unless_closed(answer)
+            self.give_back(out)
         return out
 
     def unpin(self, slots: I64) -> None:
         """Release one pin of each slot; entries below zero are passed over. Never blocks for long: may be queued."""
-        if len(slots) or self._pending:
-            self._now_or_later(self._unpin_section(slots))
-
-    def unpin_later(self, slots: I64) -> None:
-        """Queue a release of pins. For finalisers, which may run anywhere and must not take locks."""
-        self._pending.append(self._unpin_section(slots))
-
-    def _unpin_section(self, slots: I64) -> Callable[[], int]:
-        todo = slots.copy()
-
-        def section() -> int:
-            nonlocal todo  # what a section that timed out half-way has done is not done again
-            todo = todo[int(pins.unpin(self.T, self.L, self._pin_counts, todo)) :]
-            if not len(todo):
-                return 0
-            return int(Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT)
-
-        return section
-
-    def lend(self, owner: npt.NDArray[np.uint8], slot: int) -> None:
-        """Let one pin of ``slot`` go with ``owner``, an array that nothing but users of the block refers to."""
-        loan = next(_loans)
-        self._lent[loan] = slot
-        weakref.finalize(owner, self._returned, self.life, loan).atexit = False
-
-    def _returned(self, life: object, loan: int) -> None:
-        if self.life is not life:
-            return
-        slot = self._lent.pop(loan)
-        if not self.is_closed:
-            self.unpin_later(np.array([slot], np.int64))
-        elif not self._lent:
-            _let_go(self._description)
+        todo, each = slots.copy(), np.ones(len(slots), np.bool_)
+        self._must(lambda L: int(pins.unpin(self.T, L, self._pin_counts, todo, each)))
 
     def still_sealed(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether each slot still holds the sealed block that it did. No lock."""
@@ -398,39 +450,30 @@ class Pool:
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     def grow(self) -> bool:
-        """Reserve one more slab of memory. False when all is reserved or there is no more."""
-        if not self._warned.isdisjoint(("memory", "space")) or not self._growing.acquire(timeout=self._patience_s):
-            return False
-        try:  # without the thread lock: it may take longer than any call may wait
-            slab = -1 if self.is_closed else reserve_next_slab(self)
-        finally:
-            self._growing.release()
-        if slab < 0 or not self._mutex.acquire(timeout=self._patience_s):
-            return False
-        try:
-            return not self.is_closed and int(raise_watermark(self.T, self.L, slab)) >= 0
-        finally:
-            self._mutex.release()
+        """Reserve one more slab of memory. False when all is reserved, or none is to be had for now.
+
+        No lock is held meanwhile: it may take longer than any call may wait.
+        """
+        slab = self._growth.next_slab(int(self.T[lay.H_WATERMARK]))
+        return slab >= 0 and int(raise_watermark(self.T, self.L, slab)) != IS_SHUT
 
     def reap(self) -> int:
         """Reclaim what dead sessions left. Number of clients, or a lock code."""
-        with self._only_thread() as mine:
-            return reap_dead(self.segment, self.L, me=self.client) if mine else int(Code.TIMEOUT)
+        self._begin()
+        return reap_dead(self.segment, self.L, me=self.client)
 
     def maintain(self) -> None:
         """One round of upkeep: queued sections, the dead, quarantine that ran out. Called by the maintenance thread."""
         if self.is_closed or self.is_forked:
             return
         with contextlib.suppress(StoreClosedError):
-            with self._only_thread() as mine:  # drains the queue
-                if mine:
-                    self._tell_troubles()
+            self._catch_up(self.L, all_holdings=True)
+            if not self.is_closed:
+                self._tell_troubles()
             self.reap()
             self.release_expired()
             if int(self.T[lay.H_DRAINING]):  # its drainer may have died between two sections
-                with self._only_thread() as mine:
-                    if mine:
-                        drain_step(self.T, self.L, NOT_BEGUN, -1)
+                drain_step(self.T, self.L, NOT_BEGUN, -1)
             if not int(self.T[lay.H_RETIRED]) and not self.segment.still_named():
                 self.T[lay.H_RETIRED] = 1
             if int(self.T[lay.H_RETIRED]):
@@ -448,16 +491,14 @@ class Pool:
         out = np.empty(EXPIRED_AT_A_TIME, np.int64)
         n = int(expired_rows(self.T, time.monotonic_ns(), 0, self.geometry.n_slabs, out))
         if n:
-            with self._only_thread() as mine:
-                if mine:
-                    n = int(write.release_expired(self.T, self.L, out[:n].copy()))
+            n = int(write.release_expired(self.T, self.L, out[:n].copy()))
         return max(n, 0)
 
     def warn_once(self, topic: str, message: str) -> None:
         """One log line per topic and store."""
         if topic not in self._warned:
             self._warned.add(topic)
-            log.warning("%s", message)
+            log.warning("kvplug: %s", message)
 
     def hold_times_ns(self) -> I64:
         """How long the last sections of this store held the lock."""
@@ -471,36 +512,69 @@ class Pool:
 
     def check_integrity(self, *, deep: bool = True) -> None:
         """Raise IntegrityError if any invariant of the tables is broken; ``deep`` also checks every block's bytes."""
+        self._begin()
         prepare()
-        with self._only_thread() as mine:
-            n, sentences = findings(self.T, self.L, deep=deep) if mine else (int(Code.TIMEOUT), [])
-        raise_findings(self.name, n, sentences, self.options.lock_timeout_s)
+        n, sentences = findings(self.T, self.L, deep=deep)
+        raise_findings(self.name, self._unless_closed(n), sentences, self.options.lock_timeout_s)
 
     def close(self) -> None:
         """Release pins, leave, and reclaim what this session had in writing if it was its last process. Idempotent.
 
         Blocks that somebody still has a view of keep their pins, and the client its row, until the last view is gone.
+        Interrupted, it is finished by the next call, or when nobody has the store any more.
         """
-        if self.is_forked:
-            self.is_closed = True
+        self.is_closed = True
+        if self.is_forked or self._has_left:
             return
-        self._maintenance.stop()
-        with self._mutex, self._growing:
-            if self.is_closed:
+        with self._leaving:
+            self._maintenance.stop()
+            if shut(self.L, int(SHUT_TIMEOUT_S * 1e9)) < 0:  # a thread is stuck in a section: it keeps the description
                 return
-            held = np.setdiff1d(np.flatnonzero(self._pin_counts), list(self._lent.values()))
+            L = self.__dict__.setdefault("_last_words", self._words_for_leaving())
+            self._catch_up(L, all_holdings=True)
+            lent = self._lent()
+            held = np.setdiff1d(np.flatnonzero(self._pin_counts), lent).astype(np.int64)
             self._pin_counts[held] = 1
-            self.unpin(held.astype(np.int64))
-            self._drain()
-            self.is_closed = True
-            if self._lent:  # the last of them to go closes the description, and others reap the row
+            pins.unpin(self.T, L, self._pin_counts, held, np.ones(len(held), np.bool_))
+            if len(lent):  # the last of them to go closes the description, and others reap the row
+                LivingThread("kvplug-views", self._linger).start()
+                self._has_left = True
                 return
-            if int(reap.withdraw(self.T, self.L)) == 0:
-                reap_dead(self.segment, self.L)
-            _attached.discard(self)
+            if int(reap.withdraw(self.T, L)) == 0:
+                reap_dead(self.segment, L)
             if int(self.T[lay.H_PERSIST]) == 1:  # any other value was never written by kvplug
                 self._remove_if_last()
+            for key in tuple(self._holdings.all):
+                _lending.pop(key, None)
+            L[L_SHUT] = 1
             _let_go(self._description)
+            self._has_left = True
+            _attached.discard(self)
+
+    def _words_for_leaving(self) -> I64:
+        """A copy of this client's words, by which :meth:`close` alone enters sections when nobody else can."""
+        words = self.L.copy()
+        words[L_SELF], words[L_SHUT], words[L_THREAD] = words.ctypes.data, 0, 0
+        return words
+
+    def _lent(self) -> list[int]:
+        """Pinned slots that somebody has a view of."""
+        return [
+            int(holding.slots[i])
+            for holding in tuple(self._holdings.all.values())
+            if holding.pins
+            for i, owner in tuple(holding.owners.items())
+            if owner() is not None
+        ]
+
+    def _linger(self) -> None:
+        """After the end, until the last view is gone."""
+        while self._lent():
+            time.sleep(LINGER_POLL_S)
+        for key in tuple(self._holdings.all):
+            _lending.pop(key, None)
+        _let_go(self._description)
+        _attached.discard(self)
 
     def _remove_if_last(self) -> None:
         with contextlib.suppress(PoolError), segment.name_lock(self.name):
@@ -512,11 +586,11 @@ class Pool:
         self.is_forked = True
         self.life = object()  # handles that were copied with it do nothing any more
         self._description.clear()
-        self._lent = {}
-        self._mutex, self._growing = threading.RLock(), threading.Lock()
+        self._attaching, self._leaving = threading.RLock(), threading.RLock()
 
 
 def _after_fork_in_child() -> None:
+    _lending.clear()
     for pool in list(_attached):
         pool._after_fork()
 

@@ -8,8 +8,9 @@ step can be done again by somebody else.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
+from kvplug.shm.atomics import fcntl, fence
 from kvplug.shm.failpoints import ATTACH_LOCKED, REAP_HALF, fail
 from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
@@ -40,13 +41,16 @@ from kvplug.shm.layout import (
     WRITING,
 )
 from kvplug.shm.lists import row_at
-from kvplug.shm.local import L_CLIENT, L_PID, L_SESSION
-from kvplug.shm.lock import clean, dirty, enter, leave
+from kvplug.shm.local import L_CLIENT, L_FD, L_FLOCK, L_PID, L_SELF, L_SESSION
+from kvplug.shm.lock import clean, dirty, end_turn, enter, leave, take_turn
 from kvplug.shm.write import grace_end, quarantine
 
 REAP_ROWS_A_SECTION = 8192
 NO_SESSION = -20
 ROW_TAKEN = -21
+F_OFD_GETLK: Final = 36  # of <fcntl.h>, the same on both machines
+F_WRLCK: Final = 1
+F_UNLCK: Final = 2
 
 
 @kernel
@@ -94,6 +98,37 @@ def _publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int
     L[L_CLIENT] = client
     L[L_SESSION] = session
     return session
+
+
+@entry("i(I, I, i, i, I, I)")
+def find_dead(T: Any, L: Any, live_offset: int, me: int, dead: Any, started: Any) -> int:
+    """Client rows whose process is gone, and when each had started; their number, or a lock code.
+
+    Asks the kernel about each client's byte, without the pool lock but in this store's turn: its description stays
+    open meanwhile. ``me`` is passed over: no description conflicts with itself. Starts are read before the probe.
+    """
+    turn = take_turn(L, 0)
+    if turn < 0:
+        return turn
+    n = 0
+    for c in range(T[H_MAX_CLIENTS]):
+        at = client_at(T, c)
+        state = T[at + C_STATE]
+        if c == me or state == CLIENT_FREE:
+            continue
+        started[n] = T[at + C_STARTED_NS]
+        if state != CLIENT_DEAD:
+            fence()
+            L[L_FLOCK] = F_WRLCK  # in the file as a whole: SEEK_SET is 0
+            L[L_FLOCK + 1] = live_offset + c
+            L[L_FLOCK + 2] = 1
+            L[L_FLOCK + 3] = 0
+            if fcntl(L[L_FD], F_OFD_GETLK, L[L_SELF] + 8 * L_FLOCK) != 0 or L[L_FLOCK] & 0xFFFF != F_UNLCK:
+                continue
+        dead[n] = c
+        n += 1
+    end_turn(L)
+    return n
 
 
 @entry("i(I, I, I, I, I, I)")

@@ -54,6 +54,7 @@ from kvplug.sizes import format_size
 
 NAME_LOCK_TIMEOUT_S: Final = 10.0
 POLL_S: Final = 0.002
+RESERVE_STEP_BYTES: Final = 4 << 20  # a millisecond or two
 SMALLEST_POOL_BYTES: Final = 2 << 20
 _SEGMENT = re.compile(r"kvplug\.(?P<pool>[A-Za-z0-9_-][A-Za-z0-9._-]{0,63})\.v(?P<format>\d{1,6})")
 _READ_WRITE: Final = 0o600
@@ -167,6 +168,24 @@ class Segment:
         except OSError as e:
             return e.errno not in (errno.ENOENT, errno.ENOTDIR)  # any other says nothing about the name
 
+    def reserve_slab(self, slab: int) -> bool:
+        """Take the memory of one slab. False if the pool's name leads elsewhere by now; OSError if there is no memory.
+
+        By a description of its own, for this call: the one that carries the locks may be closed by another thread.
+        """
+        g = self.geometry
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            if os.fstat(fd).st_ino != self.inode:
+                return False
+            reserve(fd, g.data_offset + slab * g.slab_bytes, g.slab_bytes)
+            return True
+        finally:
+            os.close(fd)
+
 
 def check_space(pool_bytes: int) -> None:
     """Refuse a size that would end in SIGBUS or the OOM killer. Raises PoolSpaceError with the numbers."""
@@ -243,8 +262,12 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
 
 
 def reserve(fd: int, offset: int, nbytes: int) -> None:
-    """Take memory for a range of the segment now, so that touching it can't fail later. OSError if there is none."""
-    os.posix_fallocate(fd, offset, nbytes)
+    """Take memory for a range of the segment now, so that touching it can't fail later. OSError if there is none.
+
+    By steps: a signal ends the call and undoes it, so that under a profiler's timer a large one would never be done.
+    """
+    for at in range(offset, offset + nbytes, RESERVE_STEP_BYTES):
+        os.posix_fallocate(fd, at, min(RESERVE_STEP_BYTES, offset + nbytes - at))
 
 
 def _remove_unfinished(pool: str) -> int:

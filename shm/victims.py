@@ -41,7 +41,7 @@ def _none() -> Victims:
 
 
 class VictimFinder:
-    """Per client; the caller holds the client's thread lock."""
+    """For one thread of a client at a time."""
 
     def __init__(self, T: I64, L: I64, geometry: Geometry, policy: Policy) -> None:
         self._T, self._L, self._geometry, self._policy = T, L, geometry, policy

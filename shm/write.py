@@ -85,6 +85,10 @@ BUDGET = -7
 STALE = -8
 PINNED = -10
 
+DONE = -1
+"""What :func:`complete`, :func:`abort`, :func:`acknowledge` and pins.unpin leave in their array of rows: an entry was
+dealt with. So a caller that was interrupted before it could note that they had run may run them again."""
+
 TOUCH_NONE = 0
 TOUCH_HEAD_FIRST = 1
 TOUCH_TAIL_FIRST = 2
@@ -242,7 +246,7 @@ def count_full(T: Any, L: Any, n: int) -> None:
 
 @entry("i(I, I, I, I, i, I, I8)")
 def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: Any) -> int:
-    """Record a written part of each slot and seal those that have all. 0 or a lock code.
+    """Record a written part of each slot and seal those that have all. 0 or a lock code. ``rows`` become DONE.
 
     Marked dirty although no list changes: a rebuild seals what lacks only its word, and starts a new event epoch.
     """
@@ -253,9 +257,10 @@ def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: 
     dirty(T, L)
     for i in range(rows.shape[0]):
         row = rows[i]
-        codes[i] = STALE
         if row < 0 or row >= T[H_N_ROWS]:
             continue
+        rows[i] = DONE
+        codes[i] = STALE
         r = row_at(T, row)
         if T[r + R_WORD] != ((gens[i] << GEN_SHIFT) | WRITING):
             continue
@@ -294,16 +299,20 @@ def seal_if_whole(T: Any, L: Any, row: int, n_parts: int) -> int:
 
 @entry("i(I, I, I, I, b, I8)")
 def abort(T: Any, L: Any, rows: Any, gens: Any, writers_done: bool, codes: Any) -> int:
-    """Give up slots being written: FREE at once if nobody can write to them any more, else QUARANTINED."""
+    """Give up slots being written: FREE at once if nobody can write to them any more, else QUARANTINED.
+
+    0 or a lock code. ``rows`` become DONE; ``codes`` of rows that name nothing stay.
+    """
     lock = enter(T, L)
     if lock < 0:
         return lock
     dirty(T, L)
     for i in range(rows.shape[0]):
         row = rows[i]
-        codes[i] = STALE
         if row < 0 or row >= T[H_N_ROWS]:
             continue
+        rows[i] = DONE
+        codes[i] = STALE
         r = row_at(T, row)
         if T[r + R_WORD] != ((gens[i] << GEN_SHIFT) | WRITING):
             continue
@@ -336,16 +345,17 @@ def quarantine(T: Any, L: Any, row: int, until_ns: int) -> None:
 
 @entry("i(I, I, I, I, I8)")
 def acknowledge(T: Any, L: Any, rows: Any, gens: Any, codes: Any) -> int:
-    """Free quarantined slots all of whose writers are done. ``gens`` are those of the reservation."""
+    """Free quarantined slots all of whose writers are done. ``gens`` are those of the reservation. As :func:`abort`."""
     lock = enter(T, L)
     if lock < 0:
         return lock
     dirty(T, L)
     for i in range(rows.shape[0]):
         row = rows[i]
-        codes[i] = STALE
         if row < 0 or row >= T[H_N_ROWS]:
             continue
+        rows[i] = DONE
+        codes[i] = STALE
         if T[row_at(T, row) + R_WORD] == (((gens[i] + 1) << GEN_SHIFT) | QUARANTINED):
             set_free(T, L, row)
             fail(L, ACK_WORD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvplug import errors
 from kvplug.errors import Code
 from kvplug.shm import layout as lay
 from kvplug.store import KvStore
+from tests.stress import calls
 
 BLOCK = 4000
 KEYS = np.arange(3 * 32, dtype=np.uint8).reshape(3, 32)
@@ -36,7 +38,12 @@ def store(make_store: Callable[..., KvStore]) -> Iterator[KvStore]:
     made.check_integrity()
 
 
-def refused(store: KvStore, error: type[Exception], call: Callable[[], Any], match: str | None = None) -> None:
+def refused(
+    store: KvStore,
+    error: type[Exception] | tuple[type[Exception], ...],
+    call: Callable[[], Any],
+    match: str | None = None,
+) -> None:
     before = digest(store)
     with pytest.raises(error, match=match):
         call()
@@ -253,7 +260,57 @@ def test_slots_that_name_nothing_are_stale_and_harmless(store: KvStore) -> None:
     store.check_integrity()
 
 
+def test_part_sizes_whose_sum_is_no_int64_are_refused_before_anything_is_reserved(store: KvStore) -> None:
+    """Their sum as int64 is negative, or small: a block of that length broke the pool's integrity for everybody."""
+    for parts in ([1 << 62, 1 << 62], [(1 << 63) - 1, 2], [1 << 63, 1 << 63, 64], [1 << 70], [1 << 40] * 62):
+        for call in (store.reserve_batch, lambda keys, p: store.put_fragments(keys, np.ones((3, len(p)), np.int64), p)):
+            refused(store, (errors.BlockTooLargeError, errors.BufferError), lambda c=call, p=parts: c(KEYS, p))
+    refused(store, errors.BlockTooLargeError, lambda: store.reserve(KEYS, 1 << 64))
+    refused(store, errors.BlockTooLargeError, lambda: store.reserve_batch(KEYS, np.array([1 << 63] * 2, np.uint64)))
+
+
+def test_arrays_that_do_not_fit_together_are_refused_before_they_are_read(store: KvStore) -> None:
+    two, three = np.zeros(2, np.int64), np.zeros(3, np.int64)
+    for wrong in (three, np.zeros(2), np.zeros((1, 2), np.int64), ["a", "b"], None):
+        refused(store, errors.BufferError, lambda w=wrong: store.complete(two, two, 0, w))
+        refused(store, errors.BufferError, lambda w=wrong: store.abort_batch(two, w, True))
+        refused(store, errors.BufferError, lambda w=wrong: store.acknowledge(two, w))
+        refused(store, errors.BufferError, lambda w=wrong: store.still_writing(w, two))
+        refused(store, errors.BufferError, lambda w=wrong: store.verify_parts(w, two, 0))
+    refused(store, errors.ConfigError, lambda: store.complete(two, two, "0", two))
+    refused(store, errors.ConfigError, lambda: store.abort_batch(two, two, 1))
+    refused(store, errors.ConfigError, lambda: store.pin_batch(KEYS, prefix="yes"))
+    refused(store, errors.ConfigError, lambda: store.reserve_batch(KEYS, [10], siblings=None))
+    assert (store.complete(two + 500_000, two, 1 << 70, two) == Code.STALE).all()
+
+
+def test_addresses_and_lengths_that_can_not_be_are_refused_where_nothing_is_registered(store: KvStore) -> None:
+    at = np.zeros((3, 1), np.int64) + KEYS.ctypes.data
+    for addrs, nbytes in (
+        (at - (1 << 60), [64]),
+        (at + (1 << 58), [64]),
+        (at.astype(np.uint64) + np.uint64(1 << 63), [64]),
+        (at, [1 << 62]),
+        (at, np.array([(1 << 64) - 64], np.uint64)),
+        ([[1 << 70]] * 3, [64]),
+        ([[1, 2], [3], [4]], [64]),
+    ):
+        for call in (store.put_fragments, store.get_fragments):
+            refused(store, errors.BufferError, lambda c=call, a=addrs, n=nbytes: c(KEYS, a, n))
+    store.register_buffer(KEYS.ctypes.data, KEYS.nbytes)
+    for addr, nbytes in ((KEYS.ctypes.data, (1 << 63) - 1), (KEYS.ctypes.data, (1 << 63) - KEYS.ctypes.data)):
+        for call in (store.batch_put_from_multi_buffers, store.batch_get_into_multi_buffers):
+            refused(store, errors.BufferError, lambda c=call, a=addr, n=nbytes: c(["a"], [[a]], [[n]]))
+
+
+def test_any_arguments_are_answered_or_refused_by_a_typed_error_and_change_nothing(pool_name: str) -> None:
+    seed = random.SystemRandom().getrandbits(31)
+    tally = calls.run(pool_name, 400, seed)
+    assert not tally.notes, f"seed {seed}: {tally.notes}"
+    assert tally.refused > 50
+
+
 def test_tokens_that_are_none_are_refused() -> None:
-    for token in ("", "x", "a:b:c", "pool:00ff:x"):
+    for token in ("", "x", "a:b:c", "pool:00ff:x", None, 5, b"a:b:c"):
         with pytest.raises(errors.ConfigError, match="token"):
             KvStore.join(token)

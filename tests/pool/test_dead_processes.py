@@ -143,9 +143,12 @@ class Death:
     """Done by a second process, which is killed before the operation."""
 
 
+_taken: list[object] = []
+
+
 def _hold(store: KvStore) -> None:
-    store.pin_batch(keys(64, 1)[:16])
-    store.reserve_batch(keys(4, 78), [SMALL])
+    _taken.append(store.pin_batch(keys(64, 1)[:16]))  # a batch that nobody reads is given back when it is gone
+    _taken.append(store.reserve_batch(keys(4, 78), [SMALL]))
 
 
 DEATHS = {

@@ -77,13 +77,11 @@ class Orphan:
 
 
 def test_a_child_that_outlives_its_parent_keeps_neither_its_liveness_nor_its_pins(store: KvStore) -> None:
-    kept: list[KvStore] = []
+    kept: list[object] = []
 
     def body() -> None:
         own = quiet(another(store))
-        own.pin_batch(OLD)
-        own.reserve_batch(NEW, [SIZE])
-        kept.append(own)  # the child inherits it, alive
+        kept.extend((own, own.pin_batch(OLD), own.reserve_batch(NEW, [SIZE])))  # the child inherits it, alive
 
     orphan = Orphan(body)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from kvplug import KvStore
 from kvplug.errors import Code
 from kvplug.shm import layout as lay
-from kvplug.shm.victims import Victims
+from kvplug.shm.victims import VictimFinder, Victims
 from tests.pool.children import Child, another, blocks, check_bytes, fill, keys, put, quiet
 
 SMALL, LARGE = 16 << 10, 64 << 10
@@ -46,7 +47,9 @@ def test_a_victim_whose_slab_was_cut_anew_during_the_scan_is_not_taken(make_stor
     sealed = np.flatnonzero(rows[:, lay.R_WORD] & lay.STATE_MASK == lay.SEALED)
     foreign = sealed[slabs[sealed // rps, lay.S_STRIDE] == SMALL]
     assert len(foreign) == len(small) > 0
-    store.pool._victims._by_stride[LARGE] = Victims(
+    finder = VictimFinder(store.pool.T, store.pool.L, store.pool.geometry, store.pool.policy)
+    store.pool._finders[threading.get_ident()] = finder
+    finder._by_stride[LARGE] = Victims(
         foreign, rows[foreign, lay.R_WORD].copy(), rows[foreign, lay.R_TICK].copy(), np.zeros(1, np.int64)
     )
     new = keys(12, 3)

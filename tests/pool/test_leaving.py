@@ -21,6 +21,7 @@ from kvplug.config import Config
 from kvplug.errors import PoolError, PoolFormatError, StoreClosedError
 from kvplug.shm import layout as lay
 from kvplug.shm import maintenance, segment
+from kvplug.shm.local import L_SHUT, L_THREAD
 from kvplug.shm.slabs import DRAIN_CALLED_OFF, NOT_BEGUN, drain_step
 from tests.pool.children import DEADLINE_S, Child, another, blocks, check_bytes, check_nothing_left, keys, put, quiet
 
@@ -74,8 +75,7 @@ def test_a_view_outlives_close_and_keeps_its_pin(make_store: Make) -> None:
     held.release()
     assert other.remove(of[:1]).tolist() == [-10]
     del array, held
-    other.pool.reap()
-    assert other.remove(of[:1]).tolist() == [0]
+    until(lambda: other.pool.reap() >= 0 and other.remove(of[:1]).tolist() == [0])
     check_nothing_left(other)
 
 
@@ -117,13 +117,18 @@ def test_a_call_that_waited_for_a_thread_that_closed_is_told_so(make_store: Make
             answers.append(type(e))
 
     store.pool._maintenance.stop()
-    with store.pool._mutex:
-        waiting = threading.Thread(target=call)
-        waiting.start()
-        time.sleep(0.1)
-        store.close()
+    words = store.pool.L
+    words[L_THREAD] = 1  # as a thread that is in a section
+    waiting = threading.Thread(target=call)
+    waiting.start()
+    while not store.pool._holdings.all:  # it is about to wait, or waits
+        time.sleep(0.001)
+    words[L_SHUT] = 1  # as the thread that closes, whose turn comes first
+    words[L_THREAD] = 0
     waiting.join(DEADLINE_S)
     assert answers == [StoreClosedError]
+    store.close()
+    make_store().check_integrity()
 
 
 def test_calls_go_on_while_memory_is_being_reserved(make_store: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,11 +160,12 @@ def test_upkeep_of_a_drain_waits_for_the_stores_other_threads(make_store: Make) 
     slab = 0
     at = store.pool.geometry.o_slab + slab * lay.SLAB_WORDS + lay.S_STATE
     store.pool.T[at], store.pool.T[lay.H_DRAINING] = lay.SLAB_DRAINING, slab + 1
-    with store.pool._mutex:
-        upkeep = threading.Thread(target=store.pool.maintain)
-        upkeep.start()
-        upkeep.join(DEADLINE_S)
-        assert int(store.pool.T[lay.H_DRAINING]) == slab + 1
+    store.pool.L[L_THREAD] = 1  # as a thread that is in a section
+    upkeep = threading.Thread(target=store.pool.maintain)
+    upkeep.start()
+    upkeep.join(DEADLINE_S)
+    assert int(store.pool.T[lay.H_DRAINING]) == slab + 1
+    store.pool.L[L_THREAD] = 0
     store.pool.maintain()
     assert int(store.pool.T[lay.H_DRAINING]) == 0
 
@@ -245,7 +251,7 @@ def test_a_removed_pool_answers_retired_and_queues_nothing(make_store: Make) -> 
     assert store.remove(of).tolist() == [-9] * 4
     assert store.complete(reserved.slots, reserved.gens, 0, np.zeros(1, np.uint64)).tolist() == [-9]
     assert store.abort_batch(reserved.slots, reserved.gens, True).tolist() == [-9]
-    assert not store.pool._pending
+    assert not store.pool._due
     assert check_bytes(store, of, SIZE) == 4, "what is still mapped is still right"
     made_anew = make_store()
     assert made_anew.token.split(":")[1] != store.token.split(":")[1]

@@ -307,7 +307,7 @@ def test_clients_of_a_removed_pool_get_retired_and_new_ones_a_new_pool(
     old.pool.maintain()
     old.pool.maintain()
     assert [r.getMessage() for r in caplog.records if "was removed: nothing is stored" in r.getMessage()] == [
-        f"pool {pool_name!r} was removed: nothing is stored any more until a restart"
+        f"kvplug: pool {pool_name!r} was removed: nothing is stored any more until a restart"
     ], "said once, by the client that stores nothing more"
     old.get_into(KEYS, out)  # no crash: its own mapping is still there
     old.stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -10,9 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvplug import KvStore
+from kvplug import KvStore, hostmem
 from kvplug.errors import BlockTooLargeError, Code
 from kvplug.shm import layout as lay
+from kvplug.shm import maintenance
 from kvplug.shm.slabs import DRAIN_CALLED_OFF, DRAIN_DONE, DRAIN_GOES_ON, drain_step
 from tests.pool.children import (
     GRACE_S,
@@ -305,3 +307,81 @@ def test_writers_of_several_sizes_at_once_keep_their_bytes(store: KvStore) -> No
     assert store.stats().slab_moves > 0
     settle(store)
     check_nothing_left(store)
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def _short(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A container's limit that a test moves."""
+    limit = {"bytes": 1 << 40}
+    plain = hostmem.memory
+    monkeypatch.setattr(
+        maintenance.hostmem,
+        "memory",
+        lambda *root: dataclasses.replace(plain(*root), limit_bytes=limit["bytes"], used_bytes=0),
+    )
+    return limit
+
+
+def test_a_pool_that_found_memory_short_grows_again_when_there_is_some(
+    make_store: Callable[..., KvStore], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit = _short(monkeypatch)
+    monkeypatch.setattr(maintenance, "RETRY_LEAST_S", 0.01)
+    store = make_store("8mib", slab="1mib", prefault=False)
+    limit["bytes"] = 1 << 20
+    for _ in range(3):
+        assert not store.pool.grow()
+        time.sleep(0.05)
+    said = [r.getMessage() for r in caplog.records if "can't grow" in r.getMessage()]
+    assert len(said) == 1, said
+    for part in ("kvplug: pool", "1 MiB of 7 MiB", "64 MiB", "KVPLUG_SIZE", "tried again"):
+        assert part in said[0], (part, said[0])
+    limit["bytes"] = 1 << 40
+    deadline = time.monotonic() + 30
+    while not store.pool.grow():
+        assert time.monotonic() < deadline, "it does not try again"
+        time.sleep(0.01)
+    assert any("grows again" in r.getMessage() for r in caplog.records)
+    while store.pool.grow():
+        pass
+    assert store.stats().reserved_slabs == store.pool.geometry.n_slabs
+
+
+def test_a_pause_grows_and_ends_with_the_shortage(
+    make_store: Callable[..., KvStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = _short(monkeypatch)
+    growth = maintenance.Growth(make_store("8mib", slab="1mib", prefault=False).pool.segment)
+    limit["bytes"] = 1 << 20
+    pauses = []
+    for _ in range(8):
+        growth._not_before = 0.0
+        assert growth.next_slab(1) == -1
+        pauses.append(growth._pause_s)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert growth.next_slab(1) == -1, "it was asked within its pause"
+    limit["bytes"] = 1 << 40
+    assert growth.next_slab(1) == -1, "it was asked within its pause"
+    growth._not_before = 0.0
+    assert growth.next_slab(1) == 1
+    assert growth._pause_s == 0.0
+
+
+def test_a_block_is_not_refused_for_room_that_another_process_makes_just_then(
+    make_store: Callable[..., KvStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last slab is reserved by somebody else between the section that found no room and the look for more."""
+    store, other = (make_store("8mib", slab="1mib", prefault=False) for _ in range(2))
+    plain = store.pool.grow
+
+    def late() -> bool:
+        while other.pool.grow():
+            pass
+        return plain()
+
+    monkeypatch.setattr(store.pool, "grow", late)
+    n = store.pool.geometry.n_rows // 2
+    batch = store.reserve_batch(keys(n, 5), [16 << 10])
+    assert (batch.codes == 0).all(), batch.codes

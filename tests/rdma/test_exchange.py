@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from kvplug import KvStore, exchange
 from kvplug.errors import BufferError, Code
 from kvplug.exchange import PoolExchange
+from kvplug.shm.local import L_THREAD
 from tests.pool.children import check_nothing_left, die_at, put, settle
 from tests.rdma.hosts import Host, checksums, keys
 
@@ -20,6 +22,7 @@ MakeHost = Callable[..., Host]
 I64 = npt.NDArray[np.int64]
 PARTS = (3000, 5000, 77)
 N = 6
+TURN_S = 10.0
 OF = keys(N, 9)
 
 
@@ -107,12 +110,11 @@ def test_a_reader_that_dies_while_it_seals_leaves_whole_blocks_or_none(
 
 
 def _is_free(host: Host) -> bool:
-    """Whether a thread of this process could enter a section now."""
-    mutex = host.store.pool._mutex
-    if not mutex.acquire(blocking=False):
-        return False
-    mutex.release()
-    return True
+    """Whether a thread of this process can enter a section: upkeep is in one for moments."""
+    deadline = time.monotonic() + TURN_S
+    while int(host.store.pool.L[L_THREAD]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return int(host.store.pool.L[L_THREAD]) == 0
 
 
 def test_nobody_waits_for_the_checking(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,10 +282,11 @@ def a_full_pool_stores_what_it_can() -> None:
     store = made._engine.store
     names, first = hashes("full", 4000), indices(pool, list(range(20)))
     stored = 0
+    held = []
     for start in range(0, len(names), 20):
         done = made.batch_set_v1(names[start : start + 20], first)
         stored += sum(done)
-        store.pin_batch(made._keys(made._pools["kv"], names[start : start + 20]))
+        held.append(store.pin_batch(made._keys(made._pools["kv"], names[start : start + 20])))
         if not all(done):
             break
     assert 0 < stored < len(names)

@@ -216,8 +216,8 @@ class Actor:
             try:
                 store = KvStore(self.store.pool_name, config=self.store.config, create=False)
                 size = content.SIZES[0]
-                store.pin_batch(self.names(size, 4))
-                store.reserve_batch(self.names(size, 2), (size,))
+                taken = [store.pin_batch(self.names(size, 4))]  # while they are kept, they are its own
+                taken.append(store.reserve_batch(self.names(size, 2), (size,)))
             finally:
                 os._exit(0)
         os.waitpid(pid, 0)

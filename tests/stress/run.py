@@ -27,8 +27,14 @@ def main() -> int:
     parser.add_argument("--json", default=None, help="also write the report here")
     parser.add_argument("--mutant", default=None, help="a bug from tests/stress/mutants.py, `all`, or `list`")
     parser.add_argument("--stop-at-first", action="store_true")
+    parser.add_argument("--interrupts", type=int, default=0, help="instead: so many exceptions out of signal handlers")
+    parser.add_argument("--calls", type=int, default=0, help="instead: so many calls with arbitrary arguments")
     args = parser.parse_args()
     seed = random.SystemRandom().getrandbits(31) if args.seed is None else args.seed
+    if args.interrupts:
+        return interrupted(args.interrupts, seed)
+    if args.calls:
+        return called(args.calls, seed)
     if args.mutant:
         from tests.stress import mutants
 
@@ -72,6 +78,34 @@ def main() -> int:
         if short:
             print("too few kills at: " + ", ".join(short))
     return 1 if r.violations or r.stumbles or short or r.kills < args.kills else 0
+
+
+def interrupted(n: int, seed: int) -> int:
+    """Half of the exceptions at random instants, half at instructions in turn."""
+    from tests.stress import interrupts
+
+    random_ones = interrupts.at_random(f"stress-{os.getpid()}-r", n - n // 2, seed)
+    stride = max(1, interrupts.INSTRUCTIONS * 2 // n)
+    each = interrupts.at_every_instruction(f"stress-{os.getpid()}-e", stride=stride, offset=seed % stride)
+    for note in (*random_ones.notes, *each.notes):
+        print("!", note)
+    failed, leaked = random_ones.failed + each.failed, random_ones.leaked + each.leaked
+    print(
+        f"interrupts={random_ones.interrupts + each.interrupts} at random instants={random_ones.interrupts} "
+        f"at instructions={each.interrupts} failed={failed} leaked={leaked} seed={seed}"
+    )
+    return 1 if failed or leaked or random_ones.interrupts + each.interrupts < n // 2 else 0
+
+
+def called(n: int, seed: int) -> int:
+    """Arbitrary arguments: typed errors, nothing changed."""
+    from tests.stress import calls
+
+    tally = calls.run(f"stress-{os.getpid()}-c", n, seed)
+    for note in tally.notes:
+        print("!", note)
+    print(f"calls={tally.calls} refused={tally.refused} failed={len(tally.notes)} seed={seed}")
+    return 1 if tally.notes or tally.calls < n else 0
 
 
 if __name__ == "__main__":
