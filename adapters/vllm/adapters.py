@@ -16,6 +16,9 @@ from kvplug.adapters.vllm.jobs import AdapterLoad, Job, Rank, WorkerReport
 from kvplug.errors import NamespaceError
 from kvplug.weights import AdapterFiles
 
+ELSEWHERE = "its weights are not, or not only, the files at its path (tensorizer_config_dict)"
+"""Why an adapter can't be known whose weights come from another place than its configuration."""
+
 
 class HeldAdapters:
     """One worker's adapters; used on the engine's thread alone."""
@@ -26,6 +29,7 @@ class HeldAdapters:
         self._files: dict[int, AdapterFiles | str] = {}
         self._content: dict[int, bytes | None] = {}
         self._changes = 0
+        self._told_so_far = 0
         self._news: list[AdapterLoad] = []
         self._listed: Callable[[], Iterable[int]] = tuple
         self._told: frozenset[int] = frozenset()
@@ -35,13 +39,18 @@ class HeldAdapters:
 
     # -- what the engine does ----------------------------------------------------------------------------------------
 
-    def reads(self, number: int, path: str, listed: Callable[[], Iterable[int]]) -> None:
-        """The engine is about to read an adapter from a local path. ``listed``: the ids of those that it has."""
+    def reads(self, number: int, path: str | None, listed: Callable[[], Iterable[int]]) -> None:
+        """The engine is about to read an adapter from a local path; None: its weights are not what lies there.
+        ``listed``: the ids of those that it has."""
         self._listed = listed
         try:
-            self._reading[number] = AdapterFiles(path)
+            self._reading[number] = ELSEWHERE if path is None else AdapterFiles(path)
         except NamespaceError as error:
             self._reading[number] = str(error)
+
+    def not_read(self, number: int) -> None:
+        """The engine could not use what it has read. What it has under this id, if anything, it keeps."""
+        self._reading.pop(number, None)
 
     def copied(self, number: int) -> None:
         """The engine has copied an adapter to where the model reads it."""
@@ -66,14 +75,17 @@ class HeldAdapters:
             return
         self._content[number] = content
         self._changes += changed
-        self._news.append(AdapterLoad(self._rank, number, content, why, self._changes))
+        self._news.append(AdapterLoad(self._rank, number, content, why, self._changes, self._next_order()))
+
+    def _next_order(self) -> int:
+        self._told_so_far += 1
+        return self._told_so_far
 
     def _judge_brought(self, number: int, content: bytes | None) -> None:
         for request_id, (adapter, expected, blocks) in list(self._brought.items()):
-            if adapter == number:
+            if adapter == number and expected != content:
                 del self._brought[request_id]
-                if expected != content:
-                    self._contradicted |= blocks
+                self._contradicted |= blocks
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
@@ -85,11 +97,22 @@ class HeldAdapters:
             return False
         number, content, may_be_read_later = job.adapter
         if number in self._listed():
-            return self._content.get(number) != content
-        if not may_be_read_later:
+            if self._content.get(number) != content:
+                return True
+        elif not may_be_read_later:
             return True
-        self._brought[job.request_id] = (number, content, _block_ids(job))
+        if may_be_read_later:  # it may be let go, or replaced, and be read again before the request runs
+            self._brought[job.request_id] = (number, content, _block_ids(job))
         return False
+
+    def spoils(self, job: Job) -> bool:
+        """Whether a load that is over has brought blocks of what its request's adapter no longer is."""
+        if job.adapter is None:
+            return False
+        number, content, may_be_read_later = job.adapter
+        if number in self._listed():
+            return self._content.get(number) != content
+        return not may_be_read_later
 
     def contradicted(self) -> set[int]:
         """Ids of blocks that were loaded for an adapter which turned out to be another, since the last call."""
@@ -110,7 +133,9 @@ class HeldAdapters:
             return report
         report = report or WorkerReport()
         report.adapters, self._news = (*report.adapters, *self._news), []
-        report.held[self._rank] = self._told = held
+        self._told = held
+        report.held[self._rank] = self._next_order(), held
+        self._files = {number: files for number, files in self._files.items() if number in held}
         return report
 
 

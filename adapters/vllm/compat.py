@@ -228,6 +228,15 @@ def returns_routed_experts(config: Any) -> bool:
     return bool(older or getattr(outputs, "enabled", False))
 
 
+def steps_overlap(config: Any) -> bool:
+    """Whether the engine plans a step before it has the results of the one before, as it does by default on devices.
+
+    What it has computed of a request can't be thrown away then: the next step builds on it already, and the engine's
+    own count of the request's tokens goes wrong.
+    """
+    return int(config.max_concurrent_batches) > 1
+
+
 def reuse_problem(config: Any) -> str | None:
     """Why the engine does not reuse KV here, though kvplug could; None if it does, or if that is the user's wish."""
     from vllm.platforms import current_platform

@@ -10,16 +10,26 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvplug.adapters.common.hooks import put_around
 
-ReadReaction = Callable[[int, str, Callable[[], Iterable[int]]], None]
-"""Called with an adapter's id, the local path that is about to be read, and what lists the ids of those held."""
-CopyReaction = Callable[[int], None]
+ReadReaction = Callable[[int, str | None, Callable[[], Iterable[int]]], None]
+"""Called with an adapter's id, the local path that is about to be read (None: its weights do not lie there), and what
+lists the ids of those held."""
+IdReaction = Callable[[int], None]
 
-_watchers: list[tuple[Any, ReadReaction, CopyReaction]] = []
-_loading: list[tuple[Any, int]] = []
+
+class _Watcher(NamedTuple):
+    config: Any
+    reads: ReadReaction
+    not_read: IdReaction
+    copied: IdReaction
+
+
+_watchers: list[_Watcher] = []
+_loading: list[tuple[Any, Any]] = []
+"""Managers that are loading an adapter, and the request for it."""
 
 
 def adapter_problems() -> list[str]:
@@ -41,12 +51,12 @@ def adapter_problems() -> list[str]:
     return found
 
 
-def on_adapters(config: Any, reads: ReadReaction, copied: CopyReaction) -> None:
-    """In a worker: calls ``reads`` before the engine of this configuration reads an adapter, and ``copied`` after it
-    has copied one to where the model reads it."""
+def on_adapters(config: Any, reads: ReadReaction, not_read: IdReaction, copied: IdReaction) -> None:
+    """In a worker: calls ``reads`` before the engine of this configuration reads an adapter, ``not_read`` if it could
+    not use that, and ``copied`` after it has copied one to where the model reads it."""
     from vllm.lora import model_manager, worker_manager
 
-    _watchers.append((config.lora_config, reads, copied))
+    _watchers.append(_Watcher(config.lora_config, reads, not_read, copied))
     put_around(worker_manager, "get_adapter_absolute_path", _around_path)
     put_around(worker_manager.WorkerLoRAManager, "_load_adapter", _around_load)
     put_around(model_manager.LoRAModelManager, "activate_adapter", _around_activate)
@@ -55,9 +65,14 @@ def on_adapters(config: Any, reads: ReadReaction, copied: CopyReaction) -> None:
 def _around_load(plain: Any) -> Any:
     @functools.wraps(plain)
     def load_adapter(self: Any, lora_request: Any) -> Any:
-        _loading.append((self, int(lora_request.lora_int_id)))
+        _loading.append((self, lora_request))
         try:
             return plain(self, lora_request)
+        except BaseException:
+            for watcher in _watchers:
+                if watcher.config is self.lora_config:
+                    watcher.not_read(int(lora_request.lora_int_id))
+            raise
         finally:
             _loading.pop()
 
@@ -69,10 +84,11 @@ def _around_path(plain: Any) -> Any:
     def get_adapter_absolute_path(lora_path: Any) -> Any:
         path = plain(lora_path)
         if _loading:
-            manager, number = _loading[-1]
-            for config, reads, _ in _watchers:
-                if config is manager.lora_config:
-                    reads(number, str(path), manager.list_adapters)
+            manager, request = _loading[-1]
+            there = None if lies_elsewhere(request) else str(path)
+            for watcher in _watchers:
+                if watcher.config is manager.lora_config:
+                    watcher.reads(int(request.lora_int_id), there, manager.list_adapters)
         return path
 
     return get_adapter_absolute_path
@@ -83,9 +99,9 @@ def _around_activate(plain: Any) -> Any:
     def activate_adapter(self: Any, lora_id: int) -> Any:
         done = plain(self, lora_id)
         if done:
-            for config, _, copied in _watchers:
-                if config is self.lora_config:
-                    copied(int(lora_id))
+            for watcher in _watchers:
+                if watcher.config is self.lora_config:
+                    watcher.copied(int(lora_id))
         return done
 
     return activate_adapter
@@ -132,10 +148,15 @@ def adapters_report(_worker: Any) -> Any:
     return get_kv_transfer_group().adapters_report()  # type: ignore[attr-defined]
 
 
-def forget_adapters(connector: Any, copied: CopyReaction) -> None:
+def forget_adapters(connector: Any, copied: IdReaction) -> None:
     """Drops what a connector that was shut down has asked for."""
-    _watchers[:] = [one for one in _watchers if one[2] != copied]
+    _watchers[:] = [one for one in _watchers if one.copied != copied]
     _askers[:] = [one for one in _askers if one[0] is not connector]
+
+
+def lies_elsewhere(lora: Any) -> bool:
+    """Whether only an adapter's configuration lies at its path, and its weights in another folder (up to 0.31)."""
+    return bool(getattr(lora, "tensorizer_config_dict", None))
 
 
 def adapters_by_name_alone() -> bool:

@@ -270,11 +270,17 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _watch_adapters(self) -> None:
         if self._vllm_config.lora_config is not None:
-            compat_adapters.on_adapters(self._vllm_config, self._on_adapter_read, self._on_adapter_copied)
+            compat_adapters.on_adapters(
+                self._vllm_config, self._on_adapter_read, self._on_adapter_not_read, self._on_adapter_copied
+            )
 
-    def _on_adapter_read(self, number: int, path: str, listed: Callable[[], Iterable[int]]) -> None:
+    def _on_adapter_read(self, number: int, path: str | None, listed: Callable[[], Iterable[int]]) -> None:
         if self._worker is not None and self._worker.adapters is not None:
             self._shielded("an adapter's load", self._worker.adapters.reads, None, number, path, listed)
+
+    def _on_adapter_not_read(self, number: int) -> None:
+        if self._worker is not None and self._worker.adapters is not None:
+            self._shielded("an adapter's load", self._worker.adapters.not_read, None, number)
 
     def _on_adapter_copied(self, number: int) -> None:
         if self._worker is not None and self._worker.adapters is not None:
@@ -337,6 +343,8 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         # One that was given up after an error was reported then: a second time it would stand for another rank's.
         loaded = [one for one in self._worker.take_loaded(wait) if one.job.request_id in self._loading]
         self._loading -= {result.job.request_id for result in loaded}
+        for result in loaded:
+            self._worker.look_again(result)
         return loaded
 
     def _give_up_loads(self) -> None:

@@ -76,6 +76,9 @@ class AdapterLoad:
     why: str
     changes: int
     """How many adapters of this worker have become others under their ids, this one included."""
+    order: int = 0
+    """Grows with whatever a worker tells of its adapters. What it says when it is asked overtakes what a step's output
+    brings along, where steps overlap."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     """The step whose results come with this, if it is timed."""
     adapters: tuple[AdapterLoad, ...] = ()
     """Adapters that were read, in order."""
-    held: dict[Rank, frozenset[int]] = field(default_factory=dict)
-    """Ids of the adapters that a worker has; only if they are others than before."""
+    held: dict[Rank, tuple[int, frozenset[int]]] = field(default_factory=dict)
+    """Order, and ids of the adapters that a worker has; only if they are others than before."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Adds another rank's report to this one."""

@@ -31,7 +31,9 @@ SEARCH_ATTEMPTS = 3
 class Loads:
     """Offers and load jobs of one engine."""
 
-    def __init__(self, state: EngineState) -> None:
+    def __init__(self, state: EngineState, *, takes_back: bool = False) -> None:
+        """``takes_back``: whether the engine can throw away what a step has computed before another step builds on
+        it."""
         self._state = state
         self._offers: OrderedDict[str, Record] = OrderedDict()
         self.queued: list[Job] = []
@@ -39,7 +41,7 @@ class Loads:
         """The last load's job."""
         self.adapters: LoraIdentities | None = None
         """The engine's LoRA adapters."""
-        self.forecasts = len(state.rules) == 1 and state.rules[0].whole_prefix
+        self.forecasts = takes_back and len(state.rules) == 1 and state.rules[0].whole_prefix
         """Whether the engine can take back what it has computed for a request with blocks of another adapter."""
 
     # -- lookup ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from blake3 import blake3
 
 from kvplug.adapters.devices.base import Int64s
 from kvplug.adapters.vllm import compat_requests as compat
+from kvplug.adapters.vllm.adapters import ELSEWHERE
+from kvplug.adapters.vllm.compat_adapters import lies_elsewhere
 from kvplug.adapters.vllm.jobs import AdapterLoad, Rank, WorkerReport
 from kvplug.errors import NamespaceError
 from kvplug.extras import encode_extras
@@ -227,7 +229,7 @@ class LoraIdentities:
         self._by_name_alone = by_name_alone
         self._settings = settings
         self._loads: dict[int, dict[Rank, AdapterLoad]] = {}
-        self._held: dict[Rank, frozenset[int]] = {}
+        self._held: dict[Rank, tuple[int, frozenset[int]]] = {}
         self._users: dict[Any, set[int]] = {}
         self._contents: dict[int, set[bytes]] = {}
         self.changes: dict[Rank, int] = {}
@@ -247,6 +249,8 @@ class LoraIdentities:
         """What a request's adapter holds; None while that is not known. NamespaceError if it can't be told."""
         name, number, path = str(lora.lora_name), int(lora.lora_int_id), str(lora.lora_path)
         users = self.used(lora)
+        if lies_elsewhere(lora):
+            raise NamespaceError(f"LoRA adapter {name}: {ELSEWHERE}")
         content = self._content_held(name, number)
         held = content is not None
         if content is None:
@@ -261,7 +265,7 @@ class LoraIdentities:
         return Adapter(number, content, held)
 
     def _content_held(self, name: str, number: int) -> bytes | None:
-        if any(number not in self._held.get(rank, ()) for rank in self._ranks):
+        if any(rank not in self._held or number not in self._held[rank][1] for rank in self._ranks):
             return None
         loads = self._loads.get(number, {})
         if loads.keys() != self._ranks:
@@ -286,9 +290,11 @@ class LoraIdentities:
         loads = self._loads.get(adapter.number, {})
         return loads.keys() == self._ranks and all(load.content == adapter.content for load in loads.values())
 
-    def agrees(self, adapter: Adapter) -> bool:
-        """Whether no worker has read anything else than what this adapter was taken for."""
-        return all(load.content == adapter.content for load in self._loads.get(adapter.number, {}).values())
+    def agrees(self, adapter: Adapter, report: WorkerReport) -> bool:
+        """Whether no worker has read anything else than what this adapter was taken for, nor says so in a report, where
+        it may stand before what was read later."""
+        told = [*self._loads.get(adapter.number, {}).values(), *report.adapters]
+        return all(load.content == adapter.content for load in told if load.number == adapter.number)
 
     def brought(self, adapter: Adapter) -> None:
         """Blocks are loaded from the pool for a request with this adapter; the engine's own cache keeps them."""
@@ -298,13 +304,17 @@ class LoraIdentities:
         """What workers have read. Returns the ids of adapters that are not, or may not be, what they were before."""
         changed = set()
         for load in report.adapters:
-            before = self._loads.setdefault(load.number, {})
-            if load.rank in before and before[load.rank].content != load.content:
+            known = self._loads.setdefault(load.number, {})
+            newest = known.setdefault(load.rank, load)
+            if newest.content != load.content:
                 changed.add(load.number)
-            before[load.rank] = load
+            if newest.order < load.order:
+                known[load.rank] = load
             self._contents.setdefault(load.number, set()).add(_UNKNOWN if load.content is None else load.content)
             self.changes[load.rank] = max(load.changes, self.changes.get(load.rank, 0))
-        self._held.update(report.held)
+        for rank, (order, held) in report.held.items():
+            if order > self._held.get(rank, (0, held))[0]:
+                self._held[rank] = order, held
         return changed
 
     def cache_emptied(self, living: Iterable[Any]) -> None:
@@ -313,7 +323,7 @@ class LoraIdentities:
         self._contents = {
             number: {_UNKNOWN if load.content is None else load.content for load in loads.values()}
             for number, loads in self._loads.items()
-            if any(number in held for held in self._held.values())
+            if any(number in held for _, held in self._held.values())
         }
         for lora in living:
             self.used(lora)

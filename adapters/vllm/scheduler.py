@@ -89,7 +89,7 @@ class SchedulerSide:
             store.close()
             raise
         self.state.on_namespace = self._announce
-        self.loads = Loads(self.state)
+        self.loads = Loads(self.state, takes_back=not compat.steps_overlap(vllm_config))
         self.stores = Stores(self.state)
         self.fetches = self._fetches(store)
         self._adapters: dict[str, AdapterProbe] = {}
@@ -182,7 +182,7 @@ class SchedulerSide:
             lora = record.request.lora_request
             if lora is None or record.refused:
                 continue
-            mistaken = record.adapter is not None and not self._lora.agrees(record.adapter)
+            mistaken = record.adapter is not None and not self._lora.agrees(record.adapter, report)
             if mistaken or (record.adapter is None and int(lora.lora_int_id) in changed):
                 self._refuse(
                     record, NamespaceError(f"LoRA adapter {lora.lora_name}: it became another while a request used it")

@@ -110,6 +110,11 @@ class WorkerSide:
             loaded, self._loaded = self._loaded, []
         return loaded
 
+    def look_again(self, result: LoadResult) -> None:
+        """Fails a load that was for an adapter which was replaced while it ran."""
+        if result.ok and self.adapters is not None and self.adapters.spoils(result.job):
+            result.ok, result.failed_blocks = False, _all_blocks(result.job)
+
     def take_report(self) -> WorkerReport | None:
         """What the scheduler's side has to know; None if there is nothing new."""
         report = None

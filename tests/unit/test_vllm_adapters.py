@@ -6,6 +6,7 @@ of its reports.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from kvplug.errors import NamespaceError
 
 ONE, TWO = b"1" * 32, b"2" * 32
 ALONE: Rank = (0, 0)
+_orders = itertools.count(1)
 
 
 def lora(name: str, number: int, path: str = "", **more: Any) -> Any:
@@ -34,9 +36,11 @@ def lora(name: str, number: int, path: str = "", **more: Any) -> Any:
 
 def report(*loads: tuple[int, bytes | None], rank: Rank = ALONE, held: set[int] | None = None, changes: int = 0) -> Any:
     read = tuple(
-        AdapterLoad(rank, number, content, "" if content else "it changed", changes) for number, content in loads
+        AdapterLoad(rank, number, content, "" if content else "it changed", changes, next(_orders))
+        for number, content in loads
     )
-    return WorkerReport(adapters=read, held={rank: frozenset({n for n, _ in loads} if held is None else held)})
+    ids = frozenset({n for n, _ in loads} if held is None else held)
+    return WorkerReport(adapters=read, held={rank: (next(_orders), ids)})
 
 
 # ---- the scheduler's side --------------------------------------------------------------------------------------------
@@ -160,9 +164,37 @@ def test_blocks_from_the_pool_count_as_what_the_engine_has_computed_with() -> No
     assert forecast == Adapter(1, ONE, held=False)
     known.brought(forecast)
     known.reported(report((1, TWO)))
-    assert not known.agrees(forecast)
+    assert not known.agrees(forecast, WorkerReport())
     with pytest.raises(NamespaceError, match="blocks of another content"):
         known(lora("a", 1))
+
+
+def test_what_a_step_brings_along_may_be_older_than_what_a_worker_said_when_it_was_asked() -> None:
+    """Where steps overlap, an adapter is loaded ahead while a step's output is still to be taken in."""
+    known = LoraIdentities({}.get)
+    known.reported(report((1, ONE)))
+    taken = known.find(lora("a", 1))
+    assert taken
+    step = report((1, TWO), held={1}, changes=1)
+    asked = report((1, ONE), held={1, 2}, changes=2)
+    assert known.reported(asked) == set()
+    assert known.agrees(taken, asked)
+    assert known.reported(step) == {1}, "some of the blocks were computed with it"
+    assert not known.agrees(taken, step)
+    assert known.changes == {ALONE: 2}
+    known.cache_emptied([])
+    assert known.find(lora("a", 1)) == Adapter(1, ONE, held=True), "that is what the worker has now"
+    assert known.find(lora("b", 2)) is None
+    known.reported(report((2, TWO), held={1, 2}))
+    assert known.find(lora("b", 2)) == Adapter(2, TWO, held=True)
+
+
+def test_an_adapter_whose_weights_lie_elsewhere_is_not_known_by_its_path() -> None:
+    """Up to 0.31 a request may name a folder of tensorized weights; only the configuration lies at the path then."""
+    known = LoraIdentities({"/a": ONE}.get)
+    assert known(lora("a", 1, tensorizer_config_dict=None))
+    with pytest.raises(NamespaceError, match="tensorizer_config_dict"):
+        known(lora("a", 1, tensorizer_config_dict={"tensorizer_dir": "/other"}))
 
 
 # ---- a worker's side -------------------------------------------------------------------------------------------------
@@ -181,8 +213,8 @@ class Worker:
         self.held = HeldAdapters(ALONE)
         self.listed: set[int] = set()
 
-    def load(self, number: int, path: Path) -> None:
-        self.held.reads(number, str(path), lambda: self.listed)
+    def load(self, number: int, path: Path | None) -> None:
+        self.held.reads(number, str(path) if path else None, lambda: self.listed)
         self.listed.add(number)
         self.held.copied(number)
 
@@ -220,7 +252,7 @@ def test_a_worker_tells_what_it_has_read_once(tmp_path: Path) -> None:
     worker.listed.discard(1)
     told = worker.held.add_to(None)
     assert told is not None
-    assert told.held == {ALONE: {2}}
+    assert told.held[ALONE][1] == {2}
 
 
 def test_files_that_change_between_the_engines_read_and_its_copy_are_nothing_that_is_known(tmp_path: Path) -> None:
@@ -256,6 +288,51 @@ def test_what_can_not_be_read_is_said(tmp_path: Path) -> None:
     assert told is not None
     assert told.adapters[0].content is None
     assert "no adapter_config.json" in told.adapters[0].why
+
+
+def test_files_that_the_engine_could_not_use_are_not_what_it_holds(tmp_path: Path) -> None:
+    """As when an adapter is loaded in place of another, and its rank is too high: the engine keeps the other."""
+    worker = Worker()
+    worker.load(1, write(tmp_path / "a", b"1"))
+    ((_, content),) = worker.news()
+    worker.held.reads(1, str(write(tmp_path / "b", b"2")), lambda: worker.listed)
+    worker.held.not_read(1)
+    worker.held.copied(1)
+    assert worker.news() == []
+    assert content is not None
+    assert not worker.refuses(1, content)
+
+
+def test_weights_that_lie_elsewhere_are_nothing_that_is_known() -> None:
+    worker = Worker()
+    worker.load(1, None)
+    told = worker.held.add_to(None)
+    assert told is not None
+    assert told.adapters[0].content is None
+    assert "tensorizer" in told.adapters[0].why
+
+
+def test_an_adapter_that_is_replaced_before_a_loaded_request_runs_is_noticed(tmp_path: Path) -> None:
+    """The worker held what the load was made for; it is let go and read again, or replaced in place."""
+    worker, folder = Worker(), write(tmp_path / "a", b"1")
+    worker.load(1, folder)
+    ((_, content),) = worker.news()
+    assert content is not None
+    assert not worker.refuses(1, content)
+    worker.load(1, write(folder, b"2"))
+    assert worker.held.contradicted() == {7, 8}
+    job = Job(1, 0, (), "r", False, {ALONE: 0}, (1, content, False))
+    assert worker.held.spoils(job), "where nothing can be taken back, the load fails when it is over"
+    assert not worker.held.spoils(Job(2, 0, (), "r"))
+
+
+def test_nothing_is_kept_of_adapters_that_the_engine_has_let_go(tmp_path: Path) -> None:
+    worker = Worker()
+    for number in range(1, 6):
+        worker.load(number, write(tmp_path / "policy", b"%d" % number))
+        worker.listed &= {number}
+        worker.news()
+    assert set(worker.held._files) == {5}
 
 
 def test_a_dummy_of_a_warm_up_is_no_adapter() -> None:
@@ -312,11 +389,14 @@ def test_the_engines_own_loads_and_copies_are_seen_each_for_its_engine(tmp_path:
     def copied(number: int) -> None:
         seen.append(("copied", number))
 
-    def reads(number: int, path: str, listed: Any) -> None:
+    def reads(number: int, path: str | None, listed: Any) -> None:
         seen.append(("reads", number, path, set(listed())))
 
+    def not_read(number: int) -> None:
+        seen.append(("not read", number))
+
     connector = object()
-    compat_adapters.on_adapters(SimpleNamespace(lora_config=mine), reads, copied)
+    compat_adapters.on_adapters(SimpleNamespace(lora_config=mine), reads, not_read, copied)
     try:
         for config in (other, mine):
             models = object.__new__(LoRAModelManager)
@@ -332,7 +412,12 @@ def test_the_engines_own_loads_and_copies_are_seen_each_for_its_engine(tmp_path:
                 worker._load_adapter(LoRARequest("a", 7, str(tmp_path / "nowhere")))
             assert models.activate_adapter(7)
             assert not models.activate_adapter(7), "it has its place already"
-        assert seen == [("reads", 7, str(tmp_path / "nowhere"), {7}), ("copied", 7)]
+        assert seen == [("reads", 7, str(tmp_path / "nowhere"), {7}), ("not read", 7), ("copied", 7)]
+        seen.clear()
+        elsewhere = lora("a", 8, str(tmp_path), tensorizer_config_dict={"tensorizer_dir": "/other"})
+        with pytest.raises(Exception, match="No adapter found"):
+            worker._load_adapter(elsewhere)
+        assert seen == [("reads", 8, None, {7}), ("not read", 8)]
     finally:
         compat_adapters.forget_adapters(connector, copied)
     assert models.lora_index_to_id == [7]

@@ -47,9 +47,11 @@ MOMENTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def engine(start: Callable[..., InProcess], control: Control, other_host: OtherHost) -> InProcess:
     """Steps overlap, as they do by default where the engine has a process of its own."""
-    booting = start("busy", env=other_host.settings, async_scheduling=True, num_gpu_blocks_override=128)
+    booting = start("busy", env=other_host.settings, overlapping_steps=True, num_gpu_blocks_override=128)
     assert control.engine
-    return booting.ready()
+    ready = booting.ready()
+    assert ready.info["batches"] > 1
+    return ready
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ by one.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvplug.weights import SETTLED_S
 from tests.vllm.common import Case, Control, agree, eventually, make_prompts, storable
 from tests.vllm_lab.engine import InProcess
 from tests.vllm_lab.models import LLAMA, LoraSpec
@@ -175,3 +177,25 @@ def test_an_adapter_that_is_replaced_between_a_look_at_it_and_its_load_gets_its_
     again = {**mine, "lora_name": "replaced"}
     agree([cases[1]], warm.each([cases[1].request(**again)]))
     found(warm, cases[1], **again)
+
+
+def test_where_steps_overlap_nothing_is_loaded_for_an_adapter_that_the_worker_has_yet_to_read(
+    engines: dict[str, InProcess], start: Callable[..., InProcess], cases: list[Case], tmp_path: Path
+) -> None:
+    """As by default on devices. vLLM could not throw away what was computed with such blocks, and would end."""
+    found(engines["warm"], cases[2])
+    booting = start("overlapping", overlapping_steps=True, **LLM)
+    folder = tmp_path / "three"
+    put(folder, cases[2])
+    engine = booting.ready()
+    assert engine.do("info")["batches"] > 1
+    newest = max(file.stat().st_ctime for file in folder.iterdir())
+    eventually("its files are settled", lambda: time.time() > newest + 2 * SETTLED_S)
+    for number in range(500, 505):
+        mine = {"lora": str(folder), "lora_name": f"number-{number}", "lora_id": number}
+        engine.do("reset")
+        names = engine.do("add", requests=[cases[2].request(**mine)])
+        engine.do("step")
+        assert engine.do("states", names=names) != ["WAITING_FOR_REMOTE_KVS"]
+        agree([cases[2]], engine.do("wait", names=names))
+        found(engine, cases[2], **mine)

@@ -23,10 +23,14 @@ from typing import Any
 class Driver:
     """One LLM and the requests that are under way in it."""
 
-    def __init__(self, model: str, force_prefix_caching: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, model: str, force_prefix_caching: bool = False, overlapping_steps: bool = False, **kwargs: Any
+    ) -> None:
         began = time.monotonic()
         if force_prefix_caching:
-            _force_prefix_caching()
+            _keep_on_cpus("cache_config", "enable_prefix_caching")
+        if overlapping_steps:
+            _keep_on_cpus("scheduler_config", "async_scheduling")
         from vllm import LLM
 
         self.llm = LLM(model=model, worker_extension_cls="tests.vllm_lab.worker.LabWorker", **kwargs)
@@ -63,6 +67,7 @@ class Driver:
             "connector_module": type(scheduler.connector).__module__ if scheduler.connector else None,
             "load_failure_policy": getattr(transfer, "kv_load_failure_policy", None),
             "block_size": config.cache_config.block_size,
+            "batches": self.core().batch_queue_size,
             "num_blocks": scheduler.kv_cache_config.num_blocks,
             "groups": [type(g.kv_cache_spec).__name__ for g in scheduler.kv_cache_config.kv_cache_groups],
             "worker_pids": self.llm.collective_rpc("lab_pid"),
@@ -470,16 +475,18 @@ SCHEDULER_HOOKS = (
 """The connector's calls on the scheduler's path, in whatever vLLM version has them."""
 
 
-def _force_prefix_caching() -> None:
-    """Keeps vLLM's own prefix cache on where its CPU platform turns it off (MLA): a control with the same schedule
-    needs it. Call before the engine is made."""
+def _keep_on_cpus(part: str, setting: str) -> None:
+    """Keeps a setting on that vLLM's CPU platform turns off. Call before the engine is made.
+
+    Its own prefix cache (MLA): a control with the same schedule needs it. Overlapping steps: devices have them.
+    """
     from vllm.platforms.cpu import CpuPlatform
 
     plain = CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls: Any, config: Any) -> None:
         plain(cls, config)
-        config.cache_config.enable_prefix_caching = True
+        setattr(getattr(config, part), setting, True)
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
