@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,18 @@ _mutex = threading.Lock()
 _errors: collections.Counter[str] = collections.Counter()
 _said: dict[str, set[str]] = {}
 _dead: collections.Counter[str] = collections.Counter()
+
+
+def _begin_in_child() -> None:
+    """What was counted was the parent's, whose other threads, one of which may hold the mutex, are not here."""
+    global _mutex
+    _mutex = threading.Lock()
+    _errors.clear()
+    _said.clear()
+    _dead.clear()
+
+
+os.register_at_fork(after_in_child=_begin_in_child)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

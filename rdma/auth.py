@@ -116,7 +116,7 @@ def knock(
                 f"the agent at {connection.peer} closed the connection during the handshake: does it have the same "
                 f"KVPLUG_AUTH_KEY?"
             ) from None
-        raise PeerAuthError(f"{connection.peer} {_HUNG_UP[connection.is_tls]}") from None
+        raise _refusal(connection, deadline) from None
     except WrongVersionError as e:
         raise PeerAuthError(f"the agent at {connection.peer}: {e}; use one version of kvplug on all hosts") from None
     except StrangerError as e:

@@ -140,6 +140,8 @@ class Connection:
 
     def broken(self, error: OSError | ValueError) -> PeerError:
         """What an error of the socket means. The other end's word that it refuses this host comes so with TLS."""
+        if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):  # TLS's way to say that nobody reads any more
+            return ClosedError(f"{self.peer} closed the connection")
         why = tlsfaults.meaning(error)
         if why:
             return PeerAuthError(f"no TLS with {self.peer}: {why}")

@@ -121,6 +121,7 @@ class Pool:
             self.grow()
         self.reap()
         self._maintenance = Maintenance(self, prefault=self.options.prefault)
+        self._tell_troubles()  # the thread does that from now on, unless it could not be started
 
     # ---- calls under the lock ----------------------------------------------------------------------------------------
 

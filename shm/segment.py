@@ -31,6 +31,7 @@ import posix_ipc
 
 from kvplug import hostmem
 from kvplug.errors import (
+    ConfigError,
     LockTimeoutError,
     PoolError,
     PoolFormatError,
@@ -50,6 +51,7 @@ from kvplug.shm.liveness import (
     try_lock_byte,
     unlock_byte,
 )
+from kvplug.shm.policies import by_number
 from kvplug.sizes import format_size
 
 NAME_LOCK_TIMEOUT_S: Final = 10.0
@@ -321,7 +323,7 @@ def read_header(fd: int, path: str) -> tuple[list[int], os.stat_result]:
 
 
 def check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
-    """The remaining gates: layout hash, geometry, size."""
+    """The remaining gates: layout hash, geometry, policy, size."""
     if words[lay.P_LAYOUT0] != lay.layout_hash():
         raise PoolFormatError(
             f"{path} was laid out by another build of kvplug (layout {words[lay.P_LAYOUT0] & (1 << 64) - 1:016x}, here "
@@ -330,6 +332,10 @@ def check_layout(words: list[int], st: os.stat_result, path: str) -> Geometry:
     geometry = Geometry.from_header(words)
     if words[lay.H_MAX_CLIENTS] != lay.MAX_CLIENTS or words[lay.P_LIVE_OFFSET] != geometry.o_client * 8:
         raise PoolFormatError(f"{path}: the header's client table is not where this version has it. {_REMOVE}")
+    try:
+        by_number(words[lay.H_POLICY])
+    except ConfigError as e:
+        raise PoolFormatError(f"{path}: {e}. {_REMOVE}") from None
     if st.st_size != geometry.segment_bytes:
         change = "truncated" if st.st_size < geometry.segment_bytes else "something was appended"
         raise PoolFormatError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from kvplug import doctor
+from kvplug import doctor, threads
 from kvplug.cli.app import app
 from kvplug.errors import ClientLimitError, PoolFormatError, PoolNotFoundError
 from kvplug.shm import layout as lay
@@ -126,6 +127,44 @@ def test_errors_in_threads_are_shown(store: KvStore) -> None:
     (found,) = findings()
     assert found.status is doctor.Status.WARNING
     assert "3 errors that nobody foresaw" in found.found
+
+
+def test_a_maintenance_that_could_not_be_started_is_shown(store: KvStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "kvplug-maintenance":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        without = KvStore(NAME, create=False)
+    try:
+        with visit(NAME) as seen:
+            at = seen.geometry.o_client + without.pool.client * lay.CLIENT_WORDS
+            assert int(seen.T[at + lay.C_DEAD_THREADS]) == 1
+            assert seen.stats().dead_threads == 1
+        (found,) = findings()
+        assert "1 could not be started" in found.found
+    finally:
+        without.close()
+        threads._dead.pop("kvplug-maintenance")
+
+
+def test_a_pool_that_evicts_in_an_unknown_way_is_no_pool_of_this_version(store: KvStore) -> None:
+    before = int(store.pool.T[lay.H_POLICY])
+    store.pool.T[lay.H_POLICY] = 77
+    try:
+        with pytest.raises(PoolFormatError, match="eviction policy number 77"), visit(NAME):
+            pass
+        with pytest.raises(PoolFormatError, match="eviction policy number 77"):
+            KvStore(NAME, create=False)
+        (found,) = findings()
+        assert found.status is doctor.Status.FAULT
+        assert "eviction policy number 77" in found.found
+    finally:
+        store.pool.T[lay.H_POLICY] = before
 
 
 def test_what_is_not_there_or_no_pool_is_refused(store: KvStore) -> None:

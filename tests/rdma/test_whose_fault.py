@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.server
 import socket
+import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -16,7 +18,8 @@ import pytest
 
 from kvplug.errors import ConfigError, PeerAuthError, PeerError, PeerTimeoutError
 from kvplug.rdma.describe import describe_peers
-from kvplug.rdma.protocol import HEADER, MAGIC, VERSION
+from kvplug.rdma.protocol import HEADER, MAGIC, VERSION, Proof
+from kvplug.rdma.wire import Connection
 from tests.rdma.hosts import Host, until
 from tests.rdma.redis_server import RedisServer
 
@@ -136,6 +139,48 @@ def test_files_that_can_not_be_used_are_named_and_no_passphrase_is_waited_for(
 ) -> None:
     with pytest.raises(ConfigError, match=r"\.key.*without a passphrase"):
         make_host(**tls[which]).agent()
+
+
+def send_on_and_on(connection: Connection) -> None:
+    """What is sent first may still be taken by the kernel."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        connection.send(Proof(), 0, deadline)
+
+
+@pytest.mark.parametrize("how", ["at once", "when it has read"])
+def test_who_hangs_up_after_the_handshake_is_not_told_to_look_at_his_certificates(
+    tls: dict[str, dict[str, str]], how: str
+) -> None:
+    """A process that ends in mid-session: no agent has refused anybody, and no setting is wrong."""
+    files = tls["good"]
+    ours, theirs = (ssl.SSLContext(kind) for kind in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER))
+    ours.load_verify_locations(files["tls_ca"])
+    theirs.load_cert_chain(files["tls_cert"], files["tls_key"])
+
+    def hang_up(sock: socket.socket) -> None:
+        with sock:
+            if how == "at once":  # without a word: the kernel answers what comes with a reset
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                sock.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = threading.Thread(
+            target=lambda: hang_up(theirs.wrap_socket(listening.accept()[0], server_side=True)), daemon=True
+        )
+        serving.start()
+        dialled = socket.create_connection(listening.getsockname(), timeout=PATIENCE_S)
+        sock = ours.wrap_socket(dialled, server_hostname="127.0.0.1")
+        connection = Connection(sock, listening.getsockname())  # the other end may be gone by now
+        try:
+            with pytest.raises(PeerError) as caught:
+                send_on_and_on(connection)
+            assert not isinstance(caught.value, PeerAuthError), caught.value
+            assert not [word for word in ("TLS", "tls_", *RAW) if word in str(caught.value) and word != "Errno"]
+        finally:
+            connection.close()
+            serving.join(PATIENCE_S)
 
 
 # ---- keys, versions, names

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,3 +120,29 @@ def test_work_that_ends_by_itself_is_noted(name: str, caplog: pytest.LogCaptureF
     assert caplog.text.count("its reader was hung up on") == 1
     note(name, TypeError("another kind"), "it goes on")
     assert caplog.text.count("Please report it") == 2
+
+
+def test_a_forked_child_counts_its_own_whatever_its_parents_threads_were_doing(name: str) -> None:
+    note(name, KeyError("the parent's"), "it goes on")
+    held, forked = threading.Event(), threading.Event()
+
+    def count() -> None:
+        with threads._mutex:  # as note() does
+            held.set()
+            forked.wait(WAIT_S)
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    assert held.wait(WAIT_S)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(WAIT_S))  # ends a child that waits for a thread that it does not have
+        before = troubles()
+        logging.disable()
+        note(name, KeyError("its own"), "it goes on")
+        os._exit(0 if (before.errors, troubles().errors) == ({}, {name: 1}) else 1)
+    forked.set()
+    counting.join(WAIT_S)
+    assert os.waitpid(child, 0)[1] == 0
+    assert troubles().errors[name] == 1
