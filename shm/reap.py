@@ -102,7 +102,7 @@ def _publish(T: Any, L: Any, client: int, session: int, now_unix_ns: int) -> int
 
 @entry("i(I, I, i, i, I, I)")
 def find_dead(T: Any, L: Any, live_offset: int, me: int, dead: Any, started: Any) -> int:
-    """Client rows whose process is gone, and when each had started; their number, or a lock code.
+    """Client rows whose process is gone, and when each had started, int64[MAX_CLIENTS]; how many, or a lock code.
 
     Asks the kernel about each client's byte, without the pool lock but in this store's turn: its description stays
     open meanwhile. ``me`` is passed over: no description conflicts with itself. Starts are read before the probe.
@@ -111,7 +111,7 @@ def find_dead(T: Any, L: Any, live_offset: int, me: int, dead: Any, started: Any
     if turn < 0:
         return turn
     n = 0
-    for c in range(T[H_MAX_CLIENTS]):
+    for c in range(min(T[H_MAX_CLIENTS], len(dead))):  # whatever the header says by now
         at = client_at(T, c)
         state = T[at + C_STATE]
         if c == me or state == CLIENT_FREE:

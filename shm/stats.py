@@ -116,8 +116,10 @@ def pool_stats(pool: Tables, alive: npt.NDArray[np.bool_] | None = None) -> Pool
         return int(attached[:, word].sum())
 
     def of_processes(word: int) -> int:
-        """Each client of a process has the same number."""
-        by_pid = {int(pid): int(n) for pid, n in attached[:, (lay.C_PID, word)]}
+        """Each client of a process has the same number; of containers' processes with one PID, the highest counts."""
+        by_pid: dict[int, int] = {}
+        for pid, n in attached[:, (lay.C_PID, word)].tolist():
+            by_pid[pid] = max(n, by_pid.get(pid, 0))
         return sum(by_pid.values())
 
     classes = tuple(ClassStats(*(int(x) for x in per_class[c])) for c in np.flatnonzero(live))

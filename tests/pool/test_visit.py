@@ -18,12 +18,14 @@ from kvplug.cli.app import app
 from kvplug.errors import ClientLimitError, PoolFormatError, PoolNotFoundError
 from kvplug.shm import layout as lay
 from kvplug.shm import segment
+from kvplug.shm.reap import find_dead
 from kvplug.shm.visit import visit
 from kvplug.store import KvStore
 from tests.pool.children import quiet
 from tests.pool.conftest import leave_nothing
 
 SIZE: Final = "16mib"
+WAIT_S: Final = 60.0
 NAME: Final = f"t-visit-{os.getpid()}"
 
 
@@ -127,6 +129,29 @@ def test_errors_in_threads_are_shown(store: KvStore) -> None:
     (found,) = findings()
     assert found.status is doctor.Status.WARNING
     assert "3 errors that nobody foresaw" in found.found
+
+
+@pytest.mark.parametrize("counts", [(3, 0), (0, 3)])
+def test_no_process_hides_the_errors_of_another_with_its_pid(store: KvStore, counts: tuple[int, int]) -> None:
+    """In containers most engines are process 1."""
+    with KvStore(NAME, create=False) as other:
+        for one, n in zip((store.pool, other.pool), counts, strict=True):
+            one._maintenance.stop(WAIT_S)
+            one.T[one.geometry.o_client + one.client * lay.CLIENT_WORDS + lay.C_THREAD_ERRORS] = n
+        assert store.stats().thread_errors == 3
+
+
+def test_no_client_is_looked_for_behind_the_table_of_clients(store: KvStore) -> None:
+    """Whatever becomes of the header under a client."""
+    store.put([bytes([i]) * 32 for i in range(1, 64)], [np.ones(5000, np.uint8)] * 63)
+    pool = store.pool
+    pool._maintenance.stop(WAIT_S)
+    dead, started = np.empty((2, lay.MAX_CLIENTS), np.int64)
+    pool.T[lay.H_MAX_CLIENTS] = 8 * lay.MAX_CLIENTS
+    try:
+        assert find_dead(pool.T, pool.L, pool.geometry.o_client * 8, pool.client, dead, started) == 0
+    finally:
+        pool.T[lay.H_MAX_CLIENTS] = lay.MAX_CLIENTS
 
 
 def test_a_maintenance_that_could_not_be_started_is_shown(store: KvStore, monkeypatch: pytest.MonkeyPatch) -> None:
