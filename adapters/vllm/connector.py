@@ -72,7 +72,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._told: RankLayout | None = None
         self._of_another = False
         self._failed: tuple[set[str], set[int]] = set(), set()
-        self._by_block = self._shielded("start", _goes_on_at_any_block, False, kv_cache_config)
+        self._by_block = self._shielded("start", _goes_on_at_any_block, False, vllm_config, kv_cache_config)
         self._start: SchedulerStart | None = None
         self._pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
@@ -500,12 +500,13 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
             self._shielded("the end", scheduler.close, None)
 
 
-def _goes_on_at_any_block(kv_cache_config: Any) -> bool:
+def _goes_on_at_any_block(vllm_config: Any, kv_cache_config: Any) -> bool:
     """Whether a request can be computed from any of its blocks on, so that vLLM may be told which could not be loaded.
 
-    Behind a window it can't: of a hit only the last window is loaded, and vLLM would go on in front of that.
+    Behind a window it can't: of a hit only the last window is loaded, and vLLM would go on in front of that. Nor where
+    steps overlap: until vLLM hears of the blocks, its cache may have been reset, and they may be others' that run.
     """
-    if kv_cache_config is None:
+    if kv_cache_config is None or compat.steps_overlap(vllm_config):
         return False
     try:
         rules = compat.group_rules(kv_cache_config)

@@ -189,3 +189,23 @@ def test_layouts_that_are_told_again_change_nothing(engine: InProcess, cases: li
     agree(cases[:3], records)
     assert [r["external"] for r in records] == [storable(len(case.prompt)) for case in cases[:3]]
     _nothing_left(engine, pool)
+
+
+def test_a_load_that_fails_while_the_cache_is_reset_takes_nothing_from_others(
+    engine: InProcess, cases: list[Case], pool: str
+) -> None:
+    """vLLM hears of it with a later step, when the blocks may be those of other requests: it is told the request."""
+    first, running = cases[:1], cases[2:3]
+    assert engine.do("reset", external=True)
+    _warm(engine, first, pool)
+    engine.do("fail_in", side="worker", method="_load_group")
+    try:
+        others = engine.do("add", requests=requests(running))
+        engine.do("step", n=4)
+        out = _amid(engine, first, "reset_prefix_cache", [True, False])
+        agree(running, engine.do("wait", names=others))
+    finally:
+        assert engine.do("recover") > 0
+    assert out["error"] is None
+    assert "Recovered from KV load failure" not in engine.log.read_text(), "vLLM was told of blocks"
+    _nothing_left(engine, pool)
