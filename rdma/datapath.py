@@ -87,8 +87,9 @@ class DataPath(abc.ABC):
     def read(self, wanted: Wanted, deadline: float, arrived: Arrived) -> Landing:
         """Read these blocks into their targets; return when all have arrived, something broke, or at the deadline.
 
-        ``deadline`` is of time.monotonic(). Raises nothing but what ``arrived`` raises: a fault is the landing's
-        ``error``, noticed within the peer's time-out; blocks that were reported before it count.
+        ``deadline`` is of time.monotonic(). Raises nothing but a PoolError of ``arrived``, after which this host's
+        pool is not to be written to. Any other fault is the landing's ``error``, noticed within the peer's time-out;
+        blocks that were reported before it count.
         """
 
     @abc.abstractmethod

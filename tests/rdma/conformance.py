@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvplug.errors import PeerError, StoreClosedError
 from kvplug.rdma.datapath import DataPath, Landing, Wanted
 from kvplug.rdma.leases import HeldLease
 from kvplug.rdma.protocol import Leased, LeasedBlocks, Lookup, check_leased
@@ -156,15 +157,27 @@ class Conformance:
         for i, at in enumerate(slots.offsets.tolist()):
             assert (wire.reader.store.mapping[at : at + BLOCK] == right[i]).all()
 
-    def test_what_arrived_raises_reaches_the_caller(self, wire: Wire) -> None:
+    def test_an_error_of_the_pool_in_arrived_reaches_the_caller(self, wire: Wire) -> None:
+        lease, leased = wire.lease()
+        slots = wire.slots(leased)
+
+        def arrived(_: Any) -> None:
+            raise StoreClosedError("told to")
+
+        with pytest.raises(StoreClosedError, match="told to"):
+            wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + wire.within_s, arrived)
+
+    def test_any_other_error_in_arrived_is_the_landings_and_settled(self, wire: Wire) -> None:
         lease, leased = wire.lease()
         slots = wire.slots(leased)
 
         def arrived(_: Any) -> None:
             raise KeyError("told to")
 
-        with pytest.raises(KeyError, match="told to"):
-            wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + wire.within_s, arrived)
+        landing = wire.path.read(wire.wanted(lease, leased, slots.offsets), time.monotonic() + wire.within_s, arrived)
+        assert isinstance(landing.error, PeerError)
+        assert "told to" in str(landing.error)
+        assert landing.wait_settled(wire.within_s)
 
     def test_closed_it_reads_nothing_and_says_so(self, wire: Wire) -> None:
         lease, leased = wire.lease()
