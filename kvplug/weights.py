@@ -30,7 +30,15 @@ from kvplug.hub import blob_hash, resolve_snapshot
 from kvplug.namespace import WeightsIdentity, digest_of
 from kvplug.threads import guarded
 
-__all__ = ["AdapterFiles", "AdapterProbe", "WeightsIdentity", "WeightsProbe", "identify_weights"]
+__all__ = [
+    "AdapterFiles",
+    "AdapterProbe",
+    "Probe",
+    "WeightFiles",
+    "WeightsIdentity",
+    "WeightsProbe",
+    "identify_weights",
+]
 
 T = TypeVar("T")
 
@@ -294,7 +302,81 @@ class AdapterFiles:
         return before
 
 
-class _Probe(Generic[T]):
+class WeightFiles:
+    """The files of a model's folder, from before an engine reads them again until their content is known.
+
+    Made before the engine reads them, which reads nothing but what files are recognised by: :meth:`unchanged`, asked
+    when the engine has read them, and :meth:`identify`, which reads them all, compare that.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """NamespaceError if `folder` is none, or has no files that count."""
+        self.folder = os.fspath(folder)
+        began_ns = time.time_ns()
+        try:
+            self._files, self._way = _stamps(self.folder), self._ways()
+        except OSError as error:
+            raise NamespaceError(f"{error.filename or self.folder}: {error.strerror}") from error
+        if not self._files:
+            raise NamespaceError(f"{self.folder}: nothing in it that a model is loaded from")
+        self.newest_ns = max(max(stamp[3:]) for stamp in self._files.values())
+        """Wall clock, in ns, of the last change of any of them; a file system's clock may tick rarely."""
+        self._settled = began_ns > self.newest_ns + int(SETTLED_S * 1e9)
+
+    def _ways(self) -> dict[str, FileStamp]:
+        """The folder and every symbolic link on the way to one of its files: other files may lie there for a while."""
+        ways = {self.folder: _stamp(self.folder)}
+        seen: set[str] = set()
+        ahead = [os.path.join(os.getcwd(), path) for path in (self.folder, *_list_files(self.folder).values())]
+        while ahead:
+            path = ahead.pop()
+            while path not in seen:
+                seen.add(path)
+                if os.path.islink(path):
+                    ways["link " + path] = stamp_of(os.lstat(path))
+                    ahead.append(os.path.join(os.path.dirname(path), os.readlink(path)))
+                path = os.path.dirname(path)
+        return ways
+
+    def unchanged(self) -> bool:
+        """Whether the same files lie there, in the same places, as far as can be told without reading them."""
+        try:
+            return _stamps(self.folder) == self._files and self._ways() == self._way
+        except OSError:
+            return False
+
+    def others(self, *but: str) -> dict[str, bytes]:
+        """blake3 (32 bytes) of each file that decides something and holds no weights, except those named."""
+        try:
+            files = _list_files(self.folder)
+        except OSError as error:
+            raise NamespaceError(f"{error.filename or self.folder}: {error.strerror}") from error
+        return {
+            name: hash_file(path)[0]
+            for name, path in files.items()
+            if not name.endswith(_WEIGHT_SUFFIXES) and name not in but
+        }
+
+    def identify(self, stop: threading.Event | None = None) -> WeightsIdentity:
+        """What the files have held all the time since this object was made; the identity that `identify_weights` gives.
+
+        Raises NamespaceError if they have changed, or were written so shortly before that a further change could not
+        be told.
+        """
+        identity, files = _by_content(self.folder, "weights", None, HashCache(), stop)
+        if files != self._files:
+            raise NamespaceError(
+                f"{self.folder}: changed since the engine began to load it: {_changed(self._files, files)}"
+            )
+        if not self._settled:
+            raise NamespaceError(
+                f"{self.folder}: written less than {SETTLED_S:g} s before the engine began to load it, so a change "
+                "meanwhile could go unseen"
+            )
+        return identity
+
+
+class Probe(Generic[T]):
     """Identification in a daemon thread of its own; it never keeps a process from ending."""
 
     def __init__(self, identify: Callable[[threading.Event], T], name: str) -> None:
@@ -328,7 +410,7 @@ class _Probe(Generic[T]):
         self._stop.set()
 
 
-class WeightsProbe(_Probe[WeightsIdentity]):
+class WeightsProbe(Probe[WeightsIdentity]):
     """`identify_weights` in the background."""
 
     def __init__(
@@ -361,7 +443,7 @@ class WeightsProbe(_Probe[WeightsIdentity]):
         super().__init__(identify, "kvplug-weights")
 
 
-class AdapterProbe(_Probe[AdapterFiles]):
+class AdapterProbe(Probe[AdapterFiles]):
     """`AdapterFiles` of what lies at a path now, read in the background."""
 
     def __init__(

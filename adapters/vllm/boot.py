@@ -37,14 +37,17 @@ class SchedulerStart:
         self._vllm_config = vllm_config
         self._config = configuration.load()
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config  # type: ignore[union-attr]
-        self._probe = namespace.weights_probe(vllm_config, self._config, extra.get(STARTED_KEY, PROCESS_STARTED_NS))
+        self._since_ns = extra.get(STARTED_KEY, PROCESS_STARTED_NS)
+        self._probe = namespace.weights_probe(vllm_config, self._config, self._since_ns)
 
     def begin(
         self, kv_cache_config: Any, layouts: dict[Rank, RankLayout], say: Callable[[str], None]
     ) -> SchedulerSide | None:
         """The scheduler's side at work, or None after a line that says why not."""
         try:
-            return SchedulerSide(self._vllm_config, kv_cache_config, self._config, self._probe, layouts, say)
+            return SchedulerSide(
+                self._vllm_config, kv_cache_config, self._config, self._probe, layouts, say, self._since_ns
+            )
         except KvplugError as error:
             self._probe.stop()
             say(f"kvplug: OFF: {error}")

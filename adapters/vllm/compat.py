@@ -21,6 +21,7 @@ from kvplug.adapters.common.hooks import put_around
 from kvplug.adapters.vllm.compat_requests import processing
 from kvplug.adapters.vllm.fingerprint import weights_fingerprint
 from kvplug.adapters.vllm.groups import GroupRule
+from kvplug.adapters.vllm.reloads import Arguments
 from kvplug.errors import UnsupportedEngineError
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ _CHANGING_RPCS = frozenset({
 })  # fmt: skip
 """Worker calls that change weights. After any other, weights are compared with what they were before it."""
 
+NEW_VERSION = "a new weight version"
+CHANGES_OF_A_CALL = 2
+"""A worker counts one change before and one after each call that changes weights."""
 _WORKER_WEIGHT_METHODS = (
     "reload_weights", "update_weights", "_start_weight_update", "finish_weight_update", "reset_weights", "load_model",
     "update_config", "sleep", "wake_up", "discard",
@@ -77,7 +81,7 @@ def problems() -> list[str]:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
@@ -110,6 +114,9 @@ def problems() -> list[str]:
             ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
         ),
         (VllmConfig, "__post_init__", ()),
+        (EngineCore, "_reset_caches", ()),
+        (EngineCore, "resume_scheduler", ()),
+        (EngineCore, "collective_rpc", ("method", "timeout", "args", "kwargs")),
         *processing(),
     ]
     found = []
@@ -121,20 +128,15 @@ def problems() -> list[str]:
         parameters = tuple(p for p in inspect.signature(function).parameters if p != "self")
         if parameters[: len(names)] != names:
             found.append(f"{getattr(owner, '__name__', owner)}.{name} takes {parameters}, not {names}")
-    fields = set(Request.__init__.__code__.co_names)
-    found += [f"Request.{name} is gone" for name in _REQUEST_FIELDS if name not in fields]
-    pool_fields = set(BlockPool.__init__.__code__.co_names)
-    found += [
-        f"BlockPool.{name} is gone"
-        for name in ("blocks", "null_block", "num_gpu_blocks", "cached_block_hash_to_block")
-        if name not in pool_fields
+    kept: list[tuple[Any, tuple[str, ...]]] = [
+        (Request, _REQUEST_FIELDS),
+        (BlockPool, ("blocks", "null_block", "num_gpu_blocks", "cached_block_hash_to_block")),
+        (BlockHashToBlockMap, ("_cache",)),
+        (Scheduler, ("deferred_frees", "failed_recving_kv_req_ids", "finished_recving_kv_req_ids", "running")),
     ]
-    scheduler_fields = set(Scheduler.__init__.__code__.co_names)
-    found += [
-        f"Scheduler.{name} is gone"
-        for name in ("deferred_frees", "failed_recving_kv_req_ids", "finished_recving_kv_req_ids", "running")
-        if name not in scheduler_fields
-    ]
+    for owner, names in kept:
+        fields = set(owner.__init__.__code__.co_names)
+        found += [f"{owner.__name__}.{name} is gone" for name in names if name not in fields]
     if "failed_recving" not in getattr(getattr(base, "KVConnectorTransferResults", None), "__dataclass_fields__", {}):
         found.append("KVConnectorTransferResults.failed_recving is gone")
     return found
@@ -492,7 +494,18 @@ class EngineReactions(Protocol):
     """What a connector in the scheduler's process does about calls that its engine gets."""
 
     def on_weights(self, why: str, seen: int | None) -> None:
-        """Weights change ("" at the end of a change); ``seen``: how many changes workers have seen, if known."""
+        """Weights have changed ("": if ``seen`` says so); ``seen``: how many changes workers have seen, if known."""
+
+    def on_weights_begin(self, why: str, seen: int | None, reload: Arguments | None) -> None:
+        """A call that changes weights is about to be made; ``reload``: what ``reload_weights`` is called with."""
+
+    def on_weights_over(self, seen: int | None, whole: bool) -> None:
+        """The call that changes weights is over; ``whole``: it is known that every worker has carried it out, that
+        nothing else has changed theirs meanwhile, and that they read from one folder only.
+        """
+
+    def on_pause(self, emptying: bool) -> None:
+        """The engine begins, or ends, to empty its caches of its own accord: it pauses or goes to sleep."""
 
     def on_cache_reset(self, reset: CacheReset | None) -> None:
         """The engine's prefix cache is about to be emptied; None: that is over, whatever came of it."""
@@ -510,6 +523,8 @@ def watch_engine(reactions: EngineReactions) -> None:
     put_around(EngineCore, "collective_rpc", _around_rpc)
     put_around(EngineCore, "set_weight_version", _around_version)
     put_around(EngineCore, "reset_prefix_cache", _around_cache_reset)
+    put_around(EngineCore, "_reset_caches", _around_emptying)
+    put_around(EngineCore, "resume_scheduler", _around_resumption)
 
 
 _watching: weakref.WeakSet[EngineReactions] = weakref.WeakSet()
@@ -528,11 +543,17 @@ def _around_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
         if reactions is None or (isinstance(method, str) and method in _HARMLESS_RPCS):
             return original(self, method, *args, **kwargs)
         if isinstance(method, str) and method in _CHANGING_RPCS:
-            reactions.on_weights(method, None)
+            before, ended = _asked_of_workers(self), False
+            reload = _arguments(*args, **kwargs) if method == "reload_weights" else None
+            reactions.on_weights_begin(method, _newest(before), reload)
             try:
-                return original(self, method, *args, **kwargs)
+                answer = original(self, method, *args, **kwargs)
+                ended = True
+                return answer
             finally:
-                reactions.on_weights("", _seen_by_workers(self))
+                after = _asked_of_workers(self)
+                expected = [(seen + CHANGES_OF_A_CALL, True) for seen, _ in before or ()]
+                reactions.on_weights_over(_newest(after), ended and after is not None and after == expected)
         before = _fingerprints(self)
         try:
             return original(self, method, *args, **kwargs)
@@ -545,12 +566,48 @@ def _around_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
     return collective_rpc
 
 
+def _arguments(_timeout: Any = None, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Arguments:
+    """What the workers' method is called with, of a ``collective_rpc``'s own arguments."""
+    return tuple(args), dict(kwargs or {})
+
+
+def _around_emptying(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _reset_caches(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reactions = _reactions_of(self)
+        if reactions is None:
+            return original(self, *args, **kwargs)
+        reactions.on_pause(True)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            reactions.on_pause(False)
+
+    return _reset_caches
+
+
+def _around_resumption(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def resume_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reactions = _reactions_of(self)
+        if reactions is not None:  # a sleep goes past collective_rpc; else it would be heard of when requests run again
+            reactions.on_weights("", _newest(_asked_of_workers(self)))
+        return original(self, *args, **kwargs)
+
+    return resume_scheduler
+
+
+def nothing_is_cached(pool: BlockPool) -> bool:
+    """Whether the engine's own prefix cache is empty."""
+    return not pool.cached_block_hash_to_block._cache
+
+
 def _around_version(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_weight_version(self: Any, *args: Any, **kwargs: Any) -> Any:
         reactions = _reactions_of(self)
         if reactions is not None:
-            reactions.on_weights("a new weight version", None)
+            reactions.on_weights(NEW_VERSION, None)
         return original(self, *args, **kwargs)
 
     return set_weight_version
@@ -580,18 +637,27 @@ def _fingerprints(core: Any) -> list[Any] | None:
         return None
 
 
-def _seen_by_workers(core: Any) -> int | None:
+def _asked_of_workers(core: Any) -> list[tuple[int, bool]] | None:
+    """:func:`weights_state` of each worker; None: they will say so themselves with the next step."""
     try:
-        return max(core.model_executor.collective_rpc(weight_changes_seen))
-    except Exception:  # noqa: BLE001 - they will say so themselves with the next step
+        return [(int(seen), bool(one)) for seen, one in core.model_executor.collective_rpc(weights_state)]
+    except Exception:  # noqa: BLE001 - it is taken for a change whose kind is not known
         return None
 
 
-def weight_changes_seen(_worker: Any) -> int:
-    """In a worker: how many changes of weights its connector has seen."""
+def _newest(states: list[tuple[int, bool]] | None) -> int | None:
+    return max((seen for seen, _ in states), default=None) if states else None
+
+
+def weights_state(worker: Any) -> tuple[int, bool]:
+    """In a worker: how many changes of weights its connector has seen; whether its model reads one folder only."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return int(get_kv_transfer_group().weight_changes_seen())
+    model = worker.get_model() if hasattr(worker, "get_model") else worker.worker.get_model()
+    one_folder = not tuple(getattr(model, "secondary_weights", ())) and not getattr(
+        model, "allow_patterns_overrides", None
+    )
+    return int(get_kv_transfer_group().weight_changes_seen()), one_folder
 
 
 def on_worker_weights(react: Callable[[str], None]) -> None:

@@ -34,6 +34,7 @@ from kvplug.errors import KvplugError, UnsupportedEngineError
 
 if TYPE_CHECKING:
     from kvplug.adapters.vllm.boot import SchedulerStart
+    from kvplug.adapters.vllm.reloads import Arguments
     from kvplug.adapters.vllm.scheduler import SchedulerSide
     from kvplug.adapters.vllm.worker import LoadResult, WorkerSide
 
@@ -63,6 +64,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._awaited: set[str] = set()
         self._given_up: set[str] = set()
         self._reset: compat.CacheReset | None = None
+        self._pausing = False
         self._layouts: dict[Rank, Any] = {}
         self._orphans: set[str | None] = set()
         self._orphan_jobs: set[int] = set()
@@ -222,9 +224,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, [])
 
     def reset_cache(self) -> bool | None:
-        """This engine's namespace is rotated; other engines keep what is in the pool."""
+        """This engine's namespace becomes another; other engines keep what is in the pool."""
         if self._scheduler is not None:
-            self._shielded("a cache reset", self._scheduler.reset, None)
+            self._shielded("a cache reset", self._scheduler.reset, None, self._pausing)
         return True
 
     def on_cache_reset(self, reset: compat.CacheReset | None) -> None:
@@ -256,9 +258,23 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         reset.free_deferred()
 
     def on_weights(self, why: str, seen: int | None) -> None:
-        """The engine got a call that changes weights, or may have changed them."""
+        """The engine got a call that has changed weights, or may have."""
         if self._scheduler is not None:
             self._shielded("a change of weights", self._scheduler.weights_changed, None, why, seen)
+
+    def on_weights_begin(self, why: str, seen: int | None, reload: Arguments | None) -> None:
+        """The engine got a call that changes weights."""
+        if self._scheduler is not None:
+            self._shielded("a change of weights", self._scheduler.weights_begin, None, why, seen, reload)
+
+    def on_weights_over(self, seen: int | None, whole: bool) -> None:
+        """The call that changes weights is over."""
+        if self._scheduler is not None:
+            self._shielded("a change of weights", self._scheduler.weights_over, None, seen, whole)
+
+    def on_pause(self, emptying: bool) -> None:
+        """The engine begins, or ends, to empty its caches for a pause or a sleep."""
+        self._pausing = emptying
 
     def _on_add_lora(self, reports: list[WorkerReport | None]) -> None:
         if self._scheduler is not None:

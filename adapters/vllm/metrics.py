@@ -41,6 +41,10 @@ COUNTERS: dict[str, tuple[str, str]] = {
     ),
     "seals_queued": ("seals_queued", "Seals that had to wait for a busy pool lock."),
     "weight_changes": ("weight_changes", "Changes of weights in the living engine."),
+    "weights_known_again": (
+        "weights_known_again",
+        "Times that changed weights were known by content again, so that this engine shares once more.",
+    ),
     "fetches": ("fetches", "Fetches begun from another host."),
     "fetched_blocks": ("fetched_blocks", "Blocks that came from other hosts."),
     "fetched_bytes": ("fetched_bytes", "Bytes that came from other hosts."),

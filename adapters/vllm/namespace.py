@@ -26,6 +26,8 @@ _FROM_FILES = frozenset({
     "runai_streamer", "runai_streamer_sharded", "safetensors", "sharded_state",
 })  # fmt: skip
 """Load formats that take the weights that lie at the model's path, and nothing else."""
+_WHOLE_RELOADS = frozenset(("auto", "hf", "safetensors"))
+"""Of these, those that read a folder's safetensors files as vLLM's own loader does."""
 
 
 _ADAPTER_SETTINGS = (
@@ -108,10 +110,34 @@ def adapter_settings(vllm_config: VllmConfig) -> bytes:
     return digest_of({name: str(value) for name, value in values.items()}, "lora_config")
 
 
+def weights_source(vllm_config: VllmConfig) -> str:
+    """Where the engine reads its weights from: a folder, a repository's name, an address."""
+    model = vllm_config.model_config
+    return str(getattr(model, "model_weights", "") or model.model)
+
+
+def reloaded_from(vllm_config: VllmConfig) -> str | None:
+    """Where a reload reads from that replaces every weight; None where some of what decides blocks would stay.
+
+    A draft model, adapters and rearranged experts are not reloaded; what is quantized is made of several tensors, some
+    of which vLLM keeps where files have none.
+    """
+    load = vllm_config.load_config.load_format
+    if str(getattr(load, "value", load)) not in _WHOLE_RELOADS:
+        return None
+    partial = (
+        vllm_config.lora_config,
+        vllm_config.speculative_config,
+        vllm_config.model_config.quantization,
+        getattr(vllm_config.parallel_config, "enable_eplb", False),
+    )
+    return None if any(partial) else weights_source(vllm_config)
+
+
 def weights_probe(vllm_config: VllmConfig, config: Config, loading_since_ns: int | None) -> WeightsProbe:
     """Begins to find out, in the background, which weights the engine has loaded; NamespaceError if nothing tells."""
     model, load = vllm_config.model_config, vllm_config.load_config
-    source = getattr(model, "model_weights", "") or model.model
+    source = weights_source(vllm_config)
     load_format = str(getattr(load.load_format, "value", load.load_format))
     if config.weights_id is None and load_format not in _FROM_FILES:
         raise NamespaceError(

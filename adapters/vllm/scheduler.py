@@ -16,6 +16,7 @@ from kvplug.adapters.vllm.environment import VARIABLES
 from kvplug.adapters.vllm.fetches import Fetches
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
+from kvplug.adapters.vllm.reloads import Arguments, Reloads
 from kvplug.adapters.vllm.requests import LoraIdentities, NotYetKnownError, Record, open_chain
 from kvplug.adapters.vllm.state import EngineState, Pending, part_sizes
 from kvplug.adapters.vllm.stores import Stores
@@ -55,7 +56,9 @@ class SchedulerSide:
         probe: WeightsProbe,
         layouts: dict[Rank, RankLayout],
         say: Callable[[str], None],
+        loading_since_ns: int | None = None,
     ) -> None:
+        """``loading_since_ns``: wall clock, in ns, before the engine began to load its weights, if that is known."""
         parallel = vllm_config.parallel_config
         tokens = {layout.token for layout in layouts.values()}
         refusals = [f"rank {rank}: {layout.refusal}" for rank, layout in sorted(layouts.items()) if layout.refusal]
@@ -74,6 +77,7 @@ class SchedulerSide:
         self._reads, self._writes = role.is_kv_consumer, role.is_kv_producer  # type: ignore[union-attr]
         self._mm_by_content = compat_requests.mm_named_by_content(vllm_config)
         self._probe: WeightsProbe | None = probe
+        self._reloads = Reloads(namespace.reloaded_from(vllm_config), loading_since_ns)
         self._say = say
         rules = compat.group_rules(kv_cache_config)
         plan = namespace.plan_parts(rules, layouts)
@@ -137,10 +141,7 @@ class SchedulerSide:
             self._probe = None
             self._say(f"kvplug: OFF, nothing is cached: {error}")
             return
-        if self.state.weights_in_doubt:
-            self.state.namespace = found
-        else:
-            self.state.enter(found)
+        self.state.identified(found)
 
     def _announce(self, found: Namespace) -> None:
         stats = self.state.store.stats()
@@ -148,7 +149,7 @@ class SchedulerSide:
         block = sum(sum(sizes) for sizes in self.state.part_nbytes)
         self._say(
             f"kvplug: ON, pool {self.state.store.pool_name} of {format_size(int(size))}, namespace {found.describe()}, "
-            f"{format_size(block)} for {self.state.span} tokens{self._role()}{_alone(found)}"
+            f"{format_size(block)} for {self.state.span} tokens{self._role()}{_alone(found, self._reloads.possible)}"
         )
 
     def _role(self) -> str:
@@ -197,14 +198,63 @@ class SchedulerSide:
             self._lora.cache_emptied(lora for lora in living if lora is not None)
 
     def weights_changed(self, why: str, seen: int | None = None) -> None:
-        """Weights were changed in the living engine, or may have been; ``seen`` by the workers so often in all."""
+        """Weights may have changed in the living engine; ``seen`` by the workers so often in all ("": if that says
+        so).
+        """
+        if not why and self._heard(seen):
+            return
+        self._reloads.changed()
+        if why != compat.NEW_VERSION:
+            self._reloads.give_up()
+        self._leave(seen)
+        self.state.go_on_if_empty()
+        self._say_changed(why)
+
+    def weights_begin(self, why: str, seen: int | None, reload: Arguments | None) -> None:
+        """A call that changes weights is about to be made; ``reload``: what ``reload_weights`` is called with."""
+        if reload is None or not self._heard(seen):
+            self._reloads.give_up()
+        else:
+            self._reloads.begins(*reload)
+        self._leave(seen)
+        self._say_changed(why)
+
+    def weights_over(self, seen: int | None, whole: bool) -> None:
+        """The call is over; ``whole``: as is known, in every worker, and nothing else has changed weights beside it."""
+        try:
+            self._reloads.ended(whole)
+        except NamespaceError as error:
+            self._not_known(error)
+        self._leave(seen)
+        self.state.go_on_if_empty()
+
+    def _heard(self, seen: int | None) -> bool:
+        """Whether all changes that workers have seen are known here."""
+        return seen is not None and seen <= self.state.worker_changes
+
+    def _leave(self, seen: int | None) -> None:
         self.state.weights_changed()
         self.state.worker_changes = max(self.state.worker_changes, seen or 0)
         for record in self.state.records.values():
             self._let_go(record)
+
+    def _say_changed(self, why: str) -> None:
         if why:
             self.state.counts["weight_changes"] += 1
             self._say(f"kvplug: weights changed ({why}); nothing is cached until the engine's prefix cache is reset")
+
+    def _known_again(self) -> None:
+        """Looks whether the weights that were read from files again are identified."""
+        try:
+            identity = self._reloads.result()
+        except NamespaceError as error:
+            self._not_known(error)
+            return
+        if identity is not None:
+            self.state.known_again(identity)
+
+    def _not_known(self, error: NamespaceError) -> None:
+        self._say(f"kvplug: this engine shares with no other: the weights that were read again are not known: {error}")
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -247,8 +297,10 @@ class SchedulerSide:
     def _record(self, request: Request) -> Record:
         """The request's record; opened anew when the namespace was changed while the request had nothing computed."""
         state = self.state
-        root = state.current_root()
         record = state.records.get(request.request_id)
+        if record is None:
+            self._known_again()
+        root = state.current_root()
         if record is None or (record.epoch != state.epoch and request.num_computed_tokens == 0):
             if record is not None:
                 self._let_go(record)
@@ -452,14 +504,20 @@ class SchedulerSide:
         for new. Where that side had left the shared namespace, this one uses none before the engine's own cache was
         emptied, and a private one then.
         """
-        self._step = before._step
+        self._step, self._reloads = before._step, before._reloads
         self.state.go_on_from(before.state)
 
-    def reset(self) -> None:
-        """The engine's user wants nothing that was cached so far to be used again."""
+    def reset(self, paused: bool) -> None:
+        """The engine's caches are emptied, and nothing that was cached so far is to be used again: it pauses, or its
+        user has said so.
+        """
         for record in self.state.records.values():
             self._let_go(record)
-        self.state.rotate()
+        if paused:
+            self._reloads.changed()
+            self.state.paused()
+        else:
+            self.state.rotate()
 
     def switch_off(self) -> None:
         """From now on nothing is offered or stored; what the workers report is still taken in."""
@@ -481,6 +539,7 @@ class SchedulerSide:
             self.fetches.close()
         if self._probe is not None:
             self._probe.stop()
+        self._reloads.changed()
         for probe in self._adapters.values():
             probe.stop()
         self.stores.cancel_all()
@@ -491,9 +550,15 @@ class SchedulerSide:
             self._say(f"kvplug: closing the pool failed: {error}")
 
 
-def _alone(found: Namespace) -> str:
+def _alone(found: Namespace, known_by_reload: bool) -> str:
     """What a user has to know of a namespace that no other engine has."""
-    if found.weights_epoch is None and found.rotation is None:
+    if found.rotation is not None:
+        return "; this engine shares with no other until it is started again: its cache was reset"
+    if found.weights_epoch is None:
         return ""
-    why = "its cache was reset or emptied by a pause" if found.weights_epoch is None else "its weights were changed"
-    return f"; this engine shares with no other until it is started again: {why}"
+    if known_by_reload:
+        return (
+            "; this engine shares with no other: its weights may have changed. It shares again once reload_weights has "
+            "read them from a folder, or it is started again"
+        )
+    return "; this engine shares with no other until it is started again: its weights were changed"

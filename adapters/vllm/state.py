@@ -3,8 +3,8 @@
 **Namespace in force.** ``root`` is the 32 bytes that chains of keys start from, or None while nothing may be looked up
 or stored. It is None until the weights are identified, which happens in the background, and after a change of weights
 until the engine has emptied its own prefix cache: until then requests may build on blocks that the old weights made.
-After that the engine has a private namespace of its own. ``epoch`` counts these changes; a request that was opened in
-another epoch is never stored.
+After that the engine has a private namespace of its own, until its weights are known by content again. ``epoch`` counts
+these changes; a request that was opened in another epoch is never stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvplug.adapters.vllm.jobs import Job, Plan
 from kvplug.adapters.vllm.requests import Record
 from kvplug.config import Config
 from kvplug.keys import step_for_spans
-from kvplug.namespace import Namespace
+from kvplug.namespace import Namespace, WeightsIdentity
 from kvplug.store import KvStore
 
 
@@ -73,6 +73,8 @@ class EngineState:
         self.worker_changes = 0
         self.on_namespace: Callable[[Namespace], None] = lambda _: None
         self._stale_cache: object | None = None
+        self._changed = self._rotated = False
+        """Whether weights may have changed since they were identified; whether a user's reset has hidden old blocks."""
         self._jobs = 0
 
     # -- namespace -------------------------------------------------------------------------------------------------
@@ -83,21 +85,67 @@ class EngineState:
         self.root = namespace.digest()
         self.on_namespace(namespace)
 
+    def identified(self, namespace: Namespace) -> None:
+        """Which weights the engine has loaded at its start is known."""
+        namespace = namespace.rotated() if self._rotated else namespace
+        self.namespace = namespace.private() if self._changed else namespace
+        if self._stale_cache is None:
+            self.enter(self.namespace)
+
     def weights_changed(self) -> None:
         """From now on nothing is looked up or stored until the engine's own prefix cache has been emptied."""
         self.epoch += 1
         self.root = None
+        self._changed = True
         self._stale_cache = compat.cache_identity(self.block_pool) if self.block_pool is not None else object()
+
+    def go_on_if_empty(self) -> None:
+        """After a change of weights: nothing needs to be emptied where nothing is cached and no request has computed
+        anything.
+        """
+        if self.block_pool is not None and compat.nothing_is_cached(self.block_pool) and not self._holds_computed():
+            self._go_on()
+
+    def _holds_computed(self) -> bool:
+        """Whether a request has KV that the weights so far have made, or is getting some."""
+        loading = any(pending.job.request_id is not None for pending in self.pending.values())
+        return loading or any(record.request.num_computed_tokens for record in self.records.values())
+
+    def known_again(self, weights: WeightsIdentity) -> None:
+        """The weights that are in memory are known by content once more."""
+        if self.namespace is None:
+            return
+        self._changed = False
+        self.namespace = self.namespace.identified(weights)
+        if self._stale_cache is None:
+            self.epoch += 1
+            self.enter(self.namespace)
+        self.counts["weights_known_again"] += 1
+
+    def paused(self) -> None:
+        """The engine has emptied its prefix cache for a pause or a sleep, in which weights may change unseen."""
+        self.weights_changed()
+        if self._stale_cache is not None and self.block_pool is not None and compat.nothing_is_cached(self.block_pool):
+            self._go_on()  # requests that it keeps have lost their blocks, and are computed again
+
+    def _go_on(self) -> None:
+        """Nothing of other weights is left in the engine's own cache."""
+        self._stale_cache = None
+        if self.namespace is not None:
+            self.enter(self.namespace.private() if self._changed else self.namespace)
 
     def go_on_from(self, before: EngineState) -> None:
         """Counts jobs and changes of weights on; what had left the shared namespace does not come back to it."""
         self._jobs, self.worker_changes = before._jobs, before.worker_changes
+        if before._rotated:
+            self.rotate()
         if before.epoch:
             self.weights_changed()
 
     def rotate(self) -> None:
         """This engine's blocks so far are hidden from it; they stay there for others."""
         self.epoch += 1
+        self._rotated = True
         if self.namespace is not None:
             self.namespace = self.namespace.rotated()
             if self.root is not None:
@@ -111,9 +159,8 @@ class EngineState:
             and self.namespace is not None
             and compat.cache_identity(self.block_pool) is not self._stale_cache
         ):
-            self._stale_cache = None
             self.epoch += 1
-            self.enter(self.namespace.private())
+            self._go_on()
         return self.root
 
     @property

@@ -381,9 +381,12 @@ def test_who_shares_with_nobody_says_so() -> None:
     from kvplug.adapters.vllm.scheduler import _alone
 
     found = build(make())
-    assert _alone(found) == ""
-    assert "shares with no other until it is started again: its weights were changed" in _alone(found.private())
-    assert "shares with no other until it is started again: its cache was reset" in _alone(found.rotated())
+    for known in (False, True):
+        assert _alone(found, known) == ""
+        for hidden in (found.rotated(), found.rotated().private()):
+            assert "shares with no other until it is started again: its cache was reset" in _alone(hidden, known)
+    assert "shares with no other until it is started again: its weights were changed" in _alone(found.private(), False)
+    assert "It shares again once reload_weights has read them from a folder" in _alone(found.private(), True)
 
 
 def test_scales_that_depend_on_history_are_refused() -> None:

@@ -7,11 +7,13 @@ The module's engines, in this order: ``cold`` finds an empty pool and fills it; 
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.vllm.common import (
     BLOCK,
@@ -295,6 +297,58 @@ def test_changed_weights_in_a_living_engine_hit_nothing_old(
     assert record["external"] == 0, "blocks of the old weights were read"
     if way == "reload_weights":
         agree([case], [record])
+
+
+def test_an_engine_whose_weights_are_known_again_shares_again(
+    engines: dict[str, InProcess], filled: dict[str, Any], cases: list[Case], control: Control, tmp_path: Path
+) -> None:
+    """After a change of weights, and after a pause in which they might have been changed unseen; never before."""
+    warm, (case, other) = engines["warm"], cases[:2]
+    shared, before = storable(len(case.prompt)), _known(warm)
+    warm.do("reload_weights", path=str(model_dir(LLAMA)))
+    assert warm.do("reset")
+
+    def hit() -> bool:
+        assert warm.do("reset")
+        (record,) = warm.each([case.request()])
+        agree([case], [record])
+        return bool(record["external"] == shared)
+
+    eventually("the files are identified and what others stored is found", hit)
+    assert _known(warm) == before + 1
+
+    warm.do("pause_and_resume")
+    (record,) = warm.each([other.request()])
+    agree([other], [record])
+    assert record["external"] == 0, "weights may have been changed in the pause"
+    assert "this engine shares with no other: its weights may have changed" in warm.log_text()
+
+    partial = tmp_path / "partial"
+    shutil.copytree(model_dir(LLAMA_OTHER), partial)
+    (weights,) = partial.glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    warm.do("reload_weights", path=str(partial))
+    eventually("that is said", lambda: _asked(warm) and f"{partial} has not the same tensors" in warm.log_text())
+    assert _known(warm) == before + 1
+
+    warm.do("pause_and_resume")
+    warm.do("reload_weights", path=str(model_dir(LLAMA)))
+    eventually("the files are identified", lambda: _asked(warm) and _known(warm) == before + 2)
+    (record,) = warm.each([case.request()])
+    agree([case], [record])
+    assert record["external"] == shared, "nothing was cached since the pause, so no reset is needed"
+
+
+def _known(engine: InProcess) -> float:
+    return float(engine.do("metrics")["kvplug_weights_known_again_total"])
+
+
+def _asked(engine: InProcess) -> bool:
+    """A request that no block comes of: with one that begins kvplug looks whether it knows the weights."""
+    engine.each([{"prompt": list(range(10, 20)), "max_tokens": 1}])
+    return True
 
 
 def test_sigkill_of_the_engine_in_full_flight_then_restart_and_hit(

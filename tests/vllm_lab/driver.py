@@ -324,6 +324,11 @@ class Driver:
         """New weights of the same shapes into the living engine, as RL does it."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
 
+    def pause_and_resume(self) -> None:
+        """A pause that empties the caches, as loops that train and serve at once have one around each step."""
+        self.core().pause_scheduler("abort", True)
+        self.core().resume_scheduler()
+
     def set_weight_version(self, version: str) -> None:
         """The other way in which an engine learns that its weights are new."""
         self.engine.set_weight_version(version)
