@@ -21,7 +21,7 @@ from tests.vllm.common import eventually
 from tests.vllm_lab.env import ROOT, base_env, free_port
 
 KEY = "a key for the tests of kvplug"
-START_S = 90.0
+START_S = 240.0
 
 
 class AgentProcess:

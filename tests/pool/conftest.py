@@ -13,18 +13,11 @@ import pytest
 from kvplug import hostmem
 from kvplug.config import Config
 from kvplug.shm import segment
-from kvplug.shm.jit import warm_up
 from kvplug.store import KvStore
 
 _numbers = itertools.count()
 
 PATIENT_S = 5.0
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled() -> None:
-    """Compile once, before anything with a deadline starts."""
-    warm_up()
 
 
 def leave_nothing(pool: str) -> None:

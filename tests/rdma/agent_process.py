@@ -12,7 +12,7 @@ from tests.vllm_lab.env import free_port
 
 __all__ = ["KEY", "AgentProcess"]
 
-START_S = 60.0
+START_S = 240.0
 
 
 class AgentProcess:

@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 
 from kvplug.fetching import Fetcher
-from kvplug.shm.jit import warm_up
 from tests.pool.conftest import leave_nothing
 from tests.rdma.fetch_parts import END_S, MakeFetcher, fetcher_inside
 from tests.rdma.hosts import Host, Proxy, certificates
 from tests.rdma.knocking import opened
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled() -> None:
-    """Compile once, before anything with a deadline starts."""
-    warm_up()
 
 
 @pytest.fixture(autouse=True)
