@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def test_a_view_keeps_its_block_when_its_store_was_dropped(make_store: MakeStore
     held = store.pin(keys)
     view = held[0]
     del held, store
+    gc.collect()
     for _ in range(3):
         onlooker.pool.maintain()
         assert onlooker.remove(keys).tolist() == [Code.PINNED]

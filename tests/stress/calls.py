@@ -211,6 +211,19 @@ class Tally:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """The call as text, made when it is asked for: the longest lists take longer to print than to refuse."""
+
+    name: str
+    given: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        words = [f"{x!r:.60}" for x in self.given] + [f"{key}={x!r:.60}" for key, x in self.options.items()]
+        return f"{self.name}({', '.join(words)})"
+
+
 class Subject:
     """A small store whose upkeep is stopped, so that only calls change anything."""
 
@@ -232,7 +245,7 @@ class Subject:
         """A call; AssertionError says what it did that it must not."""
         before = self.words()
         tally.calls += 1
-        said = f"{name}({', '.join([f'{x!r:.60}' for x in given] + [f'{k}={x!r:.60}' for k, x in options.items()])})"
+        said = _Said(name, given, options)
         call: Callable[..., Any] = getattr(self.store, name)
         try:
             answer = call(*given, **options)
