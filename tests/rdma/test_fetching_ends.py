@@ -11,7 +11,7 @@ from kvplug import fetching
 from kvplug.fetching import Fetch, Outcome
 from tests.rdma.fetch_parts import END_S, FAR_LINK, SPAN, MakeFetcher, MakeHost, ended, settled, wanted
 from tests.rdma.hosts import BLOCK, Child, Fault, Proxy, keys, put, until
-from tests.stopwatch import Stopwatch
+from tests.stopwatch import LONG_S, Stopwatch
 
 
 @pytest.mark.parametrize("kind", ["killed", "stopped"])
@@ -98,8 +98,9 @@ def test_a_fetch_that_nobody_wants_any_more_ends_and_pins_nothing(
 
 
 def test_closing_with_fetches_under_way_leaves_nothing(
-    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy
+    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fetching, "CLOSE_S", LONG_S)  # reads end by themselves, however busy the machine
     here, there = make_host(peer_timeout_s=60.0), make_host(**FAR_LINK, agent_advertise=proxy.address)
     of = keys(100, 16)
     put(there.store, of, BLOCK)
