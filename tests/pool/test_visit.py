@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,8 @@ NAME: Final = f"t-visit-{os.getpid()}"
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[KvStore]:
     monkeypatch.setenv("KVPLUG_POOL", NAME)
     monkeypatch.setenv("KVPLUG_LOCK_TIMEOUT_S", "10")
+    for counts in ("_errors", "_dead"):  # what other tests of this process have made go wrong is not this pool's
+        monkeypatch.setattr(threads, counts, Counter())
     with KvStore(NAME, SIZE) as made:
         made.put([bytes(32)], [np.ones(5000, np.uint8)])
         yield made
