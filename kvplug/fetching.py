@@ -89,7 +89,7 @@ class Fetcher:
         self._mutex = threading.RLock()
         self._under_way: dict[bytes, tuple[Fetch, list[Fetch]]] = {}  # by first missing key: it, and who waits for it
         self._unfinished: set[Fetch] = set()
-        self._running: set[Future[None]] = set()
+        self._running: dict[Future[None], bytes] = {}
         self._misses: OrderedDict[bytes, float] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._closing = threading.Event()
@@ -136,12 +136,14 @@ class Fetcher:
                 one.end(Outcome.GIVEN_UP)
             return
         self._under_way[name] = fetch, followers
-        self._running.add(running)
+        self._running[running] = name
         running.add_done_callback(self._look_for_errors)
 
     def _look_for_errors(self, running: Future[None]) -> None:
         with self._mutex:
-            self._running.discard(running)
+            name = self._running.pop(running)
+            if running.cancelled():  # it never ran: nobody else takes it from the list, and close() ends it
+                self._under_way.pop(name, None)
         error = None if running.cancelled() else running.exception()
         if error is not None:
             self._count("fetch_errors")

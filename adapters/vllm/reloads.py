@@ -13,7 +13,6 @@ that has failed) may leave something that no reload from files replaces. After i
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, TypeAlias
 
 from kvplug.errors import NamespaceError
 from kvplug.namespace import WeightsIdentity
+from kvplug.outside import json_value
 from kvplug.weights import Probe, WeightFiles
 
 MAX_HEADER_BYTES = 256 << 20
@@ -170,7 +170,7 @@ def contents_of(files: WeightFiles) -> Contents:
                 found[name] = path.name
                 tensors.add((str(name), str(entry["dtype"]), tuple(int(size) for size in entry["shape"])))
         index = Path(files.folder, INDEX)
-        if index.is_file() and json.loads(index.read_bytes())["weight_map"] != found:
+        if index.is_file() and json_value(index.read_bytes(), INDEX)["weight_map"] != found:
             raise NamespaceError(f"{index}: lists other tensors than the files beside it have")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as error:
         raise NamespaceError(f"{files.folder}: the list of its tensors can't be read: {error}") from error
@@ -184,5 +184,5 @@ def _header(path: Path) -> Mapping[str, Any]:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path.name} begins with no list of tensors")
-        header: Mapping[str, Any] = json.loads(file.read(length))
+        header: Mapping[str, Any] = json_value(file.read(length), f"the list of tensors of {path.name}")
     return header

@@ -67,7 +67,7 @@ def pools(as_json: Json = False) -> None:
         right=("size", "reserved", "clients"),
     )
     for pool in found:
-        state = "in use" if pool.clients_alive > 0 else "not in use" if pool.clients_alive == 0 else "perhaps in use"
+        state = "in use" if pool.clients_alive > 0 else "unused" if pool.clients_alive == 0 else "perhaps in use"
         if not pool.usable:
             state = f"{state}; {pool.problem}" if pool.clients_alive else pool.problem
         table.add_row(

@@ -97,9 +97,11 @@ def test_a_fetch_that_nobody_wants_any_more_ends_and_pins_nothing(
     settled(here)
 
 
+@pytest.mark.parametrize("threads", [1, fetching.THREADS])  # with one, all but the first are still waiting for it
 def test_closing_with_fetches_under_way_leaves_nothing(
-    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    make_host: MakeHost, make_fetcher: MakeFetcher, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
+    monkeypatch.setattr(fetching, "THREADS", threads)
     monkeypatch.setattr(fetching, "CLOSE_S", LONG_S)  # reads end by themselves, however busy the machine
     here, there = make_host(peer_timeout_s=60.0), make_host(**FAR_LINK, agent_advertise=proxy.address)
     of = keys(100, 16)

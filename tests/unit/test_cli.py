@@ -123,7 +123,7 @@ def test_pools_lists_size_owner_and_use(pool: str, holder: subprocess.Popen[str]
     assert 0 < found["size_bytes"] <= 16 * 1024**2
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert rows(kvplug("pools").stdout)[pool][-3:] == ["not", "in", "use"], "the dead hold nothing"
+    assert rows(kvplug("pools").stdout)[pool][-1:] == ["unused"], "the dead hold nothing"
 
 
 def test_pools_says_what_is_wrong_with_a_segment(pool: str) -> None:
@@ -361,7 +361,7 @@ def on_a_terminal(columns: int, command: str, **variables: str) -> tuple[int, st
 @pytest.mark.parametrize("columns", [5, 80])
 def test_a_terminal_of_any_width_shows_every_word(columns: int, pool: str) -> None:
     words = {
-        "pools": [pool, "0600", "not in use"],
+        "pools": [pool, "0600", "unused"],
         "config": ["lock_timeout_s", "fetch_timeout_s", "environment KVPLUG_SIZE", "16777216 (16 MiB)"],
         "stat": ["sealed_blocks"],
     }
