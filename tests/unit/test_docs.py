@@ -21,7 +21,7 @@ from kvplug.config import Config
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / folder / "README.md" for folder in ("kvplug", "shm", "rdma", "adapters", "tests", "bench")),
 ]
 POOL = f"docs-test-{os.getpid()}"
@@ -216,6 +216,27 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+# ---- decisions
+
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+DECISION_PARTS = ["Context", "Measured", "Decision", "Cost"]
+
+
+def test_decisions_are_numbered_without_gaps_and_listed_in_order() -> None:
+    numbers = [int(page.name[:4]) for page in DECISIONS]
+    assert numbers == list(range(1, len(numbers) + 1))
+    listed = re.findall(r"^\| \[\d{4}\]\((.*?)\) \| (.*) \|$", (DECISIONS[0].parent / "README.md").read_text(), re.M)
+    titles = [page.read_text().splitlines()[0].removeprefix(f"# {page.name[:4]}. ") for page in DECISIONS]
+    assert listed == [(page.name, title) for page, title in zip(DECISIONS, titles, strict=True)]
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.stem)
+def test_a_decision_says_why_what_was_measured_and_what_it_costs(page: Path) -> None:
+    parts = re.split(r"^## (.*)$", page.read_text(), flags=re.MULTILINE)
+    assert parts[1::2] == DECISION_PARTS
+    assert all(len(text.strip()) > 20 for text in parts[2::2]), "no part is empty"
 
 
 # ---- the FAQ's messages are those that the code says
