@@ -128,133 +128,183 @@ class Config(BaseSettings):
 
     pool: str = Field(
         default_factory=default_pool_name,
-        description="name of the pool; engines that name the same pool share it",
+        description="Name of the pool. Engines of one user that name the same pool share it.",
     )
     size: Size = Field(
         default_factory=default_size_bytes,
-        description="size of the pool when this process is the one that creates it; attaching takes what is there",
+        description=(
+            "Size of the pool, used by the process that creates it. "
+            "A process that attaches takes the size that is there."
+        ),
     )
     verify: Literal["never", "always"] = Field(
         default="never",
-        description="check a block's checksum at every local read; blocks from disk or another host are always checked",
+        description="When a block's checksum is checked at a local read. Blocks from another host are always checked.",
     )
     policy: Literal["tail_first", "lru", "fifo"] = Field(
-        default="tail_first", description="which unpinned block goes first when the pool is full"
+        default="tail_first", description="Order in which unpinned blocks are evicted when the pool is full."
     )
     persist: Literal["always", "until-last-exit"] = Field(
         default="always",
-        description="whether the pool outlives the last process that uses it: that is the warm restart",
+        description="Whether the pool stays when its last process exits. A pool that stays makes the next start warm.",
     )
     lock_timeout_s: float = Field(
-        default=0.1, gt=0, le=10, description="longest wait for the pool's lock; after that: a miss, or not stored"
+        default=0.1,
+        gt=0,
+        le=10,
+        description=(
+            "Maximum wait for the pool's lock, in seconds. After it a lookup is a miss and a block is not stored."
+        ),
     )
     min_block: Size = Field(
         default=16 * 1024,
         ge=4096,
         le=64 * MIB,
-        description="smallest block that is expected, a power of two; sizes the pool's tables when it is created",
+        description=(
+            "Smallest expected block, a power of two. Sets the size of the pool's tables when the pool is created."
+        ),
     )
     slab: Annotated[int | None, BeforeValidator(_size_or_auto)] = Field(
         default=None,
         ge=4096,
-        description="size of a slab, which moves between block sizes whole; a multiple of min_block; auto: from size",
+        description=(
+            "Size of a slab, the unit that moves between block sizes, a multiple of min_block. auto: derived from size."
+        ),
     )
     prefault: bool = Field(
-        default=True, description="reserve the pool's memory in the background, ahead of its first use"
+        default=True, description="Reserve the pool's memory in the background, ahead of its first use."
     )
     quarantine_grace_s: float = Field(
         default=1.0,
         ge=0,
         le=3600,
-        description="how long a slot stays unused after the session that was writing it has died",
+        description="Time for which a slot stays unused after the engine that was writing it has died, in seconds.",
     )
-    pin_budget_share: Share = Field(default=0.5, description="share of the pool's slots that one session may pin")
+    pin_budget_share: Share = Field(
+        default=0.5, description="Maximum share of the pool's slots that one process may pin."
+    )
     reserve_budget_share: Share = Field(
-        default=0.5, description="share of the pool's slots that one session may have in writing"
+        default=0.5, description="Maximum share of the pool's slots that one process may be writing at a time."
     )
     store_hold_share: Share = Field(
         default=0.2,
-        description="share of the engine's own cache blocks that stores in flight may hold; beyond it none is begun",
+        description=(
+            "Maximum share of the engine's own cache blocks that stores in flight may hold. Above it no store begins."
+        ),
     )
     weights_id: str | None = Field(
         default=None,
         min_length=1,
         max_length=256,
-        description="names the model's weights where kvplug can't identify them by content; who sets it answers for it",
+        description=(
+            "Identifier of the model's weights, for weights that kvplug cannot identify by content. "
+            "A wrong one serves wrong blocks."
+        ),
     )
     trust_mm_ids: bool = Field(
-        default=False, description="take the identifiers that users give to images, audio and video for their content"
+        default=False,
+        description=(
+            "Treat identifiers that users give to images, audio and video as content hashes. "
+            "A reused one serves wrong blocks."
+        ),
     )
     unsupported_engine_ok: bool = Field(
-        default=False, description="try an engine version that kvplug was not tested with"
+        default=False, description="Run with an engine version that kvplug was not tested with."
     )
     cuda: Literal["off", "on"] = Field(
         default="off",
-        description="copies for NVIDIA GPUs, which have not been run on one yet; on: used if a check at start passes",
+        description="Copies for NVIDIA GPUs, not yet run on one. on: used if a check at start passes.",
     )
 
     # Between hosts.
     agent_listen: Address = Field(
         default="127.0.0.1:9410",
-        description="where `kvplug agent` listens (port 0: any); wider than loopback only with auth_key or TLS",
+        description=(
+            "Address on which `kvplug agent` listens; port 0 takes a free one. "
+            "Beyond loopback it needs auth_key or TLS."
+        ),
     )
     agent_advertise: Address | None = Field(
-        default=None, description="the address that other hosts reach this agent by, where it differs from agent_listen"
+        default=None, description="Address by which other hosts reach this agent. Default: agent_listen."
     )
     auth_key: Secret | None = Field(
         default=None,
         min_length=16,
-        description="the key that hosts prove to each other that they have, at least 16 characters; never printed",
+        description=(
+            "Shared key of all hosts, at least 16 characters. "
+            "Two hosts prove to each other that they have it. Never printed."
+        ),
     )
-    tls_cert: str | None = Field(default=None, description="certificate of this host, PEM; all three tls_ or none")
-    tls_key: str | None = Field(default=None, description="private key of that certificate, PEM")
-    tls_ca: str | None = Field(default=None, description="certificates that sign those of all hosts, PEM")
+    tls_cert: str | None = Field(
+        default=None, description="Path of this host's certificate, PEM. Set all three tls_ settings or none."
+    )
+    tls_key: str | None = Field(default=None, description="Path of that certificate's private key, PEM.")
+    tls_ca: str | None = Field(
+        default=None, description="Path of the CA certificates that sign the hosts' certificates, PEM."
+    )
     lease_s: float = Field(
-        default=10.0, ge=0.5, le=600, description="how long an agent keeps blocks in place for a reader that asked"
+        default=10.0,
+        ge=0.5,
+        le=600,
+        description="Maximum time for which an agent pins blocks for a reader, in seconds.",
     )
     peer_timeout_s: float = Field(
-        default=1.0, ge=0.05, le=60, description="longest wait for the next byte of a peer; after that: a miss"
+        default=1.0,
+        ge=0.05,
+        le=60,
+        description="Maximum wait for the next byte from a peer, in seconds. After it the blocks are misses.",
     )
     peer_connections: int = Field(
-        default=4, ge=1, le=16, description="connections that one read of a peer spreads over"
+        default=4, ge=1, le=16, description="Number of connections over which one read from a peer is spread."
     )
     data_path: Literal["auto", "tcp", "verbs"] = Field(
         default="auto",
-        description="how blocks come from a peer; auto: RDMA verbs where both hosts have a device, else TCP",
+        description="Transport of blocks from a peer. auto: RDMA verbs if both hosts have a device, else TCP.",
     )
     verbs_binding: Literal["auto", "pyverbs", "ibverbs"] = Field(
-        default="auto", description="what speaks verbs; auto: pyverbs if it can be imported, else ibverbs"
+        default="auto", description="Python binding of RDMA verbs. auto: pyverbs if it can be imported, else ibverbs."
     )
     verbs_device: Annotated[tuple[str, ...], BeforeValidator(_addresses)] = Field(
         default=(),
         max_length=64,
-        description="RDMA devices to use, separated by commas; none: all with a port up",
+        description="RDMA devices to use, separated by commas. None: every device with a port up.",
     )
-    agent_pin_share: Share = Field(default=0.25, description="share of the pool's bytes that leases may keep in place")
+    agent_pin_share: Share = Field(default=0.25, description="Maximum share of the pool's bytes that leases may pin.")
     cache_node: bool = Field(
         default=False,
-        description="lend this host's pool to the others: its agent takes over blocks that they are about to evict",
+        description="Lend this host's pool: its agent takes over blocks that other hosts are about to evict.",
     )
 
     peers: Annotated[tuple[Address, ...], BeforeValidator(_addresses)] = Field(
-        default=(), max_length=1024, description="agents of other hosts, host:port, separated by commas"
+        default=(), max_length=1024, description="Agents of other hosts, host:port, separated by commas."
     )
     directory_url: Secret | None = Field(
         default=None,
-        description="Redis or Valkey that says which host has what, such as redis://10.0.0.9:6379/0; never printed",
+        description=(
+            "URL of the Redis or Valkey that records which host has which blocks, such as redis://10.0.0.9:6379/0. "
+            "Never printed."
+        ),
     )
     directory_ttl_s: float = Field(
-        default=6.0, ge=1, le=3600, description="how long a host that is silent still counts; the same on all hosts"
+        default=6.0,
+        ge=1,
+        le=3600,
+        description="Time after which a silent host no longer counts, in seconds. The same on all hosts.",
     )
     directory_timeout_s: float = Field(
-        default=0.05, ge=0.001, le=10, description="longest wait for the directory's answer; after that: a miss"
+        default=0.05,
+        ge=0.001,
+        le=10,
+        description=(
+            "Maximum wait for the directory's answer, in seconds. After it the known hosts are asked directly."
+        ),
     )
 
     fetch_timeout_s: float = Field(
         default=1.5,
         ge=0.01,
         le=60,
-        description="how much later than without other hosts a request may be while its prefix is fetched from them",
+        description="Maximum delay added to a request while its prefix is fetched from other hosts, in seconds.",
     )
 
     def __init__(self, /, **values: Any) -> None:
@@ -455,7 +505,7 @@ def _from_file() -> tuple[Layer, list[str]]:
     except DecodeError as error:
         return {}, [f"{named} can't be used: {error}. It is TOML: one `name = value` a line"]
     except FileNotFoundError:
-        return {}, [f"{named} can't be used: it is a symbolic link that leads nowhere. Mend it or remove it"]
+        return {}, [f"{named} can't be used: it is a symbolic link that leads nowhere. Fix it or remove it"]
     except PermissionError:
         return {}, [
             f"{named} can't be used: this process (uid {os.geteuid()}) may not read it. Give it the right (chown, "

@@ -1,4 +1,4 @@
-"""What `kvplug doctor` looks at: everything outside kvplug that decides whether it works here, and how to mend it.
+"""What `kvplug doctor` looks at: everything outside kvplug that decides whether it works here, and how to fix it.
 
 Each check answers with one :class:`Finding`. A *fault* keeps kvplug from working (an engine would run on without
 it); a *warning* is something that will probably surprise; a *note* is only said. No engine is imported and nothing is
@@ -170,7 +170,7 @@ def _memory(around: _Surroundings) -> Iterator[Finding]:
             "memory",
             Status.WARNING,
             "neither a control group nor /proc/meminfo could be read",
-            "set KVPLUG_SIZE yourself",
+            "set KVPLUG_SIZE to what this process may use",
         )
     elif _own_pool_exists(around) or room.fits(size):
         yield Finding("memory", Status.OK, room.text)
@@ -282,7 +282,7 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
             "pools",
             Status.FAULT,
             f"the pool's code can't be loaded: {first_line}",
-            "mend what is said about packages and numba cache",
+            "fix the findings on packages and numba cache",
         )
         return
     pools = list_pools()
@@ -324,9 +324,9 @@ def _usable_pool(name: str, text: str, *, is_ours: bool) -> Iterator[Finding]:
         yield Finding(
             "pools",
             Status.WARNING,
-            f"{text}; threads of kvplug's in them have met {figures.thread_errors} errors that nobody foresaw, and "
-            f"{figures.dead_threads} could not be started",
-            "the logs of these processes have them, under 'kvplug: an error in thread': please report them",
+            f"{text}; kvplug's threads in these processes met {figures.thread_errors} errors of its own, and "
+            f"{figures.dead_threads} threads could not be started",
+            "see the logs of these processes after 'kvplug: an error in thread', and please report them",
         )
     else:
         yield Finding("pools", Status.OK, text)
@@ -397,7 +397,7 @@ def _engines(around: _Surroundings) -> Iterator[Finding]:
             yield Finding(
                 "engines",
                 Status.WARNING,
-                f"{text} is not one of {engines.SUPPORTED[engine.name]}, tried all the same (unsupported_engine_ok)",
+                f"{text} is not one of {engines.SUPPORTED[engine.name]}; used all the same (unsupported_engine_ok)",
             )
         else:
             yield Finding(
@@ -473,7 +473,7 @@ def _directory(around: _Surroundings) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("directory", Status.FAULT, str(error), "correct the settings")
     except (OSError, DirectoryError) as error:
-        mend = "start it, or correct directory_url; until it answers, only the hosts in `peers` are known"
+        mend = "start it, or correct directory_url; until it answers only the hosts in `peers` are known"
         yield Finding("directory", Status.WARNING, f"it does not answer as it should: {error}", mend)
 
 

@@ -21,12 +21,14 @@ __all__ = ["agent"]
 
 def agent(
     pool: PoolName = None,
-    listen: Annotated[str, typer.Option("--listen", help="host:port. Default: the setting agent_listen.")] = "",
+    listen: Annotated[
+        str, typer.Option("--listen", help="Address to listen on, host:port. Default: the setting agent_listen.")
+    ] = "",
     cache_node: Annotated[
-        bool, typer.Option("--cache-node", help="Take over blocks that other hosts are about to evict.")
+        bool, typer.Option("--cache-node", help="Lend this pool: take over blocks that other hosts are about to evict.")
     ] = False,
 ) -> None:
-    """Serve the pool to other hosts until SIGTERM or Ctrl-C. Wider than loopback only with a key or TLS."""
+    """Serve the pool to other hosts until SIGTERM or Ctrl-C. Listening beyond loopback needs a key or TLS."""
     from kvplug.config import load
     from kvplug.errors import PoolError
     from kvplug.peering import check_directory

@@ -38,10 +38,10 @@ def _main(
     """One KV-cache pool per host for every LLM engine process on it."""
 
 
-app.command("doctor", short_help="What is wrong here, and how to mend it.")(surroundings.doctor)
-app.command("config", short_help="Every setting and where it came from.")(surroundings.config)
+app.command("doctor", short_help="Check this host, and suggest a fix for each fault.")(surroundings.doctor)
+app.command("config", short_help="Every setting, its value and its source.")(surroundings.config)
 app.command("pools", short_help="The pools on this host.")(pools.pools)
-app.command("stat", short_help="A pool's figures.")(pools.stat)
+app.command("stat", short_help="A pool's statistics.")(pools.stat)
 app.command("rm", short_help="Remove a pool.")(pools.rm)
 app.command("agent", short_help="Let other hosts read the pool.")(agent.agent)
 

@@ -16,7 +16,7 @@ from kvplug.sizes import format_size
 __all__ = ["pools", "rm", "stat"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-PoolName = Annotated[str | None, typer.Option("--pool", help="Name of the pool. Default: the one that is configured.")]
+PoolName = Annotated[str | None, typer.Option("--pool", help="Name of the pool. Default: the setting pool.")]
 
 
 def _wanted(pool: str | None) -> str:
@@ -44,7 +44,7 @@ def _age(created_unix_s: float) -> str:
 
 
 def pools(as_json: Json = False) -> None:
-    """List the pools on this host: size, owner, whether anyone uses them."""
+    """List the pools on this host, with size, owner and number of attached processes."""
     from kvplug.shm.segment import list_pools
 
     found = list_pools()
@@ -85,7 +85,7 @@ def pools(as_json: Json = False) -> None:
 
 
 def stat(pool: PoolName = None, as_json: Json = False) -> None:
-    """Print a pool's figures. It looks on and is no client, so it works while all places are taken."""
+    """Print a pool's statistics. This attaches no client, so it also works when the pool takes no more of them."""
     from kvplug.shm.visit import visit
 
     with visit(_wanted(pool)) as seen:
@@ -94,7 +94,7 @@ def stat(pool: PoolName = None, as_json: Json = False) -> None:
         output.emit_json(figures)
         return
     parts = {name: value for name, value in figures.items() if isinstance(value, tuple | list)}
-    table = output.table("figure", "value", "", right=("value",))
+    table = output.table("statistic", "value", "", right=("value",))
     for name, value in figures.items():
         if name not in parts:
             meaning = format_size(value) if name.endswith("_bytes") and isinstance(value, int) else ""
@@ -110,7 +110,7 @@ def stat(pool: PoolName = None, as_json: Json = False) -> None:
             output.show(listed)
     if figures["thread_errors"] or figures["dead_threads"]:
         output.complain(
-            "threads of processes that are attached have met errors of kvplug's own: their logs have them, under "
+            "kvplug's threads in attached processes met errors of its own. Their logs have the details, after "
             "'kvplug: an error in thread'. Please report them"
         )
 
@@ -122,10 +122,10 @@ def _number(value: object) -> str:
 def rm(
     pool: PoolName = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Also while processes are attached: they store nothing more.")
+        bool, typer.Option("--force", help="Remove it although processes are attached. They store nothing more.")
     ] = False,
 ) -> None:
-    """Remove a pool and give its memory back. Refuses while a process is attached, unless forced."""
+    """Remove a pool and free its memory. Refused while a process is attached, unless --force is given."""
     from kvplug.shm.segment import remove_pool
 
     name = _wanted(pool)

@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what is installed and set up, what is wrong, and how to mend it. Exit status 1: kvplug can't work here."""
+    """Check what kvplug needs here, and suggest a fix for each fault. Exit status 1: kvplug cannot work here."""
     from kvplug.doctor import examine, report
 
     findings = examine()
@@ -38,14 +38,14 @@ def doctor(as_json: Json = False) -> None:
         output.say(
             "kvplug can work here"
             if not faults
-            else f"{faults} fault{'s' * (faults > 1)}: kvplug can't work here until mended"
+            else f"{faults} fault{'s' * (faults > 1)}: kvplug can't work here until fixed"
         )
     if not verdict["ok"]:
         raise typer.Exit(1)
 
 
 def config(as_json: Json = False) -> None:
-    """Print every setting, its value, and where that came from. Exit status 1: one can't be used, and which."""
+    """Print every setting, its value and its source. Exit status 1: at least one setting cannot be used."""
     from kvplug.config import config_path, explain
 
     settings, wrong = explain()

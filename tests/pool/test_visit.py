@@ -131,7 +131,7 @@ def test_errors_in_threads_are_shown(store: KvStore) -> None:
     assert "an error in thread" in command("stat").output
     (found,) = findings()
     assert found.status is doctor.Status.WARNING
-    assert "3 errors that nobody foresaw" in found.found
+    assert "3 errors of its own" in found.found
 
 
 @pytest.mark.parametrize("counts", [(3, 0), (0, 3)])

@@ -234,7 +234,7 @@ def test_doctor_is_fine_here_and_lists_the_pool(pool: str) -> None:
 def test_doctor_exits_with_1_on_a_fault() -> None:
     done = kvplug("doctor", KVPLUG_SIZE="900tb")
     assert done.returncode == 1
-    assert "can't work here until mended" in done.stdout
+    assert "can't work here until fixed" in done.stdout
     assert json.loads(kvplug("doctor", "--json", KVPLUG_SIZE="900tb").stdout)["ok"] is False
 
 

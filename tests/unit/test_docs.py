@@ -196,7 +196,7 @@ def settings_table() -> str:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         value = shown.get(name, "" if default is None else f"`{default}`")
         choices = [f"`{choice}`" for choice in get_args(field.annotation) if get_origin(field.annotation) is Literal]
-        meaning = f"{' or '.join(choices)}: {field.description}" if choices else field.description
+        meaning = f"{' or '.join(choices)}. {field.description}" if choices else field.description
         lines.append(f"| `{name}` | `KVPLUG_{name.upper()}` | {value} | {meaning} |")
     return "\n".join(lines)
 
