@@ -325,7 +325,7 @@ def _usable_pool(name: str, text: str, *, is_ours: bool) -> Iterator[Finding]:
             "pools",
             Status.WARNING,
             f"{text}; kvplug's threads in these processes met {figures.thread_errors} errors of its own, and "
-            f"{figures.dead_threads} threads could not be started",
+            f"{figures.dead_threads} could not be started",
             "see the logs of these processes after 'kvplug: an error in thread', and please report them",
         )
     else:
