@@ -4,6 +4,9 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 
 py := ".venv/bin/python"
 
+# most tests wait for other processes, so two files run at a time; `-n 0` for one after the other
+two_files := "--numprocesses 2 --dist loadfile"
+
 # what can be run
 [private]
 default:
@@ -18,11 +21,11 @@ demo *ARGS:
 test *ARGS: engines
     @bash tests/devices/install.sh .venv
     @[ "$(id -u)" != 0 ] || bash tests/hosts/install.sh || true
-    {{ py }} -m pytest tests {{ ARGS }}
+    {{ py }} -m pytest tests {{ two_files }} {{ ARGS }}
 
 # unit tests only: no engine, a few minutes at most
 test-fast *ARGS: install
-    {{ py }} -m pytest tests/unit {{ ARGS }}
+    {{ py }} -m pytest tests/unit {{ two_files }} {{ ARGS }}
 
 # real RDMA verbs, in emulated machines that this boots; Debian on x86-64, and root once, for QEMU: just test-rdma --guests two
 test-rdma *ARGS: install
