@@ -7,6 +7,9 @@ py := ".venv/bin/python"
 # most tests wait for other processes, so two files run at a time; `-n 0` for one after the other
 two_files := "--numprocesses 2 --dist loadfile"
 
+# what programs import, beside kvplug itself
+api_modules := "kvplug.store kvplug.handles kvplug.errors kvplug.config kvplug.keys kvplug.namespace kvplug.extras kvplug.weights kvplug.exchange kvplug.fetching kvplug.peering"
+
 # what can be run
 [private]
 default:
@@ -66,6 +69,11 @@ lint: install
 fmt: install
     {{ py }} -m ruff check --fix .
     {{ py }} -m ruff format .
+
+# pages of the Python interface, from docstrings: build/api/kvplug.html
+api: install
+    @{{ py }} -c 'import pdoc' 2>/dev/null || {{ py }} -m pip install -q --disable-pip-version-check -e '.[docs]'
+    {{ py }} -m pdoc --docformat restructuredtext --no-show-source -o build/api kvplug {{ api_modules }}
 
 # kvplug with its development tools, and the newest of the test engines (vLLM and SGLang for the CPU, about 4 GB)
 setup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import email
 import email.message
+import importlib
 import os
 import re
 import shlex
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(ROOT / folder / "README.md" for folder in ("kvplug", "shm", "rdma", "adapters", "tests", "bench")),
+    *(ROOT / folder / "README.md" for folder in ("kvplug", "shm", "rdma", "adapters", "tests", "bench", "examples")),
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
 ]
 POOL = f"docs-test-{os.getpid()}"
 
@@ -30,6 +32,8 @@ RUN_ELSEWHERE = {
     "./justw demo": "the demo's own test runs it",
     "./justw test": "this is it",
     "./justw test-fast": "these tests are in it",
+    "./justw install": "changes the environment that runs this",
+    "./justw lint": "tests/unit/test_house.py does what it does",
     "./justw bench": "takes minutes; the benches are collected by it",
     "./justw stress": "the stress test runs it with few kills",
     "pip install": "needs a package index; the wheel is built and looked into below",
@@ -37,6 +41,7 @@ RUN_ELSEWHERE = {
     "kvplug agent": "serves until it is stopped; its own tests run it",
     "sglang serve": "the tests with real servers do it",
     "docker run": "there is no docker here",
+    "python examples/": "tests/unit/test_examples.py runs them",
 }
 """Commands that are not run here, by how they begin, and why. `./justw` recipes are checked to exist all the same."""
 
@@ -218,6 +223,64 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+# ---- versions, and what stands beside the sources
+
+
+def constant(name: str, pattern: str) -> str:
+    """The value of the one constant of that name in a file of that name, wherever it lies."""
+    (text,) = [
+        found for path in ROOT.glob(pattern) for found in re.findall(rf"^{name}.* = (.*)$", path.read_text(), re.M)
+    ]
+    return str(ast.literal_eval(text))
+
+
+def test_the_page_of_versions_has_the_codes_numbers() -> None:
+    rows = dict(re.findall(r"^\| (\w[\w ]+) \| ([\d.]+) \|", (ROOT / "docs" / "versions.md").read_text(), re.MULTILINE))
+    assert rows == {
+        "package": constant("__version__", "kvplug/__init__.py"),
+        "segment format": constant("FORMAT", "shm/layout.py"),
+        "wire protocol": constant("VERSION", "rdma/**/protocol.py"),
+        "keys": re.sub(r"\D", "", constant("_MAGIC", "kvplug/**/namespace.py").removesuffix(r"\x00'")),
+    }
+
+
+def test_the_changelog_begins_with_this_version_and_says_what_drops_the_cache() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    newest = text.split("\n## ")[1]
+    assert constant("__version__", "kvplug/__init__.py") in newest.splitlines()[0]
+    assert newest.splitlines()[4:].index("### Drops the cache") < newest.splitlines()[4:].index("### Added")
+    assert f"pool format {constant('FORMAT', 'shm/layout.py')}" in text
+
+
+def test_hosted_ci_runs_the_same_command_as_any_other() -> None:
+    steps = re.findall(r"^ *- run: (.*)$", (ROOT / ".github" / "workflows" / "ci.yml").read_text(), re.MULTILINE)
+    assert steps[-1] == "bash .ci/run"
+    assert (ROOT / ".ci" / "run").exists()
+
+
+def test_an_issue_has_what_doctor_says() -> None:
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    assert "Output of `kvplug doctor`" in text
+    for page in re.findall(r"[\w/]+\.md", text):
+        assert (ROOT / page).exists(), page
+
+
+def test_hooks_run_what_lint_runs() -> None:
+    """`just lint`, which the tests run too, has each hook's command."""
+    hooks = re.findall(r"entry: \.venv/bin/python (.*)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    recipe = (ROOT / "Justfile").read_text().split("\nlint: ")[1].split("\n\n")[0]
+    assert len(hooks) == recipe.count("{{ py }}") == 3
+    for hook in hooks:
+        assert "{{ py }} " + hook.removesuffix(" --force-exclude") in recipe, hook
+
+
+def test_api_pages_are_of_modules_that_exist() -> None:
+    (names,) = re.findall(r'^api_modules := "(.*)"$', (ROOT / "Justfile").read_text(), re.MULTILINE)
+    assert "kvplug.store" in names.split()
+    for name in names.split():
+        assert (importlib.import_module(name).__doc__ or "").strip(), name
+
+
 # ---- decisions
 
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
@@ -332,6 +395,41 @@ def test_a_wheel_has_every_source_and_nothing_else(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.strip() == str(tmp_path / "installed" / "kvplug" / "shm" / "__init__.py")
+
+
+def test_a_source_archive_has_what_it_takes_to_build_and_to_read(tmp_path: Path) -> None:
+    """Built from a copy of what git has or would add, without the links: tar would follow none of them."""
+    import shutil
+    import tarfile
+
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    if listing.returncode != 0:
+        pytest.skip("no git here to say what belongs to the checkout")
+    files = [name for name in listing.stdout.decode().split("\0") if name and not (ROOT / name).is_symlink()]
+    for name in filter(lambda name: (ROOT / name).is_file(), files):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "copy" / name)
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, tmp_path / "copy"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames() if not name.endswith((".pyc", "/"))}
+    sources = {
+        name for name in files if name.startswith(("kvplug/", "shm/", "rdma/", "adapters/", "docs/", "examples/"))
+    }
+    beside = {"CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert sources | beside | {"tests/vectors/keys.json", "tests/vectors/make_keys.py"} <= inside
+    assert [name for name in inside if "__pycache__" in name or name.startswith(("bench", "tests/unit", ".ci"))] == []
 
 
 def test_a_python_started_in_a_checkout_that_is_not_installed_finds_all_of_it() -> None:

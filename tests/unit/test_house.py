@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"kvplug": "kvplug", "shm": "kvplug.shm", "rdma": "kvplug.rdma", "adapters": "kvplug.adapters"}
 MAX_FUNCTION_LINES = 70
-TOP_FOLDERS = (*PACKAGES, "tests", "bench", "docs", "findings")
+TOP_FOLDERS = (*PACKAGES, "tests", "bench", "docs", "examples", "findings")
 ENGINES = {"vllm", "sglang", "lmcache"}
 
 MAY_IMPORT = {
