@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "pool.md").read_text(encoding="utf-8")
 MODULES = {path.stem for path in (ROOT / "shm").glob("*.py")}
 TEST_FILE = ROOT / "tests" / "pool" / "test_dead_processes.py"
-COLUMNS = ["change", "failpoint", "what a death there leaves behind", "who mends it", "test"]
+COLUMNS = ["change", "failpoint", "what a death there leaves behind", "how it is repaired", "test"]
 
 
 def table() -> list[dict[str, str]]:
