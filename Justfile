@@ -8,7 +8,7 @@ py := ".venv/bin/python"
 two_files := "--numprocesses 2 --dist loadfile"
 
 # what programs import, beside kvplug itself
-api_modules := "kvplug.store kvplug.handles kvplug.errors kvplug.config kvplug.keys kvplug.namespace kvplug.extras kvplug.weights kvplug.exchange kvplug.fetching kvplug.peering"
+api_modules := "kvplug.store kvplug.handles kvplug.errors kvplug.config kvplug.keys"
 
 # what can be run
 [private]
