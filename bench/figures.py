@@ -24,13 +24,16 @@ MARKDOWN_FILE: Final = "figures.md"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Figure:
-    """One promise. ``limit`` None: no promise, shown because another figure is read beside it."""
+    """One promise. ``what`` is read alone: it says what is measured, and a ratio says what is divided by what.
+    ``limit`` None: no promise, shown because another figure is read beside it.
+    """
 
     name: str
     what: str
     unit: str
     limit: float | None
     at_least: bool = False
+    """Whether higher is better, so that the limit is a lower one."""
 
     def met(self, measured: float) -> bool | None:
         """Whether ``measured`` keeps the promise; None without one."""
@@ -44,27 +47,34 @@ class Figure:
             return ""
         return f"{'≥' if self.at_least else '≤'} {self.limit:g} {self.unit}".rstrip()
 
+    def better(self) -> str:
+        """Which way is good."""
+        return "higher" if self.at_least else "lower"
+
 
 def _sized(name: str, what: str, limits: dict[str, float]) -> list[Figure]:
-    return [Figure(f"{name}_{size.replace(' ', '')}", f"{what}, {size}", "", x, True) for size, x in limits.items()]
+    """One figure for each size of blocks; ``what`` has ``{}`` where the size stands."""
+    return [Figure(f"{name}_{size.replace(' ', '')}", what.format(size), "", x, True) for size, x in limits.items()]
 
 
 def _lookups() -> list[Figure]:
     return [
-        Figure(f"{call}_{found}_{age}", f"{call} of 2048 keys, all {found}, {words}", "ms", 0.5)
-        for age, words in (("fresh", "fresh pool"), ("turned", "after 20 turnovers"))
+        Figure(f"{call}_{found}_{age}", f"`{call}` of 2048 keys, all {there}, {words}: time of the call", "ms", 0.5)
+        for age, words in (("fresh", "in a fresh pool"), ("turned", "in a pool that was turned over 20 times"))
         for call in ("exists", "match_prefix")
-        for found in ("hit", "miss")
+        for found, there in (("hit", "present"), ("miss", "absent"))
     ]
 
 
 def _hit_rates() -> list[Figure]:
     return [
-        Figure(f"{trace}_{policy}", f"{words}: hit rate of {policy}", "%", None)
+        Figure(
+            f"{trace}_{policy}", f"{words}, policy `{policy}`: leading blocks found ÷ blocks asked for", "%", None, True
+        )
         for trace, words in (
-            ("trace_one", "one agent that outgrows the cache"),
-            ("trace_six", "six agents by turns"),
-            ("trace_given", "trace that was given"),
+            ("trace_one", "trace of one agent whose context outgrows the pool"),
+            ("trace_six", "trace of six agents by turns"),
+            ("trace_given", "trace that `KVPLUG_BENCH_TRACE` names"),
         )
         for policy in ("tail_first", "lru", "fifo")
     ]
@@ -73,40 +83,88 @@ def _hit_rates() -> list[Figure]:
 _FETCHES: Final = ("16 KiB", "256 KiB", "2 MiB")
 
 FIGURES: Final = (
-    *_sized("get", "second process: get ÷ memcpy", {"256 KiB": 0.90, "2 MiB": 0.95, "32 KiB": 0.75}),
-    *_sized("put", "second process: put into a full pool ÷ memcpy", {"256 KiB": 0.75, "2 MiB": 0.80, "32 KiB": 0.55}),
-    *_lookups(),
-    Figure("hold_p99", "lock hold time, p99, a busy Python thread beside", "ms", 1.0),
-    Figure("hold_p99_eight", "lock hold time, p99, eight processes at work", "ms", 1.0),
-    Figure("rebuild", "rebuild of 100,000 slots after a death inside a section", "ms", 100.0),
-    Figure("rebuild_lookup", "look-up of 256 keys during that rebuild, p99", "ms", None),
-    Figure("pin", "look up, pin and release 2048 keys", "ms", 1.5),
-    Figure("pin_cold", "the same with cold caches", "ms", 1.5),
-    Figure("one_get", "one get of 256 KiB, p50 ÷ its memcpy", "×", 1.6),
-    Figure("attach", "attach to a 4 GiB pool", "ms", 50.0),
-    Figure("create", "create a 4 GiB pool and store the first block", "ms", 200.0),
-    Figure("kernels", "loading the compiled kernels, once in a process", "ms", None),
-    Figure("tables", "tables and index ÷ pool, 256 KiB blocks", "%", 1.0),
-    Figure("eight_get", "eight processes' get bandwidth ÷ one process's", "", 1.0, True),
-    Figure("eight_slowest", "eight processes, gets, puts and pins: slowest call", "ms", 100.0),
-    Figure("vllm_ttft", "vLLM: time to first token from a warm pool ÷ computing it", "", 0.2),
-    Figure("vllm_unseen", "vLLM: prompts never seen, with kvplug ÷ without", "", 1.03),
-    Figure("vllm_step", "vLLM: scheduler's own time in a step that admits no request", "µs", 100.0),
-    Figure("sglang_ttft", "SGLang: time to first token from a warm pool ÷ computing it", "", 0.3),
-    Figure("sglang_unseen", "SGLang: prompts never seen, with kvplug ÷ without", "", 1.05),
-    Figure("sglang_ttft_hicache", "the first of them in hicache mode", "", None),
-    Figure("sglang_unseen_hicache", "the second of them in hicache mode", "", None),
-    Figure("sglang_lookup", "SGLang, linker mode: lookup of 512 pages, pinned, on the scheduler thread", "ms", 0.5),
-    Figure("keys", "key making for 16 tokens, incremental", "µs", 1.0),
-    *_sized("fetch", "fetch from a peer by TCP on loopback ÷ one bare stream", dict.fromkeys(_FETCHES, 0.9)),
-    Figure("fetch_redhare", "the same, as fast as redhare over TCP; least of three sizes", "×", 1.0, True),
-    Figure("fetch_mooncake", "the same, as fast as Mooncake over TCP; least of three sizes", "×", 1.0, True),
-    Figure("fetch_lookup", "look up and lease 2048 keys at a peer, round trip", "ms", 3.0),
-    Figure(
-        "fetch_beside_python", "a thread of the reader that always runs Python: waits for a fetch beside it", "%", None
+    *_sized(
+        "get",
+        "`get` by a second process, {} blocks: bandwidth ÷ memcpy's",
+        {"256 KiB": 0.90, "2 MiB": 0.95, "32 KiB": 0.75},
     ),
-    Figure("directory_publish", "directory: a million names written, a second", "thousand", 50.0, True),
-    Figure("directory_lookup", "directory: 2048 keys of a million read in one round trip", "ms", 5.0),
+    *_sized(
+        "put",
+        "`put` into a full pool by a second process, {} blocks: bandwidth ÷ memcpy's",
+        {"256 KiB": 0.75, "2 MiB": 0.80, "32 KiB": 0.55},
+    ),
+    *_lookups(),
+    Figure("hold_p99", "pool's lock, a busy Python thread beside: time held, p99", "ms", 1.0),
+    Figure("hold_p99_eight", "pool's lock, eight processes at work: time held, p99", "ms", 1.0),
+    Figure("rebuild", "rebuild of 100,000 slots after a process died inside a locked section: time", "ms", 100.0),
+    Figure("rebuild_lookup", "look-up of 256 keys while 100,000 slots are rebuilt: time, p99", "ms", None),
+    Figure("pin", "look up, pin and release 2048 keys, warm caches: time", "ms", 1.5),
+    Figure("pin_cold", "look up, pin and release 2048 keys, cold caches: time", "ms", 1.5),
+    Figure("one_get", "one `get` of a 256 KiB block: median time ÷ memcpy's", "×", 1.6),
+    Figure("attach", "attach to a pool of 4 GiB: time", "ms", 50.0),
+    Figure("create", "create a pool of 4 GiB and store the first block: time", "ms", 200.0),
+    Figure("kernels", "load the compiled kernels, once in a process: time", "ms", None),
+    Figure("tables", "tables and index, 256 KiB blocks: their memory ÷ the pool's", "%", 1.0),
+    Figure("eight_get", "`get` by eight processes at once: bandwidth together ÷ one process's alone", "", 1.0, True),
+    Figure("eight_slowest", "eight processes get, put and pin: time of the slowest call", "ms", 100.0),
+    Figure("vllm_ttft", "vLLM, time to first token: prompt read from a warm pool ÷ computed", "", 0.2),
+    Figure("vllm_unseen", "vLLM, whole request, prompt never seen: time with kvplug ÷ without", "", 1.03),
+    Figure(
+        "vllm_step", "vLLM, step that admits no request: time in kvplug on the scheduler's thread, median", "µs", 100.0
+    ),
+    Figure(
+        "sglang_ttft", "SGLang in linker mode, time to first token: prompt read from a warm pool ÷ computed", "", 0.3
+    ),
+    Figure(
+        "sglang_unseen", "SGLang in linker mode, whole request, prompt never seen: time with kvplug ÷ without", "", 1.05
+    ),
+    Figure(
+        "sglang_ttft_hicache",
+        "SGLang in hicache mode, time to first token: prompt read from a warm pool ÷ computed",
+        "",
+        None,
+    ),
+    Figure(
+        "sglang_unseen_hicache",
+        "SGLang in hicache mode, whole request, prompt never seen: time with kvplug ÷ without",
+        "",
+        None,
+    ),
+    Figure(
+        "sglang_lookup",
+        "SGLang in linker mode, 512 pages looked up and pinned: time on the scheduler's thread",
+        "ms",
+        0.5,
+    ),
+    Figure("keys", "keys of 16 more tokens of a prompt: time to make them", "µs", 1.0),
+    *_sized(
+        "fetch",
+        "fetch from an agent over TCP on loopback, {} blocks: bandwidth ÷ one plain TCP stream's",
+        dict.fromkeys(_FETCHES, 0.9),
+    ),
+    Figure(
+        "fetch_redhare",
+        "fetch over TCP on loopback: bandwidth ÷ redhare's, least of three block sizes",
+        "×",
+        1.0,
+        True,
+    ),
+    Figure(
+        "fetch_mooncake",
+        "fetch over TCP on loopback: bandwidth ÷ Mooncake's, least of three block sizes",
+        "×",
+        1.0,
+        True,
+    ),
+    Figure("fetch_lookup", "look up and lease 2048 keys at an agent on this machine: round trip", "ms", 3.0),
+    Figure(
+        "fetch_beside_python",
+        "busy Python thread in an engine that fetches: time it waits for the interpreter ÷ time of the fetch",
+        "%",
+        None,
+    ),
+    Figure("directory_publish", "a million names written to the directory: names a second", "thousand", 50.0, True),
+    Figure("directory_lookup", "2048 keys looked up in a directory of a million: round trip", "ms", 5.0),
     *_hit_rates(),
 )
 BY_NAME: Final = {f.name: f for f in FIGURES}
@@ -178,6 +236,7 @@ def collect() -> list[dict[str, Any]]:
             {
                 "name": f.name,
                 "what": f.what,
+                "better": f.better(),
                 "target": f.target(),
                 "unit": f.unit,
                 "measured": measured,
@@ -196,11 +255,21 @@ def _shown(row: dict[str, Any]) -> str:
     return f"{x:.{digits}f} {row['unit']}".rstrip()
 
 
+HEAD: Final = ("| what | better | target | measured | | in the same run |", "|---|---|---|---|---|---|")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of :func:`collect` in Markdown, under :data:`HEAD`."""
+    shown = (row["what"], row["better"], row["target"], _shown(row), row["verdict"], row["beside"])
+    return f"| {' | '.join(shown)} |"
+
+
 def print_table(console: Console | None = None) -> None:
     """The figures as a table on the terminal."""
     table = Table(title="Figures", caption=machine(), caption_justify="left")
     for name, how in (
         ("what", "left"),
+        ("better", "left"),
         ("target", "right"),
         ("measured", "right"),
         ("", "left"),
@@ -210,21 +279,16 @@ def print_table(console: Console | None = None) -> None:
     colour = {"PASS": "[green]PASS[/]", "FAIL": "[bold red]FAIL[/]", "": ""}
     for row in collect():
         beside = "; ".join(x for x in (row["beside"], row["note"]) if x)
-        table.add_row(row["what"], row["target"], _shown(row), colour[row["verdict"]], beside)
+        table.add_row(row["what"], row["better"], row["target"], _shown(row), colour[row["verdict"]], beside)
     (console or Console()).print(table)
 
 
 def write() -> None:
-    """``figures.json`` for programs, ``figures.md`` for README."""
+    """``figures.json`` for programs, ``figures.md`` for ``docs/figures.md``."""
     rows = collect()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / JSON_FILE).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    lines = ["| what | at least / at most | measured | | in the same run |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {r['what']} | {r['target']} | {_shown(r)} | {r['verdict']} | {r['beside']} |"
-        for r in rows
-        if r["measured"] is not None
-    ]
+    lines = [*HEAD, *(line(r) for r in rows if r["measured"] is not None)]
     machines = sorted({r["machine"] for r in rows if r["machine"]})
     when = max((r["when"] for r in rows if r["when"]), default="")
     lines += ["", f"`just bench`, {when} UTC, on: {'; '.join(machines)}."]

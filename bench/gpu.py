@@ -127,7 +127,7 @@ class Report:
         print(line, flush=True)
 
     def table(self, where: str) -> str:
-        """For README and for people."""
+        """For documentation and for people."""
         out = ["| what | at least / at most | measured | | in the same run |", "|---|---|---|---|---|"]
         for figure, measured, beside in self.rows:
             verdict = {True: "PASS", False: "FAIL", None: ""}[figure.met(measured)]
