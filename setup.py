@@ -12,13 +12,16 @@ from setuptools import setup
 
 
 def without_relative_links(text: str) -> str:
-    """``[docs/faq.md](docs/faq.md)`` becomes ```docs/faq.md```, and another text keeps its words before the path."""
+    """``[docs/faq.md](docs/faq.md)`` becomes ```docs/faq.md```, and another text keeps its words before the path.
+
+    A picture becomes its words and path, too: an index shows none that lies in the checkout.
+    """
 
     def plain(link: re.Match[str]) -> str:
         words, path = link[1], link[2]
         return f"`{path}`" if words == path else f"{words} (`{path}`)"
 
-    return re.sub(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)", plain, text)
+    return re.sub(r"!?\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)", plain, text)
 
 
 setup(

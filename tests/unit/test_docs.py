@@ -6,9 +6,11 @@ import ast
 import email
 import email.message
 import importlib
+import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 
 import pytest
 
+from bench import figures
 from kvplug.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,6 +305,84 @@ def test_a_decision_says_why_what_was_measured_and_what_it_costs(page: Path) -> 
     assert all(len(text.strip()) > 20 for text in parts[2::2]), "no part is empty"
 
 
+# ---- figures and pictures
+
+
+def table_rows(page: Path, head: str) -> list[str]:
+    """The rows under a table's head, in Markdown."""
+    lines = page.read_text().splitlines()
+    first = lines.index(head) + 2
+    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
+
+
+def test_the_table_of_figures_has_those_that_the_bench_prints() -> None:
+    """In their order and their words, so that what a run leaves can be put there."""
+    rows = [row.split(" | ")[:3] for row in table_rows(ROOT / "docs" / "figures.md", figures.HEAD[0])]
+    assert rows == [[f"| {figure.what}", figure.better(), figure.target()] for figure in figures.FIGURES]
+
+
+def test_every_figure_is_read_alone() -> None:
+    names = [figure.what for figure in figures.FIGURES]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if re.search(r"\b(the same|of them)\b", name)]
+
+
+def test_readmes_figures_are_among_them() -> None:
+    rows = table_rows(ROOT / "README.md", figures.HEAD[0])
+    assert rows
+    assert set(rows) <= set(table_rows(ROOT / "docs" / "figures.md", figures.HEAD[0]))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A copy of docs/ that may be changed."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "docs"
+
+
+def make_pictures(docs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, docs / "images" / "make.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_pictures_are_what_their_texts_make() -> None:
+    done = make_pictures(ROOT / "docs", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("page", "before", "after", "picture"),
+    [
+        ("images/overview.txt", "even after kill -9", "or not", "overview.svg"),
+        ("figures.md", "| 0.085 |", "| 0.086 |", "first-token.svg"),
+    ],
+)
+def test_a_picture_that_its_text_does_not_make_is_found(
+    pictures: Path, page: str, before: str, after: str, picture: str
+) -> None:
+    text = (pictures / page).read_text()
+    assert text.count(before) == 1
+    (pictures / page).write_text(text.replace(before, after))
+    done = make_pictures(pictures, "--check")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [f"{picture} is not what make.py makes: python docs/images/make.py"]
+    assert make_pictures(pictures).returncode == 0
+    assert make_pictures(pictures, "--check").returncode == 0
+
+
+def test_words_that_are_wider_than_their_box_make_no_picture(pictures: Path) -> None:
+    path = pictures / "images" / "overview.txt"
+    path.write_text(path.read_text().replace("even after kill -9", "even after all of it was killed by kill -9"))
+    done = make_pictures(pictures)
+    assert done.returncode != 0
+    assert "is wider than its box of 170 pixels" in done.stderr
+
+
 # ---- the FAQ's messages are those that the code says
 
 
@@ -331,6 +412,30 @@ def test_the_faqs_messages_are_said_by_the_code(heading: str) -> None:
         assert piece.strip() in said, f"no source says {piece!r}"
 
 
+def vllm_reasons() -> list[str]:
+    """What docs/vllm.md says that the engine's log says, piece by piece."""
+    head = "| reason in the log | what to do |"
+    text = (ROOT / "docs" / "vllm.md").read_text()
+    assert text.count(head) == 2
+    rows = [line for part in text.split(head)[1:] for line in part.split("\n\n")[0].splitlines()[2:]]
+    return [reason for row in rows for reason in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+
+
+@pytest.mark.parametrize("reason", vllm_reasons())
+def test_the_reasons_that_turn_kvplug_off_in_vllm_are_said_by_the_code(reason: str) -> None:
+    said = messages()
+    for piece in reason.split("…"):
+        assert piece.strip() in said, f"no source says {piece!r}"
+
+
+def test_the_counters_in_the_page_on_vllm_are_those_that_there_are() -> None:
+    there = set(re.findall(r"`(kvplug_\w+)_total`", (ROOT / "docs" / "vllm.md").read_text()))
+    assert there
+    source = (ROOT / "adapters" / "vllm" / "metrics.py").read_text()
+    counters = {f"kvplug_{name}" for name in re.findall(r'^    "\w+": \(\s*"(\w+)"', source, re.MULTILINE)}
+    assert there <= counters | set(re.findall(r'name="(kvplug_\w+)"', source))
+
+
 def test_a_message_that_nobody_says_would_be_found() -> None:
     assert "this is said by " + "no source of kvplug" not in messages()
 
@@ -346,6 +451,8 @@ def check_index_page(page: email.message.Message) -> None:
     assert page["Summary"]
     text, readme = str(page.get_payload()), (ROOT / "README.md").read_text()
     assert re.findall(r"\]\((?![a-z]+:|#)[^)]*\)", text) == []
+    assert "![" in readme
+    assert not re.search(r"!\[|!\w+[^\n]*\(`docs/images", text), "a picture is told in words"
     linked = re.findall(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)", readme)
     assert linked
     for words, path in linked:
@@ -357,7 +464,6 @@ def check_index_page(page: email.message.Message) -> None:
 
 def test_a_wheel_has_every_source_and_nothing_else(tmp_path: Path) -> None:
     """Built from a copy, since a build leaves folders behind."""
-    import shutil
     import zipfile
 
     copy = tmp_path / "copy"
