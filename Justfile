@@ -39,7 +39,7 @@ test-rdma *ARGS: install
 test-upstream *ARGS: setup
     {{ py }} -m tests.upstream.run {{ ARGS }}
 
-# the figures of README, with ratios to memcpy
+# the figures of docs/figures.md, with ratios to memcpy
 bench *ARGS: setup
     {{ py }} -m pytest bench --benchmark-only -p no:cacheprovider {{ ARGS }}
 
@@ -58,6 +58,10 @@ stress *ARGS: install
 # a vLLM engine and two SGLang engines on one pool, under load and kills: just soak --minutes 5
 soak *ARGS: setup
     {{ py }} tests/soak/run.py {{ ARGS }}
+
+# draw the documentation's pictures from their texts: docs/images
+pictures:
+    @python3 docs/images/make.py
 
 # ruff and mypy, as the tests run them
 lint: install

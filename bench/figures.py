@@ -97,7 +97,7 @@ FIGURES: Final = (
     Figure("hold_p99", "pool's lock, a busy Python thread beside: time held, p99", "ms", 1.0),
     Figure("hold_p99_eight", "pool's lock, eight processes at work: time held, p99", "ms", 1.0),
     Figure("rebuild", "rebuild of 100,000 slots after a process died inside a locked section: time", "ms", 100.0),
-    Figure("rebuild_lookup", "look-up of 256 keys while 100,000 slots are rebuilt: time, p99", "ms", None),
+    Figure("rebuild_lookup", "lookup of 256 keys while 100,000 slots are rebuilt: time, p99", "ms", None),
     Figure("pin", "look up, pin and release 2048 keys, warm caches: time", "ms", 1.5),
     Figure("pin_cold", "look up, pin and release 2048 keys, cold caches: time", "ms", 1.5),
     Figure("one_get", "one `get` of a 256 KiB block: median time ÷ memcpy's", "×", 1.6),
@@ -159,7 +159,7 @@ FIGURES: Final = (
     Figure("fetch_lookup", "look up and lease 2048 keys at an agent on this machine: round trip", "ms", 3.0),
     Figure(
         "fetch_beside_python",
-        "busy Python thread in an engine that fetches: time it waits for the interpreter ÷ time of the fetch",
+        "busy Python thread in an engine that fetches: time it waits for the GIL ÷ time of the fetch",
         "%",
         None,
     ),

@@ -1,6 +1,6 @@
 """Makes the pictures of the documentation out of text, with Python alone.
 
-    python docs/images/make.py            writes them
+    python docs/images/make.py            writes them, as `just pictures` does
     python docs/images/make.py --check    says whether they are what it would write; ends with 1 if not
 
 ``overview.svg`` is drawn from ``overview.txt``. ``first-token.svg`` is plotted from the table in ``../figures.md``, so
@@ -176,11 +176,17 @@ def _head(a: tuple[float, float], b: tuple[float, float]) -> str:
 # -- the plot ----------------------------------------------------------------------------------------------------
 
 ROWS = (
-    ("The prompt is in the pool: time to first token", "time to first token: prompt read from a warm pool ÷ computed"),
-    ("Nobody has seen the prompt: the whole request", "whole request, prompt never seen: time with kvplug ÷ without"),
+    (
+        "Time to first token, prompt in the pool; 100 % is computing it",
+        "time to first token: prompt read from a warm pool ÷ computed",
+    ),
+    (
+        "Time of a whole request, prompt never seen; 100 % is without kvplug",
+        "whole request, prompt never seen: time with kvplug ÷ without",
+    ),
 )
 """Heading of the plot, and the end of the rows in the table that stand under it."""
-LEFT_PX, BAR_PX, RIGHT_PX = 205, 420, 270
+LEFT_PX, BAR_PX, RIGHT_PX = 205, 420, 290
 PITCH_PX = 26
 
 
@@ -218,13 +224,17 @@ def plot(table: str) -> str:
             ]
             y += PITCH_PX
         y += 26
-    y -= 14
-    for x, kind, words in ((20, "with", "with kvplug"), (140, "without", "without: 100 %, shorter is better")):
+    for x, kind, words in ((20, "with", "with kvplug"), (140, "without", "100 %; shorter is better")):
         parts += [
             f'<rect class="{kind}" x="{x}" y="{y - 11}" width="14" height="14" rx="2"/>',
             text(x + 22, y + 1, words, kind="small", anchor="start"),
         ]
-    return picture(LEFT_PX + BAR_PX + RIGHT_PX, y + 18, "Time with kvplug as a share of the time without it", parts)
+    return picture(
+        LEFT_PX + BAR_PX + RIGHT_PX,
+        y + 18,
+        "Times with kvplug, as shares of computing the prompt and of a request without kvplug",
+        parts,
+    )
 
 
 def made() -> dict[Path, str]:
