@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import email
 import email.message
+import functools
 import importlib
 import itertools
 import os
@@ -386,6 +387,7 @@ def test_words_that_are_wider_than_their_box_make_no_picture(pictures: Path) -> 
 # ---- the FAQ's messages are those that the code says
 
 
+@functools.cache
 def messages() -> str:
     """Every text in the sources, with … for what is put in when the program runs."""
     found = []
