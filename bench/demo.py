@@ -41,7 +41,8 @@ from rich.text import Text
 from bench.demo_engines import Asked, Sglang, Show, Vllm
 from kvplug.sizes import format_size
 from kvplug.store import KvStore, PoolStats
-from tests.vllm_lab.engine import EngineError, LabProcess, temporary_pool
+from tests.lab.env import EngineError, temporary_pool
+from tests.lab.process import LabProcess
 
 T = TypeVar("T")
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 from kvplug.config import default_size_bytes
+from tests.lab.env import EngineError
+from tests.lab.models import LLAMA_BIG, ModelSpec, model_dir
+from tests.lab.process import LabProcess
 from tests.sglang_lab.env import installed
 from tests.sglang_lab.server import Mode, SglangServer
-from tests.vllm_lab.engine import EngineError, LabProcess, Server
-from tests.vllm_lab.models import LLAMA_BIG, ModelSpec, model_dir
+from tests.vllm_lab.engine import Server
 
 __all__ = ["BOOT_S", "Asked", "Sglang", "Show", "Vllm"]
 

@@ -23,8 +23,8 @@ import numpy as np
 from bench.harness import GIB, config, pool_name, remove_pool, wait_for_memory
 from bench.others import cpu_s
 from kvplug import KvStore, hostmem
-from kvplug.exchange import PoolExchange
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote.pool_blocks import PoolExchange
 
 POOL_BYTES = 2 * GIB
 SENDER = Path(__file__).resolve().parent / "rdma_stream.py"

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from bench.harness import keys
-from kvplug.rdma.directory import Directory
-from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.publisher import Publisher
-from kvplug.rdma.resp import Connection, Endpoint, command
+from kvplug.rdma.directory.directory import Directory
+from kvplug.rdma.directory.names import BUCKETS, Names
+from kvplug.rdma.directory.publisher import Publisher
+from kvplug.rdma.directory.resp import Connection, Endpoint, command
 from tests.rdma.redis_server import RedisServer, binaries
 
 MILLION = 1_000_000

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvplug.extras import encode_extras
-from kvplug.keys import STEP_TOKENS, KeyChain, as_key_array, block_keys, root
+from kvplug.identity.extras import encode_extras
+from kvplug.identity.keys import STEP_TOKENS, KeyChain, as_key_array, block_keys, root
 
 STEPS = 2048
 LIMIT_US_PER_STEP = 1.0

@@ -21,7 +21,7 @@ import pytest
 
 from bench.harness import KIB, MIB, keys, room_for
 from bench.rdma_hosts import POOL_BYTES, Hosts, Stream, cpu, wait_until_mapped
-from kvplug.fetchprocess import FetchProcess
+from kvplug.remote.process import FetchProcess
 from kvplug.shm import segment
 
 READ_BYTES = 128 * MIB
@@ -167,7 +167,7 @@ def test_beside_python(benchmark: Any, hosts: Hosts, figure: Figure) -> None:
 
 def test_lookup_round_trip(benchmark: Any, hosts: Hosts, figure: Figure) -> None:
     """2048 keys, all there: asked, pinned, answered, and released."""
-    from kvplug.rdma.protocol import Leased, Lookup, Release, Released, check_leased
+    from kvplug.rdma.control.protocol import Leased, Lookup, Release, Released, check_leased
 
     wanted = keys(2048, 77)
     assert not hosts.owner.put(wanted, np.ones((2048, 16 * KIB), np.uint8)).any()

@@ -22,10 +22,10 @@ import pytest
 
 from bench import figures
 from kvplug.store import KvStore
+from tests.lab.env import temporary_pool
+from tests.lab.models import VOCAB, ModelSpec, model_dir
 from tests.sglang_lab.env import installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
-from tests.vllm_lab.env import temporary_pool
-from tests.vllm_lab.models import VOCAB, ModelSpec, model_dir
 
 PROMPT_TOKENS = 3000
 OUT_TOKENS = 16

@@ -20,8 +20,9 @@ import pytest
 
 from bench import figures
 from kvplug.store import KvStore
-from tests.vllm_lab.engine import InProcess, temporary_pool
-from tests.vllm_lab.models import LLAMA, VOCAB, model_dir
+from tests.lab.env import temporary_pool
+from tests.lab.models import LLAMA, VOCAB, model_dir
+from tests.vllm_lab.engine import InProcess
 
 PROMPT_TOKENS = 4000
 OUT_TOKENS = 16

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from kvplug.errors import VerbsError
-from kvplug.rdma import binding as b
-from kvplug.rdma.rails import best_gid, gids_of
-from kvplug.rdma.reads import plan
+from kvplug.rdma.verbs import binding as b
+from kvplug.rdma.verbs.rails import best_gid, gids_of
+from kvplug.rdma.verbs.reads import plan
 
 N = 2048
 BLOCK = 4096
@@ -126,7 +126,7 @@ def on_a_device(name: str) -> str:
 
 def building_alone() -> str:
     """ibverbs without a device: the queue pair's post, with nothing behind it."""
-    from kvplug.rdma import binding_ibverbs as of
+    from kvplug.rdma.verbs import binding_ibverbs as of
 
     queue = of._QueuePair.__new__(of._QueuePair)
     queue._requests = [of.ib.SendWR(opcode=b.OPCODE_READ) for _ in range(b.CHAIN)]

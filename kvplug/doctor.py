@@ -455,7 +455,7 @@ def _sglang_plugin(_: _Surroundings) -> Iterator[Finding]:
 
 
 def _rdma(around: _Surroundings) -> Iterator[Finding]:
-    from kvplug.rdma.describe import describe_peers, describe_verbs
+    from kvplug.rdma.verbs.describe import describe_peers, describe_verbs
 
     for status, found, mend in describe_verbs(around.config, around.root / "sys/class/infiniband"):
         yield Finding("RDMA", Status(status), found, mend)
@@ -466,7 +466,7 @@ def _rdma(around: _Surroundings) -> Iterator[Finding]:
 def _directory(around: _Surroundings) -> Iterator[Finding]:
     if around.config.directory_url is None:
         return
-    from kvplug.rdma.directory import describe_server
+    from kvplug.rdma.directory.directory import describe_server
 
     try:
         yield Finding("directory", Status.OK, describe_server(around.config))

@@ -33,7 +33,7 @@ from kvplug.buffers import RegisteredRanges, addresses, equal_fragments, fragmen
 from kvplug.config import Config
 from kvplug.errors import BufferError, Code, ConfigError, KeyFormatError
 from kvplug.handles import PinnedBlocks, Reservation
-from kvplug.keys import as_key_array
+from kvplug.identity.keys import as_key_array
 from kvplug.shm import copy as copies
 from kvplug.shm.attach import PoolOptions
 from kvplug.shm.batch import part_sizes
@@ -324,7 +324,7 @@ class KvStore:
         ``siblings``: (count, index) of blocks that are worth nothing without each other, as the ranks of an engine
         store them: when one is evicted, removed or dropped, so are the others, unless they are pinned or being
         written. Sibling *j* of *i* has the same key with i ^ j XORed into its last two bytes, u16 little-endian, as
-        :func:`kvplug.keys.fold` numbers shards. Raises ConfigError unless 0 <= index < count <= 128.
+        :func:`kvplug.identity.keys.fold` numbers shards. Raises ConfigError unless 0 <= index < count <= 128.
         """
         return self._pool.reserve(_words(keys), part_nbytes, siblings=_family(siblings))
 

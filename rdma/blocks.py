@@ -1,4 +1,4 @@
-"""What this package needs of a pool: the store's side is :class:`kvplug.exchange.PoolExchange`.
+"""What this package needs of a pool: the store's side is :class:`kvplug.remote.pool_blocks.PoolExchange`.
 
 Between hosts everything is said in blocks of the pool: slots, generations, offsets from the segment's start, parts
 and their checksums. Here stands only the shape of that, so that this package imports no pool.
@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.rdma.protocol import I8, I64
-
+I8 = npt.NDArray[np.int8]
+I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from kvplug.adapters.devices import device_of
 from kvplug.adapters.devices.base import ByteRuns, Int64s
-from kvplug.canonical import Value
 from kvplug.errors import UnsupportedEngineError
+from kvplug.identity.canonical import Value
 
 KV, SWA, MAMBA = "kv", "swa", "mamba"
 SOURCES = (KV, SWA, MAMBA)

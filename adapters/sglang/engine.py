@@ -24,11 +24,11 @@ from kvplug.adapters.sglang.compat import Facts
 from kvplug.adapters.sglang.flags import EXTRA_KEY, PRIVATE, PROCESS_STARTED_NS
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
-from kvplug.canonical import Value
 from kvplug.config import Config
 from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
-from kvplug.fetching import Fetcher
-from kvplug.namespace import Namespace
+from kvplug.identity.canonical import Value
+from kvplug.identity.namespace import Namespace
+from kvplug.remote.fetcher import Fetcher
 from kvplug.store import KvStore
 from kvplug.threads import guarded
 

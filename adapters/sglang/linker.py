@@ -30,7 +30,7 @@ from kvplug.adapters.sglang.waits import Waits
 from kvplug.adapters.sglang.wants import Part, wanted
 from kvplug.config import Config
 from kvplug.errors import KvplugError, UnsupportedEngineError
-from kvplug.fetching import Fetch
+from kvplug.remote.fetcher import Fetch
 
 DEVICE_PAGES_IF_UNKNOWN = 1024
 T = TypeVar("T")

@@ -6,9 +6,9 @@ SGLang's own tree keeps its ids) the id is replaced by the adapter's content.
 
 The content is that of the files as SGLang has read them. It reads an adapter once, when it is registered, and maps what
 it can instead of reading it; each time that the adapter gets a place on the device, it copies from there. So the files
-are read here before SGLang does (:class:`kvplug.weights.AdapterFiles`) and looked at again after each copy. All ranks
-have to come to the same, since each of them reads by itself. What is not known in this way, and adapters that are no
-files, get a seed of this engine alone: pages are stored under it, but nobody else finds them.
+are read here before SGLang does (:class:`kvplug.identity.weights.AdapterFiles`) and looked at again after each copy.
+All ranks have to come to the same, since each of them reads by itself. What is not known in this way, and adapters that
+are no files, get a seed of this engine alone: pages are stored under it, but nobody else finds them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from kvplug.errors import NamespaceError
-from kvplug.weights import AdapterFiles
+from kvplug.identity.weights import AdapterFiles
 
 ID_CHARS = 32
 

@@ -9,11 +9,11 @@ from blake3 import blake3
 
 from kvplug.adapters.sglang import compat, settings
 from kvplug.adapters.sglang.compat import Facts
-from kvplug.canonical import Value
 from kvplug.config import Config
 from kvplug.errors import NamespaceError
-from kvplug.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
-from kvplug.weights import WeightsProbe
+from kvplug.identity.canonical import Value
+from kvplug.identity.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
+from kvplug.identity.weights import WeightsProbe
 
 _FROM_FILES = frozenset(
     {

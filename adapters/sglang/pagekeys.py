@@ -16,7 +16,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from kvplug.errors import KeyFormatError
-from kvplug.keys import KEY_BYTES, fold
+from kvplug.identity.keys import KEY_BYTES, fold
 
 Keys = npt.NDArray[np.uint8]
 _MASK_CONTEXT = b"kvplug page mask 1\0"

@@ -4,8 +4,8 @@ An adapter is never known by its path, name or id alone: between two looks at a 
 id may stand for what was read long ago. A worker reads an adapter when a request first needs it, and again after its
 cache had no room for it, or after a change of the model's weights. Where it can't pin memory it maps the files, and
 copies from them each time that the adapter gets a place on the device. So the files are read here before the worker
-reads them, and looked at again after each copy (:class:`kvplug.weights.AdapterFiles`). The scheduler is told what came
-of it; a job that it made before an adapter's content changed in this worker is not carried out.
+reads them, and looked at again after each copy (:class:`kvplug.identity.weights.AdapterFiles`). The scheduler is told
+what came of it; a job that it made before an adapter's content changed in this worker is not carried out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from kvplug.adapters.vllm.jobs import AdapterLoad, Job, Rank, WorkerReport
 from kvplug.errors import NamespaceError
-from kvplug.weights import AdapterFiles
+from kvplug.identity.weights import AdapterFiles
 
 ELSEWHERE = "its weights are not, or not only, the files at its path (tensorizer_config_dict)"
 """Why an adapter can't be known whose weights come from another place than its configuration."""

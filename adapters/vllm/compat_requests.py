@@ -17,7 +17,7 @@ from kvplug.adapters.common.hooks import put_around
 from kvplug.adapters.vllm import settings
 from kvplug.adapters.vllm.environment import VARIABLES
 from kvplug.errors import NamespaceError
-from kvplug.namespace import digest_of
+from kvplug.identity.namespace import digest_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -16,7 +16,7 @@ from kvplug.adapters.vllm.hits import Bools, longest_hit, most_tokens, needed
 from kvplug.adapters.vllm.loads import Loads
 from kvplug.adapters.vllm.requests import Record
 from kvplug.adapters.vllm.state import EngineState
-from kvplug.fetching import Fetcher, Plan, Planner, Wanted
+from kvplug.remote.fetcher import Fetcher, Plan, Planner, Wanted
 
 
 class Fetches:

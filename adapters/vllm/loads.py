@@ -18,7 +18,7 @@ from kvplug.adapters.vllm.jobs import GroupBlocks, Job, as_ids
 from kvplug.adapters.vllm.requests import GroupPins, LoraIdentities, Offer, Record
 from kvplug.adapters.vllm.state import EngineState, Pending
 from kvplug.errors import Code
-from kvplug.keys import KeyArray, block_keys
+from kvplug.identity.keys import KeyArray, block_keys
 
 OFFER_LIFE_S = 10.0
 """A hit that the engine does not take up for so long is given back; it asks again before it admits a request."""

@@ -12,8 +12,8 @@ from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.jobs import Part, Plan, Rank, RankLayout
 from kvplug.config import Config
 from kvplug.errors import NamespaceError, UnsupportedEngineError
-from kvplug.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
-from kvplug.weights import WeightsProbe
+from kvplug.identity.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
+from kvplug.identity.weights import WeightsProbe
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -5,7 +5,7 @@ their weights, has replaced every tensor that the first load brought, if the fil
 and shape: vLLM only warns of those that are missing, and keeps what was there. Everything beside the tensors that a
 start would read there (configuration, processors, code) has to be what it was at the start, since a reload does not
 read it. And the files must not have changed from before the call on until they are identified
-(:class:`kvplug.weights.WeightFiles`).
+(:class:`kvplug.identity.weights.WeightFiles`).
 
 Whatever else changes weights (over a network, from a trainer's memory, a function of the user's own, a sleep, a call
 that has failed) may leave something that no reload from files replaces. After it, nothing is known until a restart.
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from kvplug.errors import NamespaceError
-from kvplug.namespace import WeightsIdentity
+from kvplug.identity.namespace import WeightsIdentity
+from kvplug.identity.weights import Probe, WeightFiles
 from kvplug.outside import json_value
-from kvplug.weights import Probe, WeightFiles
 
 MAX_HEADER_BYTES = 256 << 20
 """Longest list of tensors in a file of weights; a longer one is none."""

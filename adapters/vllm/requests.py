@@ -17,9 +17,9 @@ from kvplug.adapters.vllm.adapters import ELSEWHERE
 from kvplug.adapters.vllm.compat_adapters import lies_elsewhere
 from kvplug.adapters.vllm.jobs import AdapterLoad, Rank, WorkerReport
 from kvplug.errors import NamespaceError
-from kvplug.extras import encode_extras
-from kvplug.fetching import Fetch
-from kvplug.keys import KeyChain
+from kvplug.identity.extras import encode_extras
+from kvplug.identity.keys import KeyChain
+from kvplug.remote.fetcher import Fetch
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -22,12 +22,12 @@ from kvplug.adapters.vllm.state import EngineState, Pending, part_sizes
 from kvplug.adapters.vllm.stores import Stores
 from kvplug.config import Config
 from kvplug.errors import ConfigError, KeyFormatError, KvplugError, NamespaceError, UnsupportedEngineError
-from kvplug.fetching import Fetcher
-from kvplug.keys import block_keys
-from kvplug.namespace import Namespace
+from kvplug.identity.keys import block_keys
+from kvplug.identity.namespace import Namespace
+from kvplug.identity.weights import AdapterProbe, WeightsProbe
+from kvplug.remote.fetcher import Fetcher
 from kvplug.sizes import format_size
 from kvplug.store import KvStore
-from kvplug.weights import AdapterProbe, WeightsProbe
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -24,8 +24,8 @@ from kvplug.adapters.vllm.hits import common_span
 from kvplug.adapters.vllm.jobs import Job, Plan
 from kvplug.adapters.vllm.requests import Record
 from kvplug.config import Config
-from kvplug.keys import step_for_spans
-from kvplug.namespace import Namespace, WeightsIdentity
+from kvplug.identity.keys import step_for_spans
+from kvplug.identity.namespace import Namespace, WeightsIdentity
 from kvplug.store import KvStore
 
 

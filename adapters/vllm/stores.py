@@ -20,7 +20,7 @@ from kvplug.adapters.vllm.jobs import GroupBlocks, Job, as_ids
 from kvplug.adapters.vllm.requests import LoraIdentities, Record
 from kvplug.adapters.vllm.state import EngineState, Pending
 from kvplug.errors import Code
-from kvplug.keys import KeyArray, block_keys
+from kvplug.identity.keys import KeyArray, block_keys
 
 MAX_BLOCKS_PER_STEP = 2048
 """Bounds the scheduler's own time: what is beyond is stored after one of the next steps."""

@@ -31,8 +31,8 @@ def agent(
     """Serve the pool to other hosts until SIGTERM or Ctrl-C. Listening beyond loopback needs a key or TLS."""
     from kvplug.config import load
     from kvplug.errors import PoolError
-    from kvplug.peering import check_directory
-    from kvplug.rdma.agent import check_settings
+    from kvplug.rdma.agent.agent import check_settings
+    from kvplug.remote.peering import check_directory
     from kvplug.shm.segment import remove_pool
     from kvplug.store import KvStore
 
@@ -55,9 +55,9 @@ def agent(
 
 
 def _serve(config: Config, store: KvStore, has_begun: threading.Event, stop: threading.Event) -> None:
-    from kvplug.exchange import PoolExchange
-    from kvplug.peering import directory_publisher, directory_reader, known_peers
-    from kvplug.rdma.agent import Agent
+    from kvplug.rdma.agent.agent import Agent
+    from kvplug.remote.peering import directory_publisher, directory_reader, known_peers
+    from kvplug.remote.pool_blocks import PoolExchange
 
     known = known_peers(config, directory_reader(config, store))
     serving = announced = None

@@ -20,7 +20,7 @@ from kvplug.adapters.devices.pinning import PinnedSlabs  # noqa: E402
 from kvplug.adapters.devices.planning import HostMemory  # noqa: E402
 from kvplug.errors import KvplugError, UnsupportedEngineError  # noqa: E402
 from kvplug.store import KvStore  # noqa: E402
-from tests.vllm_lab.env import temporary_pool  # noqa: E402
+from tests.lab.env import temporary_pool  # noqa: E402
 
 SLAB = 1 << 16
 RUNS = [ByteRuns.of([(1 << 20, 512, 512)])]

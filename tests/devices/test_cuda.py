@@ -22,7 +22,7 @@ from kvplug.store import KvStore  # noqa: E402
 from tests.devices.conformance import Conformance, Rig, Trial, fresh_rng  # noqa: E402
 from tests.devices.layouts import NAMES, layout_of, narrow, wide  # noqa: E402
 from tests.devices.races import Race, without_waits  # noqa: E402
-from tests.vllm_lab.env import temporary_pool  # noqa: E402
+from tests.lab.env import temporary_pool  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

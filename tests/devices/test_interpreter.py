@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests.vllm_lab.env import ROOT
+from tests.lab.env import ROOT
 
 TRITON = os.path.join(sys.prefix, "triton")
 CHILD_S = 550

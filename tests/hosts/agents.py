@@ -10,15 +10,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvplug.blockfeed import BlockFeed
 from kvplug.config import load
 from kvplug.errors import Code
-from kvplug.exchange import PoolExchange
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote.feed import BlockFeed
+from kvplug.remote.pool_blocks import PoolExchange
 from kvplug.store import KvStore
+from tests.lab.env import ROOT, free_port
 from tests.vllm.common import eventually
-from tests.vllm_lab.env import ROOT, base_env, free_port
+from tests.vllm_lab.env import base_env
 
 KEY = "a key for the tests of kvplug"
 START_S = 240.0

@@ -19,15 +19,16 @@ from typing import Any
 import pytest
 
 from kvplug.config import Config
-from kvplug.peering import host_id
-from kvplug.rdma.speed import KNOWN_FOR_S
+from kvplug.rdma.reader.speed import KNOWN_FOR_S
+from kvplug.remote.peering import host_id
 from kvplug.store import KvStore
 from tests.hosts.agents import AgentProcess
 from tests.hosts.net import Network
+from tests.lab.env import temporary_pool
+from tests.lab.models import LLAMA_BIG, model_dir
 from tests.rdma.redis_server import RedisServer
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
-from tests.vllm_lab.engine import InProcess, temporary_pool
-from tests.vllm_lab.models import LLAMA_BIG, model_dir
+from tests.vllm_lab.engine import InProcess
 
 KEY = "a key for the tests of kvplug"
 PASSWORD = "only-for-this-test"

@@ -12,7 +12,7 @@ import torch
 
 from kvplug import errors
 from kvplug.errors import Code
-from kvplug.keys import fold
+from kvplug.identity.keys import fold
 from kvplug.shm import layout as lay
 from kvplug.shm.index import key_hash
 from tests.pool.sample import BLOCK, MakeStore, flip_a_byte, some_blocks, some_keys

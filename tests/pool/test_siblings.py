@@ -7,7 +7,7 @@ import pytest
 
 from kvplug import KvStore, errors
 from kvplug.errors import Code
-from kvplug.keys import fold
+from kvplug.identity.keys import fold
 from kvplug.shm import copy as copies
 from kvplug.shm import failpoints
 from kvplug.shm import layout as lay

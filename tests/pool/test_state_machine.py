@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from kvplug import KvStore
 from kvplug.config import Config
 from kvplug.errors import Code
-from kvplug.keys import fold
+from kvplug.identity.keys import fold
 from kvplug.shm import copy as copies
 from kvplug.shm.failpoints import NAMES, arm
 from kvplug.shm.jit import warm_up

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.lab.env import free_port
 from tests.rdma.hosts import KEY, until
-from tests.vllm_lab.env import free_port
 
 __all__ = ["KEY", "AgentProcess"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from kvplug.errors import PeerError, StoreClosedError
-from kvplug.rdma.datapath import DataPath, Landing, Wanted
-from kvplug.rdma.leases import HeldLease
-from kvplug.rdma.protocol import Leased, LeasedBlocks, Lookup, check_leased
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.control.leases import HeldLease
+from kvplug.rdma.control.protocol import Leased, LeasedBlocks, Lookup, check_leased
+from kvplug.rdma.data.datapath import DataPath, Landing, Wanted
+from kvplug.rdma.reader.remote import Peer
 from tests.rdma.hosts import BLOCK, Host, blocks, keys, put
 from tests.stopwatch import Stopwatch
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvplug.fetching import Fetcher
+from kvplug.remote.fetcher import Fetcher
 from tests.pool.conftest import leave_nothing
 from tests.rdma.fetch_parts import END_S, MakeFetcher, fetcher_inside
 from tests.rdma.hosts import Host, Proxy, certificates

@@ -12,12 +12,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.blockfeed import BlockFeed
 from kvplug.config import Config
-from kvplug.rdma.directory import Directory, Hits
-from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.publisher import Publisher
-from kvplug.rdma.resp import Endpoint
+from kvplug.rdma.directory.directory import Directory, Hits
+from kvplug.rdma.directory.names import BUCKETS, Names
+from kvplug.rdma.directory.publisher import Publisher
+from kvplug.rdma.directory.resp import Endpoint
+from kvplug.remote.feed import BlockFeed
 from kvplug.shm import segment
 from kvplug.shm.jit import warm_up
 from kvplug.store import KvStore

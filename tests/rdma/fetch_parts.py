@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from kvplug.config import Config
-from kvplug.fetching import Fetch, Fetcher, Outcome, Wanted, leading
-from kvplug.holders import Holders
-from kvplug.rdma.agent import Agent
+from kvplug.rdma.agent.agent import Agent
+from kvplug.remote.fetcher import Fetch, Fetcher, Outcome, Wanted, leading
+from kvplug.remote.sources import Holders
 from tests.pool.children import check_nothing_left
 from tests.rdma.hosts import BLOCK, Host, until
 

@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from kvplug import KvStore
 from kvplug.config import Config
-from kvplug.exchange import PoolExchange
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote.pool_blocks import PoolExchange
 from kvplug.shm import copy as copies
 from tests.pool.children import Child, blocks, check_bytes, keys, put
 

@@ -7,9 +7,9 @@ import socket
 import time
 from typing import Any
 
-from kvplug.rdma.auth import NO_KEY, Session, knock, shared_key
-from kvplug.rdma.protocol import NONCE_BYTES, Challenge, Hello, Message, Proof, encode, expect
-from kvplug.rdma.wire import Connection
+from kvplug.rdma.control.auth import NO_KEY, Session, knock, shared_key
+from kvplug.rdma.control.protocol import NONCE_BYTES, Challenge, Hello, Message, Proof, encode, expect
+from kvplug.rdma.control.wire import Connection
 from tests.rdma.hosts import Host
 
 SOON_S = 60.0

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from kvplug.errors import AgentError, Code
-from kvplug.rdma import protocol as p
-from kvplug.rdma.auth import knock
-from kvplug.rdma.describe import describe_peers
-from kvplug.rdma.leases import MAX_LEASES_A_READER
+from kvplug.rdma.control import protocol as p
+from kvplug.rdma.control.auth import knock
+from kvplug.rdma.control.leases import MAX_LEASES_A_READER
+from kvplug.rdma.verbs.describe import describe_peers
 from kvplug.shm import segment
+from tests.lab.env import free_port
 from tests.pool.children import check_nothing_left, settle
 from tests.rdma.hosts import BLOCK, KEY, SOON_S, Host, keys, put, until
 from tests.rdma.knocking import ask, dial, let_in
 from tests.stopwatch import Stopwatch
-from tests.vllm_lab.env import free_port
 
 MakeHost = Callable[..., Host]
 COMMAND = [sys.executable, "-c", "from kvplug.cli import main; main()", "agent"]
@@ -192,7 +192,7 @@ def test_connections_are_bounded_and_those_that_are_there_go_on(
     owner = make_host()
     agent = owner.agent()
     control, _ = let_in(owner, agent.address)
-    monkeypatch.setattr("kvplug.rdma.agent.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr("kvplug.rdma.agent.agent.MAX_CONNECTIONS", 3)
     strangers = [dial(agent.address) for _ in range(6)]
     until(lambda: agent.counters().get("refused") == 4)
     assert isinstance(ask(control, p.Stats()), p.StatsReply)

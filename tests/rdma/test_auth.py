@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from kvplug.errors import AgentError, Code, ConfigError, PeerAuthError, PeerError, ProtocolError
-from kvplug.rdma import protocol as p
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.auth import check_exposure, knock, shared_key
-from kvplug.rdma.wire import FrameMac
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.control import protocol as p
+from kvplug.rdma.control.auth import check_exposure, knock, shared_key
+from kvplug.rdma.control.wire import FrameMac
 from tests.rdma.hosts import BLOCK, KEY, SOON_S, Host, Proxy, keys, put, until
 from tests.rdma.knocking import ask, dial, frame, half_way, is_hung_up_on, let_in, opened
 
@@ -221,7 +221,7 @@ def test_a_ticket_is_good_once_for_its_reader_and_not_for_long(owner: Host, monk
     second = ticket()
     with pytest.raises(PeerAuthError):
         show(second, other.ticket_key(second))
-    monkeypatch.setattr("kvplug.rdma.agent.TICKET_S", 0.0)
+    monkeypatch.setattr("kvplug.rdma.agent.agent.TICKET_S", 0.0)
     third = ticket()
     with pytest.raises(PeerAuthError, match="not good any more"):
         show(third, session.ticket_key(third))

@@ -14,13 +14,14 @@ import pytest
 
 from kvplug.config import Config
 from kvplug.errors import Code
-from kvplug.peering import directory_reader, host_id
-from kvplug.rdma import faults
-from kvplug.rdma import protocol as p
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.cachenode import MAX_WAITING_A_READER
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.agent.cachenode import MAX_WAITING_A_READER
+from kvplug.rdma.control import faults
+from kvplug.rdma.control import protocol as p
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote.peering import directory_reader, host_id
 from kvplug.store import KvStore
+from tests.lab.env import free_port
 from tests.pool.children import check_bytes, check_nothing_left, settle
 from tests.rdma.directory_parts import counts, wait_for
 from tests.rdma.hosts import BLOCK, KEY, SOON_S, Child, Host, keys, put, until
@@ -28,7 +29,6 @@ from tests.rdma.knocking import ask, is_hung_up_on, let_in
 from tests.rdma.redis_server import RedisServer
 from tests.rdma.test_directory_agent import PASSWORD, end, start_agent, url_of
 from tests.stopwatch import LONG_S, Stopwatch
-from tests.vllm_lab.env import free_port
 
 MakeHost = Callable[..., Host]
 HOT = 24

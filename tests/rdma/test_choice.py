@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from kvplug.errors import AgentError, Code, PeerTimeoutError
-from kvplug.rdma import choice
-from kvplug.rdma import protocol as p
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.binding import Port
-from kvplug.rdma.choice import ASIDE_FIRST_S, ChosenPath
-from kvplug.rdma.datapath import DataPath, Landing
-from kvplug.rdma.link import RefusedError
-from kvplug.rdma.rails import Gid, best_gid, gids_of
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.control import protocol as p
+from kvplug.rdma.control.link import RefusedError
+from kvplug.rdma.data.datapath import DataPath, Landing
+from kvplug.rdma.reader import choice
+from kvplug.rdma.reader.choice import ASIDE_FIRST_S, ChosenPath
+from kvplug.rdma.reader.remote import Peer
+from kvplug.rdma.verbs.binding import Port
+from kvplug.rdma.verbs.rails import Gid, best_gid, gids_of
 from tests.rdma.hosts import BLOCK, SOON_S, Host, keys, put
 
 N = 32

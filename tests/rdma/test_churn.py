@@ -17,8 +17,8 @@ from typing import Any
 
 from kvplug import KvStore
 from kvplug.errors import Code
-from kvplug.exchange import PoolExchange
-from kvplug.rdma.agent import Agent
+from kvplug.rdma.agent.agent import Agent
+from kvplug.remote.pool_blocks import PoolExchange
 from tests.rdma.hosts import BLOCK, Child, Host, Proxy, blocks, keys, put, until
 from tests.stopwatch import LONG_S
 

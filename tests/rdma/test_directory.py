@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from kvplug.blockfeed import BlockFeed
 from kvplug.errors import Code, KeyFormatError
-from kvplug.rdma import directory as reading
-from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.publisher import Publisher
-from kvplug.rdma.resp import Endpoint
+from kvplug.rdma.directory import directory as reading
+from kvplug.rdma.directory.names import BUCKETS, Names
+from kvplug.rdma.directory.publisher import Publisher
+from kvplug.rdma.directory.resp import Endpoint
+from kvplug.remote.feed import BlockFeed
 from tests.rdma.directory_parts import (
     SECRET,
     TTL_S,
@@ -173,9 +173,9 @@ DIE_IN_A_SECTION = """
 
 PUBLISH_AND_WAIT = """
     import sys, time
-    from kvplug.rdma.publisher import Publisher
+    from kvplug.rdma.directory.publisher import Publisher
     from tests.rdma.directory_parts import *
-    from kvplug.blockfeed import BlockFeed
+    from kvplug.remote.feed import BlockFeed
     store = open_pool(sys.argv[2])
     made = Publisher(BlockFeed(store), Endpoint.parse(sys.argv[1]), Names(SECRET), host_id="mortal",
                      address="mortal.test:1", ttl_s=float(sys.argv[3]))

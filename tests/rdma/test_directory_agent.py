@@ -14,8 +14,8 @@ import pytest
 from kvplug import doctor
 from kvplug.config import Config
 from kvplug.errors import Code, ConfigError
-from kvplug.peering import directory_publisher, directory_reader, host_id, known_peers
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote.peering import directory_publisher, directory_reader, host_id, known_peers
 from tests.pool.children import blocks
 from tests.rdma.directory_parts import counts, ids, wait_for
 from tests.rdma.hosts import BLOCK, KEY, Host, keys, put

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from kvplug.errors import ConfigError, DirectoryError
-from kvplug.rdma import resp
-from kvplug.rdma.directory import Directory
-from kvplug.rdma.names import Names
-from kvplug.rdma.resp import Connection, Endpoint, ServerError, command
+from kvplug.rdma.directory import resp
+from kvplug.rdma.directory.directory import Directory
+from kvplug.rdma.directory.names import Names
+from kvplug.rdma.directory.resp import Connection, Endpoint, ServerError, command
 from tests.rdma.redis_server import RedisServer
 from tests.stopwatch import Stopwatch
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvplug.blockfeed import BlockFeed
-from kvplug.rdma import publisher as publishing
-from kvplug.rdma.directory import Directory
-from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.peers import PeerInfo, to_record
-from kvplug.rdma.publisher import Publisher
-from kvplug.rdma.resp import Endpoint
+from kvplug.rdma.directory import publisher as publishing
+from kvplug.rdma.directory.directory import Directory
+from kvplug.rdma.directory.names import BUCKETS, Names
+from kvplug.rdma.directory.peers import PeerInfo, to_record
+from kvplug.rdma.directory.publisher import Publisher
+from kvplug.rdma.directory.resp import Endpoint
+from kvplug.remote.feed import BlockFeed
 from kvplug.store import KvStore
 from tests.rdma.directory_parts import (
     SECRET,

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from kvplug.errors import DirectoryError
-from kvplug.rdma import directory as directory_module
-from kvplug.rdma.directory import Directory, describe_server
-from kvplug.rdma.names import Names
-from kvplug.rdma.peers import PeerInfo, to_record
-from kvplug.rdma.publisher import Publisher
-from kvplug.rdma.resp import Connection, Endpoint
+from kvplug.rdma.directory import directory as directory_module
+from kvplug.rdma.directory.directory import Directory, describe_server
+from kvplug.rdma.directory.names import Names
+from kvplug.rdma.directory.peers import PeerInfo, to_record
+from kvplug.rdma.directory.publisher import Publisher
+from kvplug.rdma.directory.resp import Connection, Endpoint
 from kvplug.threads import troubles
 from tests.rdma.directory_parts import SECRET, a_host, a_pool, a_reader, ids, is_settled, keys, put, wait_for
 from tests.rdma.redis_server import RedisServer
@@ -261,12 +261,12 @@ def test_a_server_that_answers_byte_by_byte_is_as_good_as_none(monkeypatch: pyte
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_publisher_lives_whatever_the_server_answers(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplug.rdma.publisher.BACKOFF_S", (0.01,))
-    monkeypatch.setattr("kvplug.rdma.publisher.EXCHANGE_S", 0.3)
-    monkeypatch.setattr("kvplug.rdma.publisher.READ_BACK_S", 0.3)
+    monkeypatch.setattr("kvplug.rdma.directory.publisher.BACKOFF_S", (0.01,))
+    monkeypatch.setattr("kvplug.rdma.directory.publisher.EXCHANGE_S", 0.3)
+    monkeypatch.setattr("kvplug.rdma.directory.publisher.READ_BACK_S", 0.3)
     strange = Answering(WRONG[what])
     with a_pool() as store:
-        from kvplug.blockfeed import BlockFeed
+        from kvplug.remote.feed import BlockFeed
 
         put(store, keys(5, 1))
         where = Endpoint.parse(strange.url)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from kvplug.rdma import directory, names, peers, publisher, resp
-from kvplug.rdma.names import BUCKETS, Names
-from kvplug.rdma.resp import members, variadic
+from kvplug.rdma.directory import directory, names, peers, publisher, resp
+from kvplug.rdma.directory.names import BUCKETS, Names
+from kvplug.rdma.directory.resp import members, variadic
 from tests.rdma.directory_parts import keys
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvplug import KvStore, exchange
+from kvplug import KvStore
 from kvplug.errors import BufferError, Code
-from kvplug.exchange import PoolExchange
+from kvplug.remote import pool_blocks
+from kvplug.remote.pool_blocks import PoolExchange
 from kvplug.shm.local import L_THREAD
 from tests.pool.children import check_nothing_left, die_at, put, settle
 from tests.rdma.hosts import Host, checksums, keys
@@ -121,7 +122,7 @@ def test_nobody_waits_for_the_checking(make_host: MakeHost, monkeypatch: pytest.
     """The engine's scheduler uses the same store: while bytes are checked, the process's turn at the pool is free."""
     host = make_host()
     free: list[bool] = []
-    plain = exchange.check_parts
+    plain = pool_blocks.check_parts
 
     def watched(*args: object) -> None:
         other = threading.Thread(target=lambda: free.append(_is_free(host)))
@@ -129,6 +130,6 @@ def test_nobody_waits_for_the_checking(make_host: MakeHost, monkeypatch: pytest.
         other.join()
         plain(*args)
 
-    monkeypatch.setattr(exchange, "check_parts", watched)
+    monkeypatch.setattr(pool_blocks, "check_parts", watched)
     assert host.exchange.complete(*arrive(host.store)).tolist() == [Code.OK] * N
     assert free == [True]

@@ -18,9 +18,9 @@ import pytest
 
 from kvplug import KvStore
 from kvplug.errors import Code
-from kvplug.exchange import PoolExchange
-from kvplug.rdma.datapath import Arrived, DataPath, Landing, Wanted
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.data.datapath import Arrived, DataPath, Landing, Wanted
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote.pool_blocks import PoolExchange
 from tests.pool.children import check_nothing_left, settle
 from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, keys, put, random_fault, until
 from tests.stopwatch import LONG_S, Stopwatch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvplug.errors import Code
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.reader.remote import Peer
 from tests.rdma.hosts import BLOCK, Child, Fault, Host, Proxy, blocks, checksums, keys, put, until
 from tests.stopwatch import Stopwatch
 
@@ -46,8 +46,8 @@ def test_the_last_bytes_of_a_read_are_not_waited_for(
     make_host: MakeHost, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread sleeps until much has come: never for more than there is, which would take until the stall's time."""
-    monkeypatch.setattr("kvplug.rdma.tcp.PIECE_BLOCKS", 6)
-    monkeypatch.setattr("kvplug.rdma.tcp.WAKE_BYTES", 3 * BLOCK)
+    monkeypatch.setattr("kvplug.rdma.data.tcp.PIECE_BLOCKS", 6)
+    monkeypatch.setattr("kvplug.rdma.data.tcp.WAKE_BYTES", 3 * BLOCK)
     owner = make_host(agent_advertise=proxy.address)
     reader = make_host(peer_timeout_s=60.0, peer_connections=1)
     of = keys(13, 3)

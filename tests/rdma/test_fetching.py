@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvplug import fetching
 from kvplug.errors import Code
-from kvplug.fetching import Fetch, Fetcher, Outcome, Plan, Wanted
-from kvplug.holders import Holders
-from kvplug.peering import directory_publisher
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote import fetcher as fetching
+from kvplug.remote.fetcher import Fetch, Fetcher, Outcome, Plan, Wanted
+from kvplug.remote.peering import directory_publisher
+from kvplug.remote.sources import Holders
 from tests.rdma.fetch_parts import (
     END_S,
     FAR_LINK,

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from kvplug import fetching
-from kvplug.fetching import Fetch, Outcome
+from kvplug.remote import fetcher as fetching
+from kvplug.remote.fetcher import Fetch, Outcome
 from tests.rdma.fetch_parts import END_S, FAR_LINK, SPAN, MakeFetcher, MakeHost, ended, settled, wanted
 from tests.rdma.hosts import BLOCK, Child, Fault, Proxy, keys, put, until
 from tests.stopwatch import LONG_S, Stopwatch

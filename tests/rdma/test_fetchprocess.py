@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from kvplug import fetchprocess
-from kvplug.fetching import Fetcher, Outcome
-from kvplug.fetchprocess import FetchProcess
-from kvplug.fetchwords import MAX_FRAME_BYTES, Begun, Channel, ChannelError, Problem, WhoHas
-from kvplug.holders import Standing
-from kvplug.rdma.speed import Measured
+from kvplug.rdma.reader.speed import Measured
+from kvplug.remote import process as fetch_process
+from kvplug.remote.fetcher import Fetcher, Outcome
+from kvplug.remote.messages import MAX_FRAME_BYTES, Begun, Channel, ChannelError, Problem, WhoHas
+from kvplug.remote.process import FetchProcess
+from kvplug.remote.sources import Standing
 from tests.pool.conftest import leave_nothing
 from tests.rdma.fetch_parts import END_S, FAR_LINK, SPAN, MakeHost, ended, settled, wanted
 from tests.rdma.hosts import BLOCK, KEY, Child, Fault, Host, Proxy, keys, put, until
@@ -142,7 +142,7 @@ def test_killed_in_mid_read_it_costs_what_had_not_arrived(
 def test_stopped_it_holds_nobody_beyond_the_deadline(
     make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetchprocess, "LATE_S", 0.2)
+    monkeypatch.setattr(fetch_process, "LATE_S", 0.2)
     here, there = make_host(lock_timeout_s=0.5), make_host()
     of = keys(20, 5)
     put(there.store, of, BLOCK)
@@ -209,7 +209,7 @@ def test_closing_ends_what_is_under_way_and_leaves_nothing(
 
 def test_closed_while_it_is_being_started(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a process nor a waiting question stays."""
-    monkeypatch.setattr(fetchprocess, "PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(fetch_process, "PROGRAM", "import time; time.sleep(60)")
     here = make_host()
     process = FetchProcess(here.store, here.config.with_changes(peers=("127.0.0.1:1",)), 1)
     until(lambda: process._coming is not None, END_S)
@@ -245,8 +245,8 @@ def test_where_none_can_be_started_nobody_answers(
 def test_one_that_never_answers_is_not_waited_for_by_every_request(
     make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetchprocess, "PROGRAM", "import time; time.sleep(60)")
-    monkeypatch.setattr(fetchprocess, "FIRST_S", 0.5)
+    monkeypatch.setattr(fetch_process, "PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(fetch_process, "FIRST_S", 0.5)
     fetcher = make_reader(make_host(), "127.0.0.1:1")
     watch = Stopwatch()
     assert {ended(fetcher.start(wanted(keys(3, 30 + i)))) for i in range(20)} == {Outcome.TIMEOUT}
@@ -293,8 +293,8 @@ def test_it_imports_what_the_engine_imports(
     (elsewhere / "only_here.py").write_text("")
     monkeypatch.chdir(cwd)
     monkeypatch.syspath_prepend(elsewhere)
-    needs = fetchprocess.PROGRAM.replace("from kvplug", "import only_here\nfrom kvplug")
-    monkeypatch.setattr(fetchprocess, "PROGRAM", needs)
+    needs = fetch_process.PROGRAM.replace("from kvplug", "import only_here\nfrom kvplug")
+    monkeypatch.setattr(fetch_process, "PROGRAM", needs)
     here, there = make_host(), make_host()
     of = keys(5, 32)
     put(there.store, of, BLOCK)
@@ -329,8 +329,8 @@ def test_an_error_of_its_own_is_counted_and_said(
 def test_an_error_that_nobody_foresaw_ends_it_and_the_next_one_goes_on(
     make_host: MakeHost, make_reader: MakeReader, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = "import kvplug.holders as h; h.Holders.who_has = lambda *a: [][1]; " + fetchprocess.PROGRAM
-    monkeypatch.setattr(fetchprocess, "PROGRAM", broken)
+    broken = "import kvplug.remote.sources as h; h.Holders.who_has = lambda *a: [][1]; " + fetch_process.PROGRAM
+    monkeypatch.setattr(fetch_process, "PROGRAM", broken)
     here, there = make_host(), make_host()
     of = keys(5, 24)
     put(there.store, of, BLOCK)
@@ -440,7 +440,7 @@ def test_nobody_waits_longer_than_said(ends: tuple[Channel, socket.socket]) -> N
 
 
 def test_what_is_known_of_a_peer_arrives_as_it_was(ends: tuple[Channel, socket.socket]) -> None:
-    from kvplug.fetchwords import Fetched, Found
+    from kvplug.remote.messages import Fetched, Found
 
     near, far = ends[0], Channel(ends[1])
     one, two = Standing("a:1", False, Measured(None, 2e9)), Standing("b:2", True, Measured(0.5, None))

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from kvplug.errors import Code, PeerError
-from kvplug.rdma import protocol as p
-from kvplug.rdma.auth import shared_key
-from kvplug.rdma.wire import FrameMac
+from kvplug.rdma.control import protocol as p
+from kvplug.rdma.control.auth import shared_key
+from kvplug.rdma.control.wire import FrameMac
 from tests.rdma.hosts import BLOCK, Host, keys, put, until
 from tests.rdma.knocking import dial, frame, half_way, is_hung_up_on, let_in
 from tests.stopwatch import Stopwatch

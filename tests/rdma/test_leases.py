@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvplug.rdma.leases import MAX_LEASES_A_READER, HeldLease, LeaseTable
+from kvplug.rdma.control.leases import MAX_LEASES_A_READER, HeldLease, LeaseTable
 
 MOST = 1000
 

@@ -10,22 +10,22 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from kvplug import fetching
-from kvplug.blockfeed import BlockFeed
 from kvplug.errors import Code, NamespaceError, PeerError, VerbsError
-from kvplug.fetchprocess import FetchProcess, _Running
-from kvplug.rdma import link as link_module
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.cachenode import CacheNode
-from kvplug.rdma.directory import Directory
-from kvplug.rdma.offers import Offerer
-from kvplug.rdma.regions import Regions
-from kvplug.rdma.remote import Peer
-from kvplug.rdma.tcp import TcpPath
+from kvplug.identity.weights import WeightsProbe
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.agent.cachenode import CacheNode
+from kvplug.rdma.agent.offers import Offerer
+from kvplug.rdma.control import link as link_module
+from kvplug.rdma.data.tcp import TcpPath
+from kvplug.rdma.directory.directory import Directory
+from kvplug.rdma.reader.remote import Peer
+from kvplug.rdma.verbs.regions import Regions
+from kvplug.remote import fetcher as fetching
+from kvplug.remote.feed import BlockFeed
+from kvplug.remote.process import FetchProcess, _Running
 from kvplug.shm import layout as lay
 from kvplug.shm.pool import Pool
 from kvplug.threads import troubles
-from kvplug.weights import WeightsProbe
 from tests.rdma.directory_parts import a_host, a_pool, a_reader, ids, is_settled, wait_for
 from tests.rdma.directory_parts import put as put_blocks
 from tests.rdma.hosts import BLOCK, Host, keys, put
@@ -133,8 +133,8 @@ def test_a_host_that_offers_and_a_cache_node_that_takes(make_host: MakeHost, rai
     wait_for(lambda: len(calls) >= 2, timeout_s=WAIT_S)
     assert noted("kvplug-offer", before)
 
-    from kvplug.rdma import protocol as p
-    from kvplug.rdma.peers import StaticPeers
+    from kvplug.rdma.control import protocol as p
+    from kvplug.rdma.directory.peers import StaticPeers
 
     reader = make_host(peer_timeout_s=WAIT_S)
     node = CacheNode(reader.exchange, reader.config, StaticPeers([agent.address]), lambda *_: None)
@@ -182,7 +182,7 @@ def test_looking_up_a_name(make_host: MakeHost, raising: Any) -> None:
 def test_asking_a_peer_and_letting_go_of_pins(
     make_host: MakeHost, make_fetcher: Any, raising: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvplug.wanted import Outcome, Wanted, leading
+    from kvplug.remote.request import Outcome, Wanted, leading
 
     monkeypatch.setattr(fetching, "HOLD_S", 0.3)
     monkeypatch.setattr(fetching, "MISS_FOR_S", 0.0)
@@ -252,10 +252,10 @@ def test_registering_memory() -> None:
 
 
 def test_identifying_weights(tmp_path: Any, raising: Any) -> None:
-    import kvplug.weights
+    import kvplug.identity.weights
 
     before = troubles().errors
-    raising(kvplug.weights, "_by_content")
+    raising(kvplug.identity.weights, "_by_content")
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(NamespaceError, match="unexpected error"):
         WeightsProbe(tmp_path).result(WAIT_S)
@@ -268,7 +268,7 @@ def test_every_thread_of_the_product_runs_through_one_module() -> None:
 
     own = {
         "kvplug/threads.py": "here they are made",
-        "kvplug/fetchworker.py": "an error there ends the process, and is told to the engine's, which counts it",
+        "kvplug/remote/worker.py": "an error there ends the process, and is told to the engine's, which counts it",
     }
     wrong = []
     for _, path in package_sources():

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvplug.rdma.choice import ChosenPath
-from kvplug.rdma.protocol import Release, Released
+from kvplug.rdma.control.protocol import Release, Released
+from kvplug.rdma.reader.choice import ChosenPath
 from tests.rdma.conformance import Conformance, Wire
 from tests.rdma.hosts import SOON_S, Host
 

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from kvplug.errors import ConfigError
-from kvplug.rdma.names import MAX_RECORD_BYTES, Names
-from kvplug.rdma.peers import AllPeers, PeerInfo, StaticPeers, checked_id, from_record, to_record
+from kvplug.rdma.directory.names import MAX_RECORD_BYTES, Names
+from kvplug.rdma.directory.peers import AllPeers, PeerInfo, StaticPeers, checked_id, from_record, to_record
 
 NAMES = Names(b"a secret")
 PEER = PeerInfo(id="pool-1", address="10.0.0.7:9410", epoch="0123456789abcdef")

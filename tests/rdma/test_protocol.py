@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvplug.errors import ProtocolError
-from kvplug.rdma import protocol as p
+from kvplug.rdma.control import protocol as p
 
 PARTS = 3
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvplug.rdma.reads import READ_BYTES, SIGNAL_BYTES, SIGNAL_READS, Plan, plan, split
-from kvplug.rdma.regions import MAX_REGIONS, REGION_BYTES, region_bytes
+from kvplug.rdma.verbs.reads import READ_BYTES, SIGNAL_BYTES, SIGNAL_READS, Plan, plan, split
+from kvplug.rdma.verbs.regions import MAX_REGIONS, REGION_BYTES, region_bytes
 
 MIB = 1 << 20
 REGIONS = (32 * MIB, 64 * MIB)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from kvplug.errors import PeerError, PeerTimeoutError
-from kvplug.rdma import spread
-from kvplug.rdma.datapath import Arrived, Landing, Wanted
-from kvplug.rdma.leases import HeldLease
-from kvplug.rdma.spread import SHARE_BYTES, SpreadPath
+from kvplug.rdma.control.leases import HeldLease
+from kvplug.rdma.data import spread
+from kvplug.rdma.data.datapath import Arrived, Landing, Wanted
+from kvplug.rdma.data.spread import SHARE_BYTES, SpreadPath
 from tests.rdma.hosts import SOON_S, until
 from tests.stopwatch import Stopwatch
 

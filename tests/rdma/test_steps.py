@@ -15,16 +15,17 @@ import pytest
 
 from kvplug.config import Config
 from kvplug.errors import Code, ConfigError
-from kvplug.exchange import PoolExchange
-from kvplug.rdma import faults, remote
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.remote import Peer
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.control import faults
+from kvplug.rdma.reader import remote
+from kvplug.rdma.reader.remote import Peer
+from kvplug.remote.pool_blocks import PoolExchange
 from kvplug.store import KvStore
+from tests.lab.env import free_port
 from tests.pool import children
 from tests.pool.children import check_nothing_left, settle
 from tests.rdma.hosts import BLOCK, Host, keys, put, until
 from tests.stopwatch import Stopwatch
-from tests.vllm_lab.env import free_port
 
 MakeHost = Callable[..., Host]
 NOTICED_S = 2.0

@@ -17,9 +17,9 @@ from typing import Any, Final
 import pytest
 
 from kvplug.errors import ConfigError, PeerAuthError, PeerError, PeerTimeoutError
-from kvplug.rdma.describe import describe_peers
-from kvplug.rdma.protocol import HEADER, MAGIC, VERSION, Proof
-from kvplug.rdma.wire import Connection
+from kvplug.rdma.control.protocol import HEADER, MAGIC, VERSION, Proof
+from kvplug.rdma.control.wire import Connection
+from kvplug.rdma.verbs.describe import describe_peers
 from tests.rdma.hosts import Host, until
 from tests.rdma.redis_server import RedisServer
 

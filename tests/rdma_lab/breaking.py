@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvplug.rdma.agent import Agent
-from kvplug.rdma.binding import CHANGE_STATE, QueuePair
-from kvplug.rdma.queues import QueueServer
+from kvplug.rdma.agent.agent import Agent
+from kvplug.rdma.verbs.binding import CHANGE_STATE, QueuePair
+from kvplug.rdma.verbs.queues import QueueServer
 
 RESET: Final = 0
 

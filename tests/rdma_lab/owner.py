@@ -21,8 +21,8 @@ from typing import Any, Final
 from xmlrpc.server import SimpleXMLRPCServer
 
 from kvplug import KvStore
-from kvplug.exchange import PoolExchange
-from kvplug.rdma.agent import Agent
+from kvplug.rdma.agent.agent import Agent
+from kvplug.remote.pool_blocks import PoolExchange
 from kvplug.shm import integrity
 from kvplug.shm.jit import warm_up
 from tests.pool.children import settle

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.lab.models import ModelSpec
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, make_prompts
-from tests.vllm_lab.models import ModelSpec
 
 __all__ = ["PROMPT_TOKENS", "TOKENS", "Case", "Control", "agree", "pick", "serve"]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.lab.env import temporary_pool
+from tests.lab.models import LLAMA, ModelSpec
+from tests.lab.process import LabProcess
 from tests.sglang.common import Control
 from tests.sglang_lab.env import installed
 from tests.sglang_lab.server import SglangServer
-from tests.vllm_lab.env import temporary_pool
-from tests.vllm_lab.models import LLAMA, ModelSpec
-from tests.vllm_lab.process import LabProcess
 
 HERE = Path(__file__).parent
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.lab.env import temporary_pool
+from tests.lab.models import LLAMA, LoraSpec, lora_dir, model_dir
 from tests.sglang.common import Case, Control, serve
 from tests.sglang.test_linker import ask, from_pool, healthy, store
 from tests.sglang_lab.models import LORA_ARGUMENTS
 from tests.sglang_lab.server import PAGE, SglangServer
 from tests.vllm.common import attached, eventually
-from tests.vllm_lab.env import temporary_pool
-from tests.vllm_lab.models import LLAMA, LoraSpec, lora_dir, model_dir
 
 
 def flush(server: SglangServer) -> None:

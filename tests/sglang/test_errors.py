@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.lab.env import temporary_pool
 from tests.sglang.common import Case, Control, serve
 from tests.sglang_lab.server import SglangServer
 from tests.vllm.common import attached, eventually
-from tests.vllm_lab.env import temporary_pool
 
 METHODS = {
     "linker": [

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from kvplug.keys import KEY_BYTES
+from kvplug.identity.keys import KEY_BYTES
+from tests.lab.env import core_split, temporary_pool
+from tests.lab.models import LFM2, LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
 from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, pick, serve
 from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import MIN_MARGIN, attached, eventually, make_prompts
-from tests.vllm_lab.env import core_split, temporary_pool
-from tests.vllm_lab.models import LFM2, LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
 
 BACKEND = "/hicache/storage-backend"
 KEY = "key"

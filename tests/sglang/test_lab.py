@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests.lab.env import EngineError
+from tests.lab.models import LFM2, MELLUM, MLA, ModelSpec, model_dir
 from tests.sglang.common import Control, serve
 from tests.sglang_lab.models import MLA_OVERRIDES
 from tests.sglang_lab.server import SglangServer
 from tests.vllm.common import MIN_MARGIN, make_prompts
-from tests.vllm_lab.env import EngineError
-from tests.vllm_lab.models import LFM2, MELLUM, MLA, ModelSpec, model_dir
 
 
 def test_forked_server_answers_like_one_started_cold(boot: Callable[..., SglangServer], control: Control) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.lab.models import LLAMA, LLAMA_OTHER, model_dir
 from tests.sglang.common import Case, Control, agree, serve
 from tests.sglang_lab.server import PAGE, Answer, EngineError, SglangServer
 from tests.vllm.common import attached, eventually
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, model_dir
 
 Boot = Callable[..., SglangServer]
 ABORTED = 20

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.lab.models import MELLUM, MLA
 from tests.sglang.common import Case, pick, serve
 from tests.sglang.test_linker import ask, from_pool, healthy, stored
 from tests.sglang_lab.server import PAGE, SglangServer
 from tests.vllm.common import eventually
-from tests.vllm_lab.models import MELLUM, MLA
 
 Boot = Callable[..., SglangServer]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.env import temporary_pool
 from tests.sglang_lab.env import ROOT, base_env
-from tests.vllm_lab.env import temporary_pool
 
 CHILD = "tests.sglang.device_pool_checks"
 CHILD_S = 240

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.lab.models import LLAMA, LoraSpec, lora_dir
 from tests.sglang.common import Case, Control, agree, serve
 from tests.sglang_lab.server import Answer, SglangServer
 from tests.vllm.common import eventually
-from tests.vllm_lab.models import LLAMA, LoraSpec, lora_dir
 
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--lora-backend", "torch_native")
 TARGETS = ("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj")

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.lab.env import temporary_pool
 from tests.rdma.agent_process import KEY, AgentProcess
 from tests.sglang.common import Case, Control, serve
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
 from tests.vllm.common import attached, eventually
-from tests.vllm_lab.env import temporary_pool
 
 Boot = Callable[..., SglangServer]
 WAIT_S = 1.5

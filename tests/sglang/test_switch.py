@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
+from tests.lab.models import LLAMA, LLAMA_OTHER, ModelSpec, model_dir
 from tests.sglang.common import Control, agree, pick, serve
 from tests.sglang_lab.env import base_env
 from tests.sglang_lab.server import PAGE, SglangServer
 from tests.vllm.common import eventually
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, ModelSpec, model_dir
 
 INSIDE = "tests.sglang.inside_plugin"
 ENGINE_S = 240
 WINDOWS_ALONE = ModelSpec(family="mellum", layers=2)
-"""The first layers of :data:`tests.vllm_lab.models.MELLUM`, which all have a sliding window."""
+"""The first layers of :data:`tests.lab.models.MELLUM`, which all have a sliding window."""
 OFFLINE = """
 import json, sys
 import sglang

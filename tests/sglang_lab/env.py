@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.vllm_lab.env import ROOT, EngineError, core_split
+from tests.lab.env import ROOT, EngineError, core_split
 
 __all__ = ["MAIN", "OTHER", "SITE", "VERSIONS", "base_env", "installed", "version_path"]
 

@@ -1,11 +1,11 @@
-"""What SGLang has to be told beside the folder of a tiny model (``tests/vllm_lab/models.py``: both labs serve them)."""
+"""What SGLang has to be told beside the folder of a tiny model (``tests/lab/models.py``: both labs serve them)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from tests.vllm_lab.models import ModelSpec, model_dir
+from tests.lab.models import ModelSpec, model_dir
 
 __all__ = ["LORA_ARGUMENTS", "serving_arguments"]
 
@@ -13,7 +13,7 @@ LORA_ARGUMENTS = (
     *("--enable-lora", "--lora-backend", "torch_native", "--max-lora-rank", "8", "--max-loras-per-batch", "4"),
     *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"),
 )
-"""With these a server takes adapters of :func:`tests.vllm_lab.models.lora_dir`, by ``--lora-paths name=folder`` or by
+"""With these a server takes adapters of :func:`tests.lab.models.lora_dir`, by ``--lora-paths name=folder`` or by
 ``/load_lora_adapter``; a request names one by ``lora_path``."""
 
 MLA_OVERRIDES = {

@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import psutil
 
+from tests.lab.env import free_port
+from tests.lab.models import ModelSpec
+from tests.lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
 from tests.sglang_lab.env import MAIN, EngineError, base_env
 from tests.sglang_lab.models import serving_arguments
 from tests.sglang_lab.zygote import fork_server, may_fork
-from tests.vllm_lab.env import free_port
-from tests.vllm_lab.models import ModelSpec
-from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
 
 __all__ = ["HICACHE_ARGUMENTS", "PAGE", "SERVE_ARGUMENTS", "Answer", "Mode", "SglangServer"]
 

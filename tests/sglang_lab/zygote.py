@@ -33,9 +33,9 @@ from typing import Any
 
 import setproctitle
 
+from tests.lab.env import ROOT
+from tests.lab.process import EXIT_S
 from tests.sglang_lab.env import MAIN, EngineError, base_env
-from tests.vllm_lab.env import ROOT
-from tests.vllm_lab.process import EXIT_S
 
 __all__ = ["Forked", "fork_server", "may_fork"]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.lab.models import VOCAB
 from tests.sglang_lab.server import SglangServer
 from tests.vllm.common import MIN_MARGIN
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import VOCAB
 
 __all__ = ["LONGEST", "Case", "Witness", "make_prompts"]
 

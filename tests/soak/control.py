@@ -15,15 +15,16 @@ from typing import Any, Final, Literal
 from kvplug.config import Config
 from kvplug.errors import IntegrityError, LockTimeoutError
 from kvplug.store import KvStore
+from tests.lab.env import temporary_pool
+from tests.lab.models import LLAMA, LLAMA_OTHER, model_dir
+from tests.lab.process import BOOT_S
 from tests.sglang_lab.server import SglangServer
 from tests.soak import load
 from tests.soak.cases import Case, Witness
 from tests.soak.defects import Defect, Zeros
 from tests.soak.findings import Findings
 from tests.soak.seats import STRIKES, AnyServer, Seat, Strike
-from tests.vllm_lab.engine import SERVE_ARGUMENTS, Server, temporary_pool
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, model_dir
-from tests.vllm_lab.process import BOOT_S
+from tests.vllm_lab.engine import SERVE_ARGUMENTS, Server
 
 __all__ = ["Settings", "run"]
 

@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
+from tests.lab.env import EngineError
 from tests.sglang_lab.server import SglangServer
 from tests.soak.cases import Case
 from tests.soak.findings import Findings
 from tests.soak.seats import Life, Seat
-from tests.vllm_lab.engine import EngineError
 
 __all__ = ["HUNG_S", "ask_once", "client", "judge"]
 

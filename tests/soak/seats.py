@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tests.lab.env import EngineError
+from tests.lab.process import BOOT_S
 from tests.sglang_lab.server import SglangServer
 from tests.soak.cases import Case
 from tests.soak.findings import Findings
-from tests.vllm_lab.engine import EngineError, Server
-from tests.vllm_lab.process import BOOT_S
+from tests.vllm_lab.engine import Server
 
 __all__ = ["STRIKES", "Life", "Seat", "Strike"]
 

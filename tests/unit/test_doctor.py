@@ -18,7 +18,7 @@ from kvplug import doctor, engines
 from kvplug.config import Config
 from kvplug.doctor import Finding, Status, examine, report
 from kvplug.errors import PoolSpaceError
-from kvplug.rdma import describe
+from kvplug.rdma.verbs import describe
 from kvplug.shm.segment import check_space
 
 GIB = 1024**3
@@ -390,7 +390,7 @@ def without_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where neither is installed."""
     for name in ("ibverbs", "pyverbs"):
         monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, f"kvplug.rdma.binding_{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"kvplug.rdma.verbs.binding_{name}", raising=False)
 
 
 def test_no_rdma_device_is_no_fault_unless_verbs_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_a_device_without_a_binding_names_what_to_install(tmp_path: Path, monkey
 
 
 def test_a_device_that_is_not_among_the_settings_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplug.rdma.describe._bindings", lambda _: ["ibverbs"])
+    monkeypatch.setattr("kvplug.rdma.verbs.describe._bindings", lambda _: ["ibverbs"])
     monkeypatch.setenv("KVPLUG_VERBS_DEVICE", "another0")
     found = named(examine(root=rdma_machine(tmp_path)), "RDMA")
     assert (found.status, found.mend) == (Status.WARNING, "correct verbs_device")
@@ -421,7 +421,7 @@ def test_a_device_that_is_not_among_the_settings_is_said(tmp_path: Path, monkeyp
 
 
 def test_the_limit_on_locked_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplug.rdma.describe._may_lock", lambda: False)
+    monkeypatch.setattr("kvplug.rdma.verbs.describe._may_lock", lambda: False)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
     remark = next(iter(describe._memlock(Config(size="64mib"))))
     assert remark.status == "warning"

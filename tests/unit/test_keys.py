@@ -1,4 +1,4 @@
-"""Promises of kvplug.keys: one key per content, made step by step or at once, the same in every process."""
+"""Promises of kvplug.identity.keys: one key per content, made step by step or at once, the same in every process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplug.errors import KeyFormatError, NamespaceError
-from kvplug.extras import encode_extras
-from kvplug.keys import KEY_BYTES, KeyChain, as_key_array, block_keys, fold, root, step_for_spans
+from kvplug.identity.extras import encode_extras
+from kvplug.identity.keys import KEY_BYTES, KeyChain, as_key_array, block_keys, fold, root, step_for_spans
 
 ROOT = root(b"a namespace")
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=8) | st.builds(
@@ -307,9 +307,9 @@ def test_wrong_keys_are_refused_with_what_is_wrong(keys: Any, message: str) -> N
 
 SCRIPT = """
 import json, sys
-from kvplug.extras import encode_extras
-from kvplug.keys import KeyChain, block_keys, root
-from kvplug.namespace import digest_of
+from kvplug.identity.extras import encode_extras
+from kvplug.identity.keys import KeyChain, block_keys, root
+from kvplug.identity.namespace import digest_of
 names = {f"option{i}" for i in range(50)}           # iteration order of a set goes by PYTHONHASHSEED
 config = {name: len(name) for name in names}
 chain = KeyChain(root(digest_of(config)), {0: encode_extras(cache_salt="s", other=config)})

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvplug.namespace import Namespace
+from kvplug.identity.namespace import Namespace
 
 PAGE = (Path(__file__).parents[2] / "docs" / "keys.md").read_text(encoding="utf-8")
 

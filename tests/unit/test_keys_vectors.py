@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvplug.canonical import encode
-from kvplug.extras import encode_extras
-from kvplug.keys import KeyChain, fold, root
-from kvplug.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity
+from kvplug.identity.canonical import encode
+from kvplug.identity.extras import encode_extras
+from kvplug.identity.keys import KeyChain, fold, root
+from kvplug.identity.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity
 
 FOLDER = Path(__file__).parent.parent / "vectors"
 VECTORS = json.loads((FOLDER / "keys.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Promises of kvplug.namespace and kvplug.canonical: what decides bytes changes the digest, and nothing is guessed."""
+"""Promises of `namespace` and `canonical`: what decides bytes changes the digest, and nothing is guessed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvplug.canonical import MAX_DEPTH, encode
 from kvplug.errors import NamespaceError
-from kvplug.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
+from kvplug.identity.canonical import MAX_DEPTH, encode
+from kvplug.identity.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
 
 RUNS = (ByteRun("layers.0", 4096), ByteRun("layers.1", 4096))
 FULL = GroupLayout("full", 16, (RUNS,))

@@ -14,13 +14,13 @@ import pytest
 from kvplug import hostmem
 from kvplug.config import load
 from kvplug.errors import ConfigError, DecodeError, ProtocolError
-from kvplug.fetchwords import Channel, ChannelError
-from kvplug.filehash import HashCache
+from kvplug.identity.filehash import HashCache
 from kvplug.outside import decoded, decoded_by, file_text, json_value, whole_number
-from kvplug.rdma import protocol
-from kvplug.rdma.names import Names
-from kvplug.rdma.peers import PeerInfo, from_record, to_record
-from kvplug.rdma.rails import gids_of
+from kvplug.rdma.control import protocol
+from kvplug.rdma.directory.names import Names
+from kvplug.rdma.directory.peers import PeerInfo, from_record, to_record
+from kvplug.rdma.verbs.rails import gids_of
+from kvplug.remote.messages import Channel, ChannelError
 
 SEED: Final = int(os.environ.get("KVPLUG_TEST_SEED", "20261128"))
 ROUNDS: Final = 4000
@@ -189,7 +189,7 @@ def test_files_of_the_system_may_have_any_bytes(tmp_path: Path) -> None:
 
 
 def test_addresses_of_a_device_that_are_none_are_passed_over(tmp_path: Path) -> None:
-    from kvplug.rdma.binding import Port
+    from kvplug.rdma.verbs.binding import Port
 
     folder = tmp_path / "d0/ports/1/gids"
     folder.mkdir(parents=True)

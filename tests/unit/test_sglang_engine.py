@@ -16,8 +16,8 @@ import pytest
 
 from kvplug.adapters.sglang import compat, engine, plugin
 from kvplug.adapters.sglang.engine import RankEngine, Shard
+from tests.lab.env import free_port, temporary_pool
 from tests.unit.sglang_facts import facts, give
-from tests.vllm_lab.env import free_port, temporary_pool
 
 HASHES = [f"{i:064x}" for i in range(3)]
 LAYOUT = {"mode": "test"}

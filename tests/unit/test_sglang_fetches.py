@@ -14,7 +14,7 @@ import pytest
 from kvplug.adapters.sglang.hostpages import ALL_PAGES, BLOCK_GROUPS, TRAILING_PAGES
 from kvplug.adapters.sglang.waits import MAX_KNOWN, Waits
 from kvplug.adapters.sglang.wants import Part, wanted
-from kvplug.fetching import Fetch, Outcome, Plan, Wanted
+from kvplug.remote.fetcher import Fetch, Outcome, Plan, Wanted
 
 PAGES = 6
 DEADLINE_S = 30.0

@@ -20,7 +20,7 @@ from kvplug.adapters.sglang.pins import LIFE_STEPS, Pins
 from kvplug.config import Config
 from kvplug.errors import Code
 from kvplug.store import KvStore
-from tests.vllm_lab.env import remove_pool
+from tests.lab.env import remove_pool
 
 SIZES = {KV: 6000, SWA: 5000, MAMBA: 4097}
 PAGES = 24

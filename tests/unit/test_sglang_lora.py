@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvplug import weights
 from kvplug.adapters.sglang import lora
-from tests.vllm_lab.models import LLAMA, LoraSpec, lora_dir
+from kvplug.identity import weights
+from tests.lab.models import LLAMA, LoraSpec, lora_dir
 
 SECRET, OTHER = b"s" * 32, b"o" * 32
 A, B, C = ("a" * 32, "b" * 32, "c" * 32)

@@ -11,7 +11,7 @@ import pytest
 from kvplug.adapters.sglang import namespace
 from kvplug.config import Config
 from kvplug.errors import NamespaceError
-from kvplug.namespace import WeightsIdentity
+from kvplug.identity.namespace import WeightsIdentity
 from tests.unit.sglang_facts import facts, give
 from tests.unit.test_environment import listed
 

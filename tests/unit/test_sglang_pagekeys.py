@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvplug.adapters.sglang.pagekeys import mask, page_keys
 from kvplug.errors import KeyFormatError
-from kvplug.keys import fold
+from kvplug.identity.keys import fold
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "keys.json").read_text(encoding="utf-8"))
 ROOT = b"r" * 32

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.models import LLAMA, model_dir
 from tests.sglang_lab.env import MAIN, VERSIONS, base_env, installed
-from tests.vllm_lab.models import LLAMA, model_dir
 
 HERE = Path(__file__).parent
 INSIDE = HERE / "sglang_inside.py"

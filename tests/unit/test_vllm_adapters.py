@@ -18,12 +18,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from kvplug import weights
 from kvplug.adapters.vllm import compat_adapters
 from kvplug.adapters.vllm.adapters import HeldAdapters
 from kvplug.adapters.vllm.jobs import AdapterLoad, GroupBlocks, Job, Rank, WorkerReport
 from kvplug.adapters.vllm.requests import Adapter, LoraIdentities
 from kvplug.errors import NamespaceError
+from kvplug.identity import weights
 
 ONE, TWO = b"1" * 32, b"2" * 32
 ALONE: Rank = (0, 0)

@@ -10,7 +10,7 @@ import pytest
 from kvplug.adapters.vllm.fetches import planner
 from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.hits import longest_hit, needed
-from kvplug.fetching import leading
+from kvplug.remote.fetcher import leading
 
 FULL, WIDE, WINDOW, CHUNK = (
     GroupRule("full", 16),

@@ -23,8 +23,8 @@ from kvplug.adapters.vllm.jobs import RankLayout  # noqa: E402
 from kvplug.adapters.vllm.layout import LayerPage  # noqa: E402
 from kvplug.config import Config  # noqa: E402
 from kvplug.errors import NamespaceError, UnsupportedEngineError  # noqa: E402
-from kvplug.namespace import Namespace, WeightsIdentity  # noqa: E402
-from tests.vllm_lab.models import GEMMA3, LLAMA, MLA, model_dir  # noqa: E402
+from kvplug.identity.namespace import Namespace, WeightsIdentity  # noqa: E402
+from tests.lab.models import GEMMA3, LLAMA, MLA, model_dir  # noqa: E402
 
 WEIGHTS = WeightsIdentity("files", b"w" * 32)
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from kvplug.adapters.vllm.reloads import INDEX, Reloads, contents_of, folder_of
 from kvplug.errors import NamespaceError
-from kvplug.weights import WeightFiles, identify_weights
+from kvplug.identity.weights import WeightFiles, identify_weights
 
 NAMES = ("a", "b")
 LONG_AGO = 1_000_000_000
@@ -42,7 +42,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(autouse=True)
 def _finer_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file system of the tests ticks every few milliseconds."""
-    monkeypatch.setattr("kvplug.weights.SETTLED_S", SETTLED_S)
+    monkeypatch.setattr("kvplug.identity.weights.SETTLED_S", SETTLED_S)
 
 
 def settle() -> int:
@@ -119,7 +119,7 @@ def test_what_was_written_just_now_could_change_unseen(
     start, other, began = make("start", 1), make("other", 2), settle()
     reloads = Reloads(str(start), began)
     with monkeypatch.context() as coarse:
-        coarse.setattr("kvplug.weights.SETTLED_S", 1000.0)
+        coarse.setattr("kvplug.identity.weights.SETTLED_S", 1000.0)
         with pytest.raises(NamespaceError, match="could go unseen"):
             reloaded(reloads, other)
     assert reloads.possible

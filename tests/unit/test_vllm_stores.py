@@ -20,9 +20,9 @@ from kvplug.adapters.vllm.requests import Record
 from kvplug.adapters.vllm.state import EngineState
 from kvplug.adapters.vllm.stores import Stores
 from kvplug.config import Config
-from kvplug.keys import KeyChain
+from kvplug.identity.keys import KeyChain
 from kvplug.store import KvStore
-from tests.vllm_lab.env import temporary_pool
+from tests.lab.env import temporary_pool
 
 SPAN = 32
 NBYTES = 16384

@@ -1,4 +1,4 @@
-"""Promises of kvplug.weights: weights are known by content, and what is not known for certain is refused."""
+"""Promises of kvplug.identity.weights: weights are known by content, and what is not known for certain is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from kvplug import filehash, weights
 from kvplug.errors import NamespaceError
-from kvplug.filehash import HashCache
-from kvplug.weights import AdapterFiles, AdapterProbe, WeightsIdentity, WeightsProbe, identify_weights
+from kvplug.identity import filehash, weights
+from kvplug.identity.filehash import HashCache
+from kvplug.identity.weights import AdapterFiles, AdapterProbe, WeightsIdentity, WeightsProbe, identify_weights
 from tests.stopwatch import Stopwatch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,4 +1,4 @@
-"""Promises of kvplug.filehash: a remembered hash is never that of other content, whatever happens to file or cache."""
+"""Promises of `filehash`: a remembered hash is never that of other content, whatever happens to file or cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from blake3 import blake3
 
 from kvplug.errors import NamespaceError
-from kvplug.filehash import HashCache, hash_file, stamp_of
+from kvplug.identity.filehash import HashCache, hash_file, stamp_of
 from tests.stopwatch import Stopwatch
 
 CHUNK_BYTES = 16 << 20

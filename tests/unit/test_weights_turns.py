@@ -13,8 +13,8 @@ import pytest
 from blake3 import blake3
 
 from kvplug.errors import NamespaceError
-from kvplug.filehash import HashCache, hash_file, stamp_of
-from kvplug.weights import identify_weights
+from kvplug.identity.filehash import HashCache, hash_file, stamp_of
+from kvplug.identity.weights import identify_weights
 from tests.pool.children import Child
 from tests.stopwatch import Stopwatch
 

@@ -13,11 +13,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from tests.lab.env import temporary_pool
+from tests.lab.models import LLAMA, model_dir
 from tests.sglang_lab import env
 from tests.sglang_lab.server import SglangServer
 from tests.upstream import common
-from tests.vllm_lab.env import temporary_pool
-from tests.vllm_lab.models import LLAMA, model_dir
 
 EXPECTED = common.HERE / "sglang.toml"
 KITS = "sglang_kits.py"

@@ -10,8 +10,8 @@ import json
 import shutil
 from pathlib import Path
 
+from tests.lab.models import GEMMA3, LLAMA, ModelSpec, model_dir
 from tests.upstream.common import kept
-from tests.vllm_lab.models import GEMMA3, LLAMA, ModelSpec, model_dir
 
 COMMIT = "0" * 40
 MODELS: dict[str, ModelSpec] = {

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kvplug.store import KvStore
-from tests.vllm_lab.engine import InProcess, pool_files
-from tests.vllm_lab.models import VOCAB, ModelSpec, lora_dir, model_dir
+from tests.lab.env import pool_files
+from tests.lab.models import VOCAB, ModelSpec, lora_dir, model_dir
+from tests.vllm_lab.engine import InProcess
 
 __all__ = [
     "BLOCK",

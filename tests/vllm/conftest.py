@@ -12,9 +12,11 @@ import pytest
 
 from tests.hosts import agents
 from tests.hosts.agents import OtherHost
+from tests.lab.env import temporary_pool
+from tests.lab.models import LLAMA, ModelSpec, model_dir
+from tests.lab.process import LabProcess
 from tests.vllm.common import Control
-from tests.vllm_lab.engine import InProcess, LabProcess, Server, temporary_pool
-from tests.vllm_lab.models import LLAMA, ModelSpec, model_dir
+from tests.vllm_lab.engine import InProcess, Server
 
 HERE = Path(__file__).parent
 

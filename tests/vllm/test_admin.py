@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvplug.fetching import MISS_FOR_S
+from kvplug.remote.fetcher import MISS_FOR_S
 from tests.hosts.agents import OtherHost, move_blocks
 from tests.stopwatch import LONG_S
 from tests.vllm.common import Case, Control, agree, attached, eventually, make_prompts, requests, storable

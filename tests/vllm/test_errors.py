@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.models import MISTRAL
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import MISTRAL
 
 ANSWER_S = 60.0
 METHODS = [

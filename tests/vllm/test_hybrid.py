@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.hosts.agents import OtherHost, move_blocks
+from tests.lab.models import GEMMA3
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import GEMMA3
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from kvplug.weights import SETTLED_S
+from kvplug.identity.weights import SETTLED_S
+from tests.lab.models import LLAMA, LoraSpec
 from tests.vllm.common import Case, Control, agree, eventually, make_prompts, storable
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import LLAMA, LoraSpec
 
 LLM = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 ADAPTERS = (LoraSpec(seed=1), LoraSpec(seed=2))

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.lab.models import MLA, model_dir
 from tests.vllm.common import attached, eventually, make_prompts, storable
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import MLA, model_dir
 
 BLOCK = 16
 """What vLLM's CPU kernel for MLA is built for."""

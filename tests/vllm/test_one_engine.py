@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.lab.models import LLAMA, LLAMA_OTHER, model_dir
 from tests.vllm.common import (
     BLOCK,
     Case,
@@ -28,7 +29,6 @@ from tests.vllm.common import (
     zero_pages,
 )
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, model_dir
 
 COUNT = 12
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from tests.hosts.agents import other_host
+from tests.lab.env import temporary_pool
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
-from tests.vllm_lab.engine import InProcess, temporary_pool
+from tests.vllm_lab.engine import InProcess
 
 
 @pytest.fixture(scope="module")

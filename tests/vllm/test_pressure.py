@@ -15,9 +15,9 @@ import pytest
 from kvplug.config import Config
 from kvplug.errors import Code
 from kvplug.store import KvStore, SlotBatch
+from tests.lab.models import LLAMA
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import LLAMA
 
 IN_FLIGHT = 16
 ROUNDS = 3

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.lab.env import EngineError
 from tests.vllm.common import BLOCK, Case, Control, agree, attached, eventually, make_prompts, requests, storable
-from tests.vllm_lab.engine import EngineError, InProcess
+from tests.vllm_lab.engine import InProcess
 
 
 def burst(seed: int) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.lab.env import EngineError
 from tests.vllm.common import Case, Control, attached, eventually, make_prompts, storable
-from tests.vllm_lab.engine import SERVE_ARGUMENTS, Completion, EngineError, Server
+from tests.vllm_lab.engine import SERVE_ARGUMENTS, Completion, Server
 
 
 @pytest.fixture(scope="module")

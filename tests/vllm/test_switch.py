@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from kvplug.shm.segment import lock_path, segment_path
+from tests.lab.models import HRM_TEXT
 from tests.vllm.common import Case, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess
-from tests.vllm_lab.models import HRM_TEXT
 
 OWN = {"kv_connector": "KvplugConnector", "kv_role": "kv_both"}
 

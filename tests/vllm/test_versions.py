@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kvplug.fetching import MISS_FOR_S
+from kvplug.remote.fetcher import MISS_FOR_S
 from tests.hosts.agents import OtherHost, move_blocks
+from tests.lab.env import EngineError
 from tests.vllm.common import BLOCK, Control, agree, attached, eventually, make_prompts, requests, storable
-from tests.vllm_lab.engine import EngineError, InProcess, matrix_path
+from tests.vllm_lab.engine import InProcess, matrix_path
 
 VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
 

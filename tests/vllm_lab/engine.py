@@ -8,29 +8,22 @@ Two ways to run one:
 
 Both start in their own process group without waiting (``ready()`` waits, with a deadline), so that several can start at
 once, and both are context managers that kill the group and unlink what it left in /dev/shm. A pool belongs to the test:
-:func:`temporary_pool` names one and removes it.
+:func:`tests.lab.env.temporary_pool` names one and removes it.
 """
 
 from __future__ import annotations
 
-from tests.vllm_lab.env import EngineError, base_env, matrix_path, pool_files, remove_pool, temporary_pool
+from tests.vllm_lab.env import base_env, matrix_path
 from tests.vllm_lab.inprocess import LLM_DEFAULTS, InProcess
-from tests.vllm_lab.process import BOOT_S, LabProcess
 from tests.vllm_lab.served import SERVE_ARGUMENTS, Completion, Server, parse_metrics
 
 __all__ = [
-    "BOOT_S",
     "LLM_DEFAULTS",
     "SERVE_ARGUMENTS",
     "Completion",
-    "EngineError",
     "InProcess",
-    "LabProcess",
     "Server",
     "base_env",
     "matrix_path",
     "parse_metrics",
-    "pool_files",
-    "remove_pool",
-    "temporary_pool",
 ]

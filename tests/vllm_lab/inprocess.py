@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tests.vllm_lab.env import EngineError, base_env
-from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
+from tests.lab.env import EngineError
+from tests.lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
+from tests.vllm_lab.env import base_env
 
 __all__ = ["LLM_DEFAULTS", "InProcess"]
 

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.vllm_lab.env import EngineError, base_env, free_port
-from tests.vllm_lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
+from tests.lab.env import EngineError, free_port
+from tests.lab.process import BOOT_S, EXIT_S, REPLY_S, LabProcess
+from tests.vllm_lab.env import base_env
 
 __all__ = ["SERVE_ARGUMENTS", "Completion", "Server", "parse_metrics"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from kvplug.errors import Code
-from kvplug.rdma.binding import QueuePair
-from kvplug.rdma.leases import HeldLease
+from kvplug.rdma.control.leases import HeldLease
+from kvplug.rdma.verbs.binding import QueuePair
 from tests.rdma.hosts import Host
 from tests.rdma_lab.checks.stage import NOTICED_S, SEED, Stage, same
 from tests.rdma_lab.far import Far

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvplug.errors import Code
-from kvplug.rdma import binding, reads
-from kvplug.rdma.binding import QueuePair
+from kvplug.rdma.verbs import binding, reads
+from kvplug.rdma.verbs.binding import QueuePair
 from tests.pool.children import put
 from tests.rdma.hosts import Host, keys, until
 from tests.rdma_lab.checks.stage import KIB, NOTICED_S, SEED, Stage, same

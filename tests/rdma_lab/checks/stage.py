@@ -10,9 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from kvplug.errors import Code
-from kvplug.rdma.choice import ChosenPath
-from kvplug.rdma.datapath import Arrived, Landing, Wanted
-from kvplug.rdma.verbs import VerbsPath
+from kvplug.rdma.data.datapath import Arrived, Landing, Wanted
+from kvplug.rdma.reader.choice import ChosenPath
+from kvplug.rdma.verbs.verbs import VerbsPath
 from tests.rdma.hosts import Host, keys, until
 from tests.rdma_lab.far import Far
 
