@@ -4,7 +4,7 @@
     k[i] = blake3(k[i-1] ‖ 16 tokens, u32 little-endian ‖ extras)   for the step that ends at token 16·i
 
 A block that ends at token 16·i is named by k[i], with its cache group and shard folded into the last four bytes
-(:func:`fold`). What a step's extras are (LoRA, salt, multimodal content) is in :func:`encode_extras`.
+(:func:`fold`). What a step's extras are (LoRA, salt, multimodal content) is in :func:`~kvplug.identity.extras.encode_extras`.
 docs/keys.md says all this for other languages; tests/vectors/keys.json lets them check.
 
 Nothing here depends on PYTHONHASHSEED or on an engine's own block hashes.
@@ -24,24 +24,17 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from kvplug.errors import KeyFormatError, NamespaceError
-from kvplug.identity.extras import encode_extras
-from kvplug.identity.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
+from kvplug.identity.namespace import Namespace
 
 __all__ = [
     "KEY_BYTES",
     "MIN_STEP_TOKENS",
     "STEP_TOKENS",
-    "ByteRun",
-    "GroupLayout",
     "KeyArray",
     "KeyChain",
-    "Namespace",
     "StepExtras",
-    "WeightsIdentity",
     "as_key_array",
     "block_keys",
-    "digest_of",
-    "encode_extras",
     "fold",
     "root",
     "step_for_spans",

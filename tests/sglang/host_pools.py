@@ -29,7 +29,7 @@ from kvplug.adapters.sglang import engine as engines
 from kvplug.adapters.sglang.engine import RankEngine, Shard
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.storage import KvplugStorage
-from kvplug.identity.keys import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
+from kvplug.identity.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
 from kvplug.store import KvStore
 
 base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # 10 GB, which a machine for tests need not have

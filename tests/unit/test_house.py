@@ -181,7 +181,7 @@ def arrows(sources: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, str, str]
             is_name_of_the_sdk = name.count(".") == 1 and name not in modules
             other = "names" if is_name_of_the_sdk else room_of(name) or "none"
             if other != own:
-                yield own, other, f"{path} imports {name}"
+                yield own, other, f"{os.path.relpath(path, ROOT)} imports {name}"
 
 
 def turned_round(sources: Iterable[tuple[str, Path]]) -> list[str]:
