@@ -4,7 +4,7 @@
     k[i] = blake3(k[i-1] ‖ 16 tokens, u32 little-endian ‖ extras)   for the step that ends at token 16·i
 
 A block that ends at token 16·i is named by k[i], with its cache group and shard folded into the last four bytes
-(:func:`fold`). What a step's extras are (LoRA, salt, multimodal content) is in :func:`~kvplug.identity.extras.encode_extras`.
+(:func:`fold`). What a step's extras are (LoRA, salt, multimodal content) is in :mod:`kvplug.identity.extras`.
 docs/keys.md says all this for other languages; tests/vectors/keys.json lets them check.
 
 Nothing here depends on PYTHONHASHSEED or on an engine's own block hashes.
