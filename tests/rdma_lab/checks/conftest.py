@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.rdma.conftest import _hang_up, compiled, make_host  # noqa: F401
+from tests.rdma.conftest import _hang_up, make_host  # noqa: F401
 from tests.rdma_lab.far import Far
 
 PATHS = os.environ["LAB_PATHS"].split(",")
