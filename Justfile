@@ -8,7 +8,7 @@ py := ".venv/bin/python"
 two_files := "--numprocesses 2 --dist loadfile"
 
 # what programs import, beside kvplug itself
-api_modules := "kvplug.store kvplug.handles kvplug.errors kvplug.config kvplug.keys"
+api_modules := "kvplug.store kvplug.handles kvplug.errors kvplug.config kvplug.keys kvplug.identity.weights kvplug.remote.fetcher kvplug.remote.request kvplug.remote.peering kvplug.remote.pool_blocks"
 
 # what can be run
 [private]
