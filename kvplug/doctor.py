@@ -127,7 +127,7 @@ def _shm(around: _Surroundings) -> Iterator[Finding]:
     elif room is not None and not room.fits(size):
         mend = (
             f"KVPLUG_SIZE of at most {room.largest}, a larger /dev/shm (mount -o remount,size=... /dev/shm), "
-            "or `kvplug rm` for pools that nobody uses"
+            "or `kvplug rm` for unused pools"
         )
         if space.total_bytes <= DOCKER_DEFAULT_SHM_BYTES:
             mend = (
@@ -237,7 +237,7 @@ def _files_and_locks(around: _Surroundings) -> Iterator[Finding]:
         found, mend = f"{error.strerror} (errno {error.errno}) on a file in {around.shm}", "mount a tmpfs on /dev/shm"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             found = f"{around.shm} is full: {error.strerror}"
-            mend = f"`kvplug rm` for pools that nobody uses, delete what else lies in {around.shm}, or make it larger"
+            mend = f"`kvplug rm` for unused pools, delete other files in {around.shm}, or make it larger"
         yield Finding("kernel locks", Status.FAULT, found, mend)
     finally:
         os.close(fd)
