@@ -1,8 +1,8 @@
 """mypy, strict, over everything that is installed, from the checkout itself.
 
 The links in ``kvplug/`` put the packages where ``import kvplug.shm`` looks for them, so no tool has to be told of
-setuptools' package-dir. Run as a script it prints mypy's report; the tests call :func:`check`. The adapters' errors are
-not reported yet (pyproject.toml): they subclass engines that have no stubs.
+setuptools' package-dir. Run as a script it prints mypy's report; the tests call :func:`check`. Engines have no stubs:
+what comes from them is Any, in the adapters too (pyproject.toml).
 """
 
 from __future__ import annotations

@@ -184,4 +184,5 @@ def as_words(values: Int64s) -> Int64s:
 
 def signature(runs: ByteRuns) -> bytes:
     """Equal for layouts that a device can't tell apart but by their addresses."""
-    return np.concatenate([runs.base % 256, runs.stride % 256, runs.nbytes]).astype(np.int64).tobytes()
+    table: Int64s = np.concatenate([runs.base % 256, runs.stride % 256, runs.nbytes]).astype(np.int64)
+    return table.tobytes()

@@ -249,7 +249,7 @@ class StreamCopy(DeviceCopy):
             if which.any():
                 own = None if hashes is None else np.empty(int(which.sum()), np.int64)
                 way(lane, plan, block_ids[which], slots[which], to_slots, own)
-                if hashes is not None:
+                if hashes is not None and own is not None:
                     hashes[which] = own
 
     def _direct(

@@ -247,7 +247,7 @@ def keeps_no_prefix_cache(server_args: Any) -> bool:
 def windows_alone(server_args: Any) -> bool:
     """Whether a model's layers, or a pipeline stage's, all have a sliding window: by the model's configuration, which
     SGLang has read when its settings are worked out. False where that is not known."""
-    model = getattr(server_args, "_model_config", None)
+    model: Any = getattr(server_args, "_model_config", None)
     full = getattr(model, "full_attention_layer_ids", None)
     if full is None or not getattr(model, "is_hybrid_swa", False):
         return False
@@ -282,14 +282,14 @@ def session_finished_loads(updater: Any) -> bool:
 
 def leaves_pages(recv_req: Any) -> bool:
     """Whether a :data:`RELEASE_MEMORY` with this request leaves the KV cache where it is."""
-    tags = getattr(recv_req, "tags", None)
+    tags: Any = getattr(recv_req, "tags", None)
     return bool(tags) and "kv_cache" not in tags
 
 
 def leaves_weights(name: str, recv_req: Any) -> bool:
     """Whether a call of this name among :data:`WEIGHT_CHANGES`, with this request, leaves the weights as they are."""
     if name == "resume_memory_occupation":
-        tags = getattr(recv_req, "tags", None)
+        tags: Any = getattr(recv_req, "tags", None)
         return bool(tags) and "weights" not in tags
     if name == "check_weights":
         return getattr(recv_req, "action", None) in ("snapshot", "compare", "checksum")

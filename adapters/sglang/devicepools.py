@@ -11,7 +11,7 @@ is not dense is refused, not guessed at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ class DevicePools:
 
 
 def lay_out(
-    buffers: dict[str, Sequence[LayerBuffer]], page_tokens: dict[str, int], num_layers: int, *, replicated: bool
+    buffers: Mapping[str, Sequence[LayerBuffer]], page_tokens: dict[str, int], num_layers: int, *, replicated: bool
 ) -> DevicePools:
     """Checks a model's buffers and lays them out.
 

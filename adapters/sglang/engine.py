@@ -74,10 +74,10 @@ class RankEngine:
         self._lock = threading.RLock()
         self._namespace: Namespace | None = None
         self._masks: dict[tuple[str, bool], Keys] = {}
-        self._unflushed = before is not None and before._unflushed
-        self._updating = before is not None and before._updating
-        self._changes = before._changes if before is not None else 0
-        self._rotations = before._rotations if before is not None else 0
+        self._unflushed: bool = before is not None and before._unflushed
+        self._updating: bool = before is not None and before._updating
+        self._changes: int = before._changes if before is not None else 0
+        self._rotations: int = before._rotations if before is not None else 0
         self._identified = threading.Event()
         self._closed = threading.Event()
         self._publisher: Publisher | None = None

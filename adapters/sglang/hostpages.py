@@ -160,7 +160,8 @@ def verdict(policy: str, found: Bools, *, trailing: int = 1, block_pages: int = 
         if not 0 < group_pages <= block_pages:
             return PoolVerdict(0, None)
         blocks = found[: pages // block_pages * block_pages].reshape(-1, block_pages)
-        return PoolVerdict(leading(blocks[:, -group_pages:].all(axis=1)) * block_pages, None)
+        whole = np.all(blocks[:, -group_pages:], axis=1)
+        return PoolVerdict(leading(whole) * block_pages, None)
     raise UnsupportedEngineError(f"SGLang asks by a hit policy that is not known here: {policy}")
 
 

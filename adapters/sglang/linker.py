@@ -157,8 +157,8 @@ class KvplugLinker(UnifiedCacheLinker):
                 if keys is None:
                     return None
                 window = windows.get(source)
-                policy = {} if window is None else {"policy": TRAILING_PAGES, "trailing": window}
-                parts.append(Part(keys, pool.block_nbytes, **policy))
+                policy, trailing = (ALL_PAGES, 1) if window is None else (TRAILING_PAGES, window)
+                parts.append(Part(keys, pool.block_nbytes, policy, trailing))
             parts.sort(key=lambda part: part.policy != ALL_PAGES)
             asked = wanted(parts, hit_pages, self.engine.facts.page_size)
             return fetcher.start(asked, tokens_per_s=self.engine.speed.tokens_per_s)

@@ -239,7 +239,7 @@ class Pins:
         promise = self._promises.pop(rid, None)
         if promise is None:
             return None
-        out = {}
+        out: dict[str, Taken] = {}
         for name, hashes in wanted.items():
             at = self._place(promise, hashes)
             held = promise.held.get(name)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.sglang import compat, flags
+from kvplug.engines import SUPPORTED
 from kvplug.errors import ConfigError, KvplugError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def unsupported(targets: tuple[str, ...] = ()) -> str | None:
     version = compat.version()
     if not compat.version_supported(version) and not config.load().unsupported_engine_ok:
         return (
-            f"SGLang {version} is not one that kvplug was written for ({compat.SUPPORTED['sglang']}); "
+            f"SGLang {version} is not one that kvplug was written for ({SUPPORTED['sglang']}); "
             "KVPLUG_UNSUPPORTED_ENGINE_OK=1 tries it all the same"
         )
     found = compat.problems(targets or (*compat.scheduler_targets(), *compat.CALLED))

@@ -58,4 +58,5 @@ def _plain(embeddings: Any) -> bytes:
     import torch
 
     tensor = embeddings.detach().cpu().contiguous()
-    return f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.view(torch.uint8).numpy().tobytes()
+    content: bytes = tensor.view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + content

@@ -245,7 +245,7 @@ class KvplugStorage(HiCacheStorage):
             return [False] * len(hashes)
         if pages.logical:
             return [True] * len(hashes)
-        done = self._get_fragments(keys, *pages.fragments(indices, len(hashes)), epoch).tolist()
+        done: list[bool] = self._get_fragments(keys, *pages.fragments(indices, len(hashes)), epoch).tolist()
         if (fetch := self._waited_for.pop(keys[0].tobytes(), None)) is not None:
             fetch.release()
         return done
@@ -258,7 +258,9 @@ class KvplugStorage(HiCacheStorage):
         if pages.logical:
             return [True] * len(hashes)
         fragments = pages.fragments(indices, len(hashes))
-        return self._put_fragments(keys, *fragments, self._engine.siblings(pages.replicated), epoch).tolist()
+        done: Bools = self._put_fragments(keys, *fragments, self._engine.siblings(pages.replicated), epoch)
+        stored: list[bool] = done.tolist()
+        return stored
 
     def _get_fragments(self, keys: Keys, addrs: Int64s, nbytes: Int64s, epoch: int) -> Bools:
         """What was read while the namespace changed counts as not read."""
@@ -268,7 +270,7 @@ class KvplugStorage(HiCacheStorage):
         began = time.perf_counter()
         codes = store.get_fragments(keys, addrs, nbytes)
         taken = time.perf_counter() - began
-        done = codes == Code.OK
+        done: Bools = codes == Code.OK
         total = int(nbytes[done].sum())
         counts["loaded_pages"] += int(done.sum())
         counts["loaded_bytes"] += total
@@ -322,7 +324,7 @@ class KvplugStorage(HiCacheStorage):
         keys = None if pages is None or not hashes else self._keys(pages, hashes, FLAT)
         if keys is None or len(tensors) != len(hashes):
             return [None] * len(hashes)
-        done = self._get_fragments(keys, *hostpages.flat_addresses(tensors), epoch).tolist()
+        done: list[bool] = self._get_fragments(keys, *hostpages.flat_addresses(tensors), epoch).tolist()
         return [tensor if ok else None for tensor, ok in zip(tensors, done, strict=True)]
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:

@@ -36,7 +36,7 @@ class SchedulerStart:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self._vllm_config = vllm_config
         self._config = configuration.load()
-        extra = vllm_config.kv_transfer_config.kv_connector_extra_config  # type: ignore[union-attr]
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._since_ns = extra.get(STARTED_KEY, PROCESS_STARTED_NS)
         self._probe = namespace.weights_probe(vllm_config, self._config, self._since_ns)
 

@@ -73,7 +73,7 @@ def version() -> str:
 def version_supported(text: str) -> bool:
     """Whether kvplug was written for this version: 0.30 <= v < 0.33."""
     found = re.match(r"(\d+)\.(\d+)", text)
-    return bool(found) and MIN_VERSION <= (int(found[1]), int(found[2])) < BELOW_VERSION
+    return found is not None and MIN_VERSION <= (int(found[1]), int(found[2])) < BELOW_VERSION
 
 
 def problems() -> list[str]:
@@ -376,7 +376,8 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
 
 def request_blocks(manager: Any, request_id: str) -> tuple[Sequence[KVCacheBlock], ...]:
     """The request's blocks, one sequence per group; nothing is copied."""
-    return manager.get_blocks(request_id).blocks
+    blocks: tuple[Sequence[KVCacheBlock], ...] = manager.get_blocks(request_id).blocks
+    return blocks
 
 
 def hold(pool: BlockPool, blocks: list[KVCacheBlock]) -> None:

@@ -145,7 +145,7 @@ def adapters_report(_worker: Any) -> Any:
     """In a worker: what its connector has to say of its adapters."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group().adapters_report()  # type: ignore[attr-defined]
+    return get_kv_transfer_group().adapters_report()
 
 
 def forget_adapters(connector: Any, copied: IdReaction) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvplug")
 T = TypeVar("T")
+U = TypeVar("U")
 
 ARRIVAL_TIMEOUT_S = 10.0
 """How long a worker that is told to end its copies waits for a step that was sent before and comes by another way."""
@@ -66,9 +67,9 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         self._reset: compat.CacheReset | None = None
         self._pausing = False
         self._layouts: dict[Rank, Any] = {}
-        self._orphans: set[str | None] = set()
+        self._orphans: set[str] = set()
         self._orphan_jobs: set[int] = set()
-        self._loading: set[str | None] = set()
+        self._loading: set[str] = set()
         self._submitted_step = 0
         self._newest_load = self._newest_store = 0
         self._told: RankLayout | None = None
@@ -93,7 +94,7 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -- the shield --------------------------------------------------------------------------------------------------
 
-    def _shielded(self, what: str, call: Callable[..., T], otherwise: T, *args: Any) -> T:
+    def _shielded(self, what: str, call: Callable[..., T], otherwise: U, *args: Any) -> T | U:
         try:
             return call(*args)
         except Exception as error:

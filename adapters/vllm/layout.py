@@ -70,7 +70,7 @@ def tensor_runs(cache: Any) -> list[Run]:
     dims = sorted(
         ((stride, size) for size, stride in zip(cache.shape[1:], cache.stride()[1:], strict=True) if size > 1)
     )
-    length, outer = 1, []
+    length, outer = 1, list[tuple[int, int]]()
     for stride, size in dims:
         if stride <= 0:
             raise UnsupportedEngineError("a cache tensor repeats its own bytes")

@@ -12,6 +12,7 @@ from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.jobs import Part, Plan, Rank, RankLayout
 from kvplug.config import Config
 from kvplug.errors import NamespaceError, UnsupportedEngineError
+from kvplug.identity.canonical import Value
 from kvplug.identity.namespace import ByteRun, GroupLayout, Namespace, WeightsIdentity, digest_of
 from kvplug.identity.weights import WeightsProbe
 
@@ -198,6 +199,8 @@ def build(
         for group, rule in enumerate(rules)
     )
     shapes = sorted({page.shape for rank in ranks for group in layouts[rank].groups for page in group})
+    backends: dict[str, Value] = {f"pp{rank[0]}": list(layouts[rank].backends) for rank in ranks}
+    layout: dict[str, Value] = {"name": str(kv_layout), "pages": list(shapes)}
     return Namespace(
         weights=weights,
         config_digest=digest_of(configuration, "configuration"),
@@ -209,9 +212,9 @@ def build(
         engine="vllm",
         engine_version=compat.version(),
         device=first.device,
-        attention_backend={f"pp{rank[0]}": list(layouts[rank].backends) for rank in ranks},
+        attention_backend=backends,
         cpu_isa=first.isa,
-        kv_layout={"name": str(kv_layout), "pages": list(shapes)},
+        kv_layout=layout,
         groups=groups,
         tp=int(parallel.tensor_parallel_size),
         pp=int(parallel.pipeline_parallel_size),

@@ -74,7 +74,7 @@ class SchedulerSide:
         self._config = config
         self._environment = VARIABLES.deciding(os.environ)
         role = vllm_config.kv_transfer_config
-        self._reads, self._writes = role.is_kv_consumer, role.is_kv_producer  # type: ignore[union-attr]
+        self._reads, self._writes = role.is_kv_consumer, role.is_kv_producer
         self._mm_by_content = compat_requests.mm_named_by_content(vllm_config)
         self._probe: WeightsProbe | None = probe
         self._reloads = Reloads(namespace.reloaded_from(vllm_config), loading_since_ns)

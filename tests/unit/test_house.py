@@ -131,24 +131,25 @@ def test_every_source_is_in_ruffs_form() -> None:
     assert run.returncode == 0, run.stdout + run.stderr + "\njust fmt mends it"
 
 
-def test_mypy_strict_finds_nothing_in_kvplug_shm_and_rdma() -> None:
+def test_mypy_strict_finds_nothing_in_what_is_installed() -> None:
     status, report = typecheck.check()
     assert status == 0, report
 
 
-def test_mypy_would_find_a_wrong_type_in_shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The links really lead to shm: a wrong line in a copy of it is found."""
+@pytest.mark.parametrize("folder", typecheck.LINKED)
+def test_mypy_would_find_a_wrong_type_in(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The links really lead there, and nothing hides errors: a wrong line in a copy of the folder is found."""
     for name in ("kvplug", *typecheck.LINKED):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
     for name in typecheck.LINKED:
         (tmp_path / "kvplug" / name).symlink_to(os.readlink(ROOT / "kvplug" / name))
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    (tmp_path / "shm" / "wrong.py").write_text("def size() -> int:\n    return 'x'\n")
+    (tmp_path / folder / "wrong.py").write_text("def size() -> int:\n    return 'x'\n")
     monkeypatch.setattr(typecheck, "ROOT", tmp_path)
     status, report = typecheck.check()
     assert status != 0
-    assert "shm/wrong.py:2" in report
+    assert f"{folder}/wrong.py:2" in report
 
 
 @pytest.mark.parametrize("name", typecheck.LINKED)
