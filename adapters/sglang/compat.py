@@ -44,10 +44,10 @@ PROCESS_RESULT = _SRT + "managers.scheduler.Scheduler.process_batch_result"
 REQUEST = _SRT + "managers.schedule_batch.Req.__init__"
 TOKENIZE = _SRT + "managers.tokenizer_manager.TokenizerManager._tokenize_one_request"
 TOKENIZED = _SRT + "managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
+DISK_UPDATE = _UPDATER + "update_weights_from_disk"
 WEIGHT_CHANGES = tuple(
     _UPDATER + name
     for name in (
-        "update_weights_from_disk",
         "update_weights_from_distributed",
         "update_weights_from_tensor",
         "update_weights_from_ipc",
@@ -55,8 +55,11 @@ WEIGHT_CHANGES = tuple(
         "check_weights",
     )
 )
-"""``check_weights`` can overwrite them too, see :func:`leaves_weights`."""
+"""Others than that; ``check_weights`` can overwrite them too, see :func:`leaves_weights`."""
 RELEASE_MEMORY = _UPDATER + "release_memory_occupation"
+WHOLE_RELOADS = frozenset({"auto", "safetensors"})
+"""Load formats with which :data:`DISK_UPDATE` takes the safetensors in a folder as they lie there."""
+_NOT_FLUSHED = "Weights were updated, but the cache was not flushed"
 SESSION_CHANGES = tuple(_UPDATER + name for name in ("begin_weight_update", "end_weight_update"))
 """Weights that somebody else writes between the two calls; not in every supported version."""
 LORA_LOADS = tuple(
@@ -87,7 +90,7 @@ _SHAPES: dict[str, tuple[str, ...]] = {
     LORA_COPY: ("self", "uid"),
     **dict.fromkeys(CALLED, ()),
     **dict.fromkeys(LORA_LOADS, ("self", "lora_ref")),
-    **dict.fromkeys((*WEIGHT_CHANGES, *SESSION_CHANGES, RELEASE_MEMORY), ("self", "recv_req")),
+    **dict.fromkeys((DISK_UPDATE, *WEIGHT_CHANGES, *SESSION_CHANGES, RELEASE_MEMORY), ("self", "recv_req")),
 }
 _ALSO_TAKES = {
     REQUEST: frozenset(
@@ -131,7 +134,7 @@ def scheduler_targets() -> tuple[str, ...]:
     linker = (RELEASE_REQUEST, ADMIT) if has_linker() else ()
     steps = (RUN_BATCH, PROCESS_RESULT)
     always = (CREATE_TREE_CACHE, FLUSH_CACHE, NAMESPACE_SEED, REQUEST, *steps, *LORA_LOADS, LORA_COPY, *WEIGHT_CHANGES)
-    return (*always, RELEASE_MEMORY, *optional, *linker)
+    return (*always, DISK_UPDATE, RELEASE_MEMORY, *optional, *linker)
 
 
 def runs_scheduler() -> bool:
@@ -294,6 +297,26 @@ def leaves_weights(name: str, recv_req: Any) -> bool:
     if name == "check_weights":
         return getattr(recv_req, "action", None) in ("snapshot", "compare", "checksum")
     return False
+
+
+def reloaded_folder(recv_req: Any) -> str | None:
+    """The folder from which :data:`DISK_UPDATE`, with this request, reads all of the model's weights.
+
+    None if they are elsewhere, or not read as they lie there.
+    """
+    path = getattr(recv_req, "model_path", None)
+    as_saved = getattr(recv_req, "load_format", None) in WHOLE_RELOADS and getattr(recv_req, "manifest", None) is None
+    return path if isinstance(path, str) and as_saved else None
+
+
+def reloaded_whole(answer: Any) -> bool:
+    """Whether :data:`DISK_UPDATE`, with this answer, has replaced all weights of this rank.
+
+    Where it has failed, any of them may be the new ones: what SGLang calls rolling back reads the new folder again.
+    """
+    if bool(getattr(answer, "success", False)):
+        return True
+    return str(getattr(answer, "message", "")).startswith(_NOT_FLUSHED)  # from 0.5.22; before, the engine ends
 
 
 # ---- facts of one rank -----------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 **Namespace in force.** Nothing may be looked up or stored until the weights are identified, which happens in the
 background; nor after a change of weights until SGLang has flushed its own cache, since until then requests may build
 on pages that the old weights made. After that the engine has a private namespace of its own, which all its ranks work
-out alike. ``epoch`` counts these changes; work that was begun in another epoch is dropped.
+out alike, until its weights are known again (``weights.py``). ``epoch`` counts these changes; work that was begun in
+another epoch is dropped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import Counter
@@ -24,16 +26,19 @@ from kvplug.adapters.sglang.compat import Facts
 from kvplug.adapters.sglang.flags import EXTRA_KEY, PRIVATE, PROCESS_STARTED_NS
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
+from kvplug.adapters.sglang.weights import Weights, cannot_tell
 from kvplug.config import Config
 from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
 from kvplug.identity.canonical import Value
-from kvplug.identity.namespace import Namespace
+from kvplug.identity.namespace import Namespace, WeightsIdentity
 from kvplug.remote.fetcher import Fetcher
 from kvplug.store import KvStore
 from kvplug.threads import guarded
 
 logger = logging.getLogger("sglang.kvplug")
 POLL_S = 0.05
+MOST_POLL_S = 1.0
+"""Between two looks at whether the weights are known again."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +77,30 @@ class RankEngine:
         self.layout: dict[str, Value] | None = None
         self._measures = False
         self._lock = threading.RLock()
+        self._loaded: Namespace | None = None
         self._namespace: Namespace | None = None
+        """Of the weights as they were loaded, and in force; None until those are identified."""
         self._masks: dict[tuple[str, bool], Keys] = {}
         self._unflushed: bool = before is not None and before._unflushed
         self._updating: bool = before is not None and before._updating
-        self._changes: int = before._changes if before is not None else 0
+        self._weights: Weights = before._weights if before is not None else Weights()
+        self._identities: tuple[WeightsIdentity, WeightsIdentity | None] | None = (
+            before._identities if before is not None else None
+        )
         self._rotations: int = before._rotations if before is not None else 0
         self._identified = threading.Event()
         self._closed = threading.Event()
         self._publisher: Publisher | None = None
         self._said: set[str] = set()
         try:
-            self._start(extra)
+            self._start(extra, before)
         except KvplugError as error:
             self.off(str(error))
         except Exception as error:
             logger.exception("kvplug: an error at start")
             self.off(f"{type(error).__name__}: {error}")
 
-    def _start(self, extra: Mapping[str, Any]) -> None:
+    def _start(self, extra: Mapping[str, Any], before: RankEngine | None) -> None:
         if not compat.have_context():
             raise UnsupportedEngineError(
                 "this engine was started without --enable-kvplug or KVPLUG_ENABLE=1, so kvplug does not know its model"
@@ -99,7 +109,7 @@ class RankEngine:
             raise UnsupportedEngineError(lost)
         own = dict(extra.get(EXTRA_KEY) or {})
         self.config = configuration.load(**dict(own.get("settings") or {}))
-        self.facts = compat.facts()
+        self.facts = compat.facts() if before is None else _as_started(compat.facts(), before)
         _refuse(self.facts, self.config)
         if (replaced := compat.weights_replaced()) is not None:
             raise UnsupportedEngineError(
@@ -111,6 +121,8 @@ class RankEngine:
         self.keeps_sessions = self.facts.is_multimodal and not self.config.trust_mm_ids
         # Settings may be another engine's, which was started later: no file may have changed since this process began.
         self._started_ns = min(int(own.get("started_ns") or PROCESS_STARTED_NS), PROCESS_STARTED_NS)
+        if not self._weights.changes:
+            self._weights = Weights(namespace.reloaded_from(self.facts), self._started_ns)
         (tp, tps), (cp, cps), (pp, pps) = self.facts.tp, self.facts.cp, self.facts.pp
         self.shard = Shard((pp * cps + cp) * tps + tp, pps * cps * tps)
         self.replicated_shard = Shard(pp * cps + cp, pps * cps)
@@ -160,6 +172,8 @@ class RankEngine:
         lora.tell_ranks(self)
         identify = guarded("kvplug-identify", self._identify, "this engine's pages are not shared")
         threading.Thread(target=identify, name="kvplug-identify", daemon=True).start()
+        if self._weights.pending:
+            self._wait_known()
 
     def keys(self, pool: str, hashes: Sequence[str], replicated: bool = False) -> Keys | None:
         """Keys of pages in one of SGLang's page pools, on this rank.
@@ -245,18 +259,40 @@ class RankEngine:
     def close(self) -> None:
         """Leaves the pool for good. Idempotent."""
         self.leave()
+        self._weights.close()
         forget(self)
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
     def weights_changed(self, why: str) -> None:
         """Weights are about to change: nothing is looked up or stored until SGLang has flushed its cache."""
+        self._new_weights(why, self._weights.changed)
+
+    def reload_began(self, why: str, folder: str | None) -> None:
+        """The same, by reading files; ``folder``: where all of the weights are, None if that is not known."""
+        self._new_weights(why, lambda: self._weights.reload_begins(folder))
+
+    def _new_weights(self, why: str, note: Callable[[], None]) -> None:
         with self._lock:
-            self._changes += 1
+            note()
             self._unflushed = True
-            self._forget()
+            self._rename()
         self.counts["weight_changes"] += 1
         logger.info("kvplug: weights change (%s); nothing is shared until the cache is flushed", why)
+
+    def reload_ended(self, whole: bool) -> None:
+        """The call that has read weights from files is over; ``whole``: SGLang says that it has read them all."""
+        change = self._weights.changes
+        try:
+            self._weights.reload_ended(whole)
+        except NamespaceError as error:
+            self._not_known(str(error))
+        if not whole:
+            self._not_known("SGLang has not read all of them")
+        if not self._weights.pending:
+            cannot_tell(change, self.ranks_agree)
+        elif not self._closed.is_set():
+            self._wait_known()
 
     def update_began(self) -> None:
         """Weights will be changed by several calls, and are no model's in between."""
@@ -279,11 +315,14 @@ class RankEngine:
                 return
             self._unflushed = False
             self._forget()
-            if self._namespace is not None:
-                self._namespace = self._namespace.private(self._word("weights", self._changes))
+            known = self._weights.known
+        if known:
+            self._say_known()
+            return
         logger.warning(
             "kvplug: the cache was flushed after a change of weights; this engine's pages are its own, and it shares "
-            "with no other, until it is started again"
+            "with no other, until %s",
+            self._way_back(),
         )
 
     def rotate(self, why: str) -> None:
@@ -291,9 +330,7 @@ class RankEngine:
         with self._lock:
             self._rotations += 1
             self.counts["rotations"] += 1
-            self._forget()
-            if self._namespace is not None:
-                self._namespace = self._namespace.rotated(self._word("rotation", self._rotations))
+            self._rename()
         logger.warning(
             "kvplug: the engine's pages so far are hidden from it (%s); it shares with no other until it is "
             "started again",
@@ -303,6 +340,24 @@ class RankEngine:
     def _word(self, kind: str, number: int) -> bytes:
         """32 bytes that all ranks of this engine, and nobody else, come to alike."""
         return blake3(self.secret + f"{kind} {number}".encode()).digest()
+
+    def _way_back(self) -> str:
+        """What has to happen before this engine shares with others again."""
+        restart = "it is started again"
+        if self._rotations or self.off_reason is not None or not self._weights.can_come_back:
+            return restart
+        if self._weights.pending:
+            return "the files that its weights were read from are identified"
+        return f"update_weights_from_disk has read its weights from a folder of known files, or {restart}"
+
+    def _rename(self) -> None:
+        """The namespace in force is another one from now on."""
+        self._forget()
+        if self._loaded is not None:
+            named = self._weights.named(self._loaded, lambda change: self._word("weights", change))
+            if self._rotations:
+                named = named.rotated(self._word("rotation", self._rotations))
+            self._namespace = named
 
     def _forget(self) -> None:
         self.epoch += 1
@@ -318,30 +373,17 @@ class RankEngine:
             return masked
 
     def _identify(self) -> None:
-        """Waits, on a thread of its own, until the weights are known."""
+        """Waits, on a thread of its own, until the weights that were loaded at the start are known."""
         try:
-            probe, draft = namespace.probes(self.facts, self.config, self._started_ns)
-            try:
-                found = None
-                while found is None and not self._closed.is_set():
-                    found = probe.result(POLL_S)
-                other = None
-                while draft is not None and other is None and not self._closed.is_set():
-                    other = draft.result(POLL_S)
-            finally:
-                probe.stop()
-                if draft is not None:
-                    draft.stop()
+            found = self._identities or self._probed()
             if found is None or self.layout is None:
                 return
-            known = namespace.build(self.facts, self.layout, found, other)
+            loaded = namespace.build(self.facts, self.layout, *found)
             with self._lock:
-                if self._changes:  # what was identified is not what is in memory any more
-                    known = known.private(self._word("weights", self._changes))
-                if self._rotations:
-                    known = known.rotated(self._word("rotation", self._rotations))
-                self._namespace = known
-                self._forget()
+                self._identities, self._loaded = found, loaded
+                self._rename()
+                known = self._namespace
+            assert known is not None
             self.say(f"kvplug: sharing as {known.describe()}", logging.INFO)
             self._identified.set()
         except NamespaceError as error:
@@ -349,6 +391,78 @@ class RankEngine:
         except Exception as error:
             logger.exception("kvplug: an error while the weights were being identified")
             self.off(f"{type(error).__name__}: {error}")
+
+    def _probed(self) -> tuple[WeightsIdentity, WeightsIdentity | None] | None:
+        """The model's weights and its draft model's; None if this engine has left the pool meanwhile."""
+        probe, draft = namespace.probes(self.facts, self.config, self._started_ns)
+        try:
+            found = None
+            while found is None and not self._closed.is_set():
+                found = probe.result(POLL_S)
+            other = None
+            while draft is not None and other is None and not self._closed.is_set():
+                other = draft.result(POLL_S)
+        finally:
+            probe.stop()
+            if draft is not None:
+                draft.stop()
+        return None if found is None else (found, other)
+
+    # -- weights that are known again --------------------------------------------------------------------------------
+
+    def _wait_known(self) -> None:
+        change = self._weights.changes
+
+        def wait() -> None:
+            self._wait_for(change)
+
+        recognise = guarded("kvplug-recognise", wait, "this engine shares with no other")
+        threading.Thread(target=recognise, name="kvplug-recognise", daemon=True).start()
+
+    def _wait_for(self, change: int) -> None:
+        """Waits, on a thread of its own, until what this change has brought is known on all ranks, or never will be."""
+        pause, same = POLL_S, None
+        try:
+            while same is None and not self._closed.wait(pause):
+                same = self._weights.look(change, self.ranks_agree)
+                pause = min(2 * pause, MOST_POLL_S)
+        except NamespaceError as error:
+            cannot_tell(change, self.ranks_agree)
+            self._not_known(str(error))
+        except Exception as error:  # noqa: BLE001
+            self.caught("recognising the weights", error)
+        if same is None or self._closed.is_set() or self._weights.changes != change:
+            return
+        if not same:
+            self._not_known("this engine's ranks have not all read the same")
+            return
+        with self._lock:
+            self._rename()
+            flushed = not self._unflushed
+        self.counts["weights_known_again"] += 1
+        if flushed:
+            self._say_known()
+
+    def _say_known(self) -> None:
+        if self._namespace is not None and not self._rotations:
+            logger.info("kvplug: the weights are known again; sharing as %s", self._namespace.describe())
+
+    def _not_known(self, reason: str) -> None:
+        logger.warning(
+            "kvplug: the weights that were read again are not known: %s; this engine shares with no other until %s",
+            reason,
+            self._way_back(),
+        )
+
+
+def _as_started(facts: Facts, before: RankEngine) -> Facts:
+    """An update from files has changed where they say that the weights were loaded from."""
+    started = getattr(before, "facts", None)
+    if started is None:
+        return facts
+    same = {name: getattr(started, name) for name in ("model_path", "revision", "load_format")}
+    server = {**facts.server, **{name: started.server.get(name) for name in ("model_path", "load_format")}}
+    return dataclasses.replace(facts, server=server, **same)
 
 
 def _refuse(facts: Facts, config: Config) -> None:

@@ -24,6 +24,7 @@ COUNTERS = {
     "load_failures": "Loads that did not bring what they should.",
     "pins_swept": "Promised pages released because SGLang had forgotten the request.",
     "weight_changes": "Changes of weights in the living engine.",
+    "weights_known_again": "Times that weights which were read again were identified.",
     "rotations": "Times that this engine's pages so far were hidden from it.",
     "errors": "Errors that were kept from the engine.",
     "fetches": "Fetches begun from another host.",

@@ -37,6 +37,12 @@ _FROM_FILES = frozenset(
 )
 """Load formats that take the weights that lie at the model's path, and nothing else."""
 _MAX_SCALES_BYTES = 64 << 20
+_NOT_RELOADED = (
+    "cpu_offload_gb", "enable_elastic_expert_backup", "enable_eplb", "enable_paged_experts", "ep_num_redundant_experts",
+    "kt_weight_path", "modelopt_quant", "ple_offload_embedding", "quantize_and_serve", "rl_quant_profile",
+    "speculative_algorithm",
+)  # fmt: skip
+"""Settings with which some weights are of other files, moved, or made of several tensors: a reload may leave those."""
 
 
 def probes(facts: Facts, config: Config, started_ns: int | None) -> tuple[WeightsProbe, WeightsProbe | None]:
@@ -79,6 +85,27 @@ def probes(facts: Facts, config: Config, started_ns: int | None) -> tuple[Weight
         )
     draft = probe(str(facts.draft_path), facts.draft_revision, draft_format) if has_draft else None
     return probe(facts.model_path, facts.revision, facts.load_format), draft
+
+
+def reloaded_from(facts: Facts) -> str | None:
+    """Where an update from files reads from that replaces every weight; None where some that decide pages would stay.
+
+    A draft model is not the model's folder's; layers with adapters are put around the model's, of which they have what
+    was there then; experts that were rearranged, and weights that were moved to the host, are not all where the loader
+    puts them; what is quantized is made of several tensors, some of which SGLang keeps where files have none.
+    """
+    server = facts.server
+    partial = (
+        facts.load_format not in compat.WHOLE_RELOADS,
+        facts.draft_path,
+        facts.lora_enabled,
+        facts.model["quantization"],
+        *(server.get(name) for name in _NOT_RELOADED),
+        int(server.get("offload_group_size") or -1) > 0,
+        server.get("init_expert_location", "trivial") != "trivial",
+        (server.get("weight_cache_mode") or "off") != "off",
+    )
+    return None if any(partial) else facts.model_path
 
 
 def build(

@@ -85,6 +85,7 @@ def register_scheduler_hooks() -> None:
     compat.hook(compat.RELEASE_MEMORY, before_memory_release, "before")
     for target in compat.LORA_LOADS:
         compat.hook(target, before_lora_load, "before")
+    compat.hook(compat.DISK_UPDATE, around_disk_update, "around")
     for target in compat.scheduler_targets():
         if target in compat.WEIGHT_CHANGES or target in compat.SESSION_CHANGES:
             name = target.rpartition(".")[2]
@@ -325,6 +326,34 @@ def before_weight_change(name: str, updater: Any, recv_req: Any = None, *_args: 
             each.update_ended(all_flushed=compat.session_finished_loads(updater))
         else:
             each.weights_changed(name)
+
+
+def around_disk_update(plain: _Hook, updater: Any, recv_req: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Around an update of weights from files, which are looked at before it reads them and after."""
+    _disk_update_begins(recv_req)
+    whole = False
+    try:
+        answer = plain(updater, recv_req, *args, **kwargs)
+        whole = compat.reloaded_whole(answer)
+        return answer
+    finally:
+        _disk_update_ended(whole)
+
+
+@_guarded
+def _disk_update_begins(recv_req: Any) -> None:
+    name = compat.DISK_UPDATE.rpartition(".")[2]
+    engines = _engines()
+    if not engines:
+        compat.remember_new_weights(name)
+    for each in engines:
+        each.reload_began(name, compat.reloaded_folder(recv_req))
+
+
+@_guarded
+def _disk_update_ended(whole: bool) -> None:
+    for each in _engines():
+        each.reload_ended(whole)
 
 
 @_guarded

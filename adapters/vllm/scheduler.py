@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvplug.adapters.common.reloads import Reloads
 from kvplug.adapters.vllm import compat, compat_adapters, compat_requests, namespace
 from kvplug.adapters.vllm.environment import VARIABLES
 from kvplug.adapters.vllm.fetches import Fetches
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
-from kvplug.adapters.vllm.reloads import Arguments, Reloads
+from kvplug.adapters.vllm.reloads import Arguments, folder_of
 from kvplug.adapters.vllm.requests import LoraIdentities, NotYetKnownError, Record, open_chain
 from kvplug.adapters.vllm.state import EngineState, Pending, part_sizes
 from kvplug.adapters.vllm.stores import Stores
@@ -215,7 +216,7 @@ class SchedulerSide:
         if reload is None or not self._heard(seen):
             self._reloads.give_up()
         else:
-            self._reloads.begins(*reload)
+            self._reloads.begins(folder_of(*reload, self._reloads.source))
         self._leave(seen)
         self._say_changed(why)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 
@@ -24,7 +25,8 @@ def adapters_known(scheduler: Any) -> bool:
 
 
 def page_names(scheduler: Any) -> dict[str, Any]:
-    """How this rank's pages are named: the epoch, why it is off, and one page's key in hex."""
+    """How this rank's pages are named: the epoch, why it is off, one page's key in hex, and whether the weights may
+    become known with nothing more to be done."""
     from kvplug.adapters.sglang import engine
 
     (rank,) = engine.engines()
@@ -33,8 +35,39 @@ def page_names(scheduler: Any) -> dict[str, Any]:
         "epoch": rank.epoch,
         "off": rank.off_reason,
         "key": None if keys is None else keys.tobytes().hex(),
+        "pending": rank._weights.pending,
         "counts": dict(rank.counts),
     }
+
+
+_identification_goes_on = threading.Event()
+_plain_identify: Any = None
+
+
+def hold_identification(scheduler: Any, fail: bool = False) -> None:
+    """Weights that are read again from now on are identified after :func:`let_identification_go`; or never."""
+    global _plain_identify
+    from kvplug.errors import NamespaceError
+    from kvplug.identity.weights import WeightFiles
+
+    plain = _plain_identify = WeightFiles.identify
+    _identification_goes_on.clear()
+
+    def identify(*args: Any) -> Any:
+        if fail:
+            raise NamespaceError("told to fail")
+        _identification_goes_on.wait(60)
+        return plain(*args)
+
+    WeightFiles.identify = identify
+
+
+def let_identification_go(scheduler: Any) -> None:
+    """Ends it."""
+    from kvplug.identity.weights import WeightFiles
+
+    WeightFiles.identify = _plain_identify
+    _identification_goes_on.set()
 
 
 def counts_now(scheduler: Any) -> dict[str, int]:

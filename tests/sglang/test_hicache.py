@@ -230,7 +230,7 @@ def test_after_a_change_of_weights_nothing_old_is_found(
     pair: dict[str, SglangServer], cases: list[Case], control: Control
 ) -> None:
     """Neither in an engine that was attached all the time, nor in one that was detached while its weights changed, and
-    is attached again with the first one's settings: what they store from now on, the other does not find."""
+    is attached again with the first one's settings. Both know the new weights by their files: they share those."""
     case, attached_one, detached = cases[7], pair["first"], pair["second"]
     for server in pair.values():
         store(server, [case])
@@ -244,40 +244,58 @@ def test_after_a_change_of_weights_nothing_old_is_found(
         new = control.server.generate(case.prompt, TOKENS, margin=True)
     finally:
         assert control.server.post("/update_weights_from_disk", plain)["success"]
+    assert new.margin is not None
+    assert new.margin >= MIN_MARGIN
+    assert tuple(new.tokens) != case.tokens, "the other weights answer the same, so that nothing could be seen"
+    changed = Case(case.prompt, tuple(new.tokens))
     for server in pair.values():
         assert server.post("/update_weights_from_disk", other)["success"]
+    assert serve(attached_one, [changed])[0].cached == 0
     settings = {
         "hicache_storage_backend": "dynamic",
         "hicache_storage_backend_extra_config_json": info["hicache_storage_backend_extra_config"],
     }
     idle(detached, lambda: detached.post(BACKEND, settings, method="PUT"))
-    assert new.margin is not None
-    assert new.margin >= MIN_MARGIN
-    assert tuple(new.tokens) != case.tokens, "the other weights answer the same, so that nothing could be seen"
-    changed = Case(case.prompt, tuple(new.tokens))
-    assert serve(attached_one, [changed])[0].cached == 0
+
+    def name(server: SglangServer) -> Any:
+        return server.ask("tests.sglang.inside_plugin:page_names")["key"]
+
+    eventually("both know the new weights", lambda: name(detached) == name(attached_one) is not None)
+    attached_one.flush()
     store(attached_one, [changed])
     attached_one.flush()
-    assert from_storage(serve(attached_one, [changed])) == [changed.whole], "its own pages of the new weights are found"
-    eventually("the weights are known", lambda: ask(detached, "there", tokens=list(case.prompt)))
-    assert serve(detached, [changed])[0].cached == 0
+    detached.flush()
+    for server in pair.values():
+        assert from_storage(serve(server, [changed])) == [changed.whole]
 
 
-def test_ranks_agree_on_names_after_a_change_of_weights(ranks: SglangServer, cases: list[Case]) -> None:
-    """Loaded anew, the same weights are the engine's own, and its ranks' names of a page differ in the shard alone."""
-    case = cases[0]
+def test_ranks_come_back_together_after_a_change_of_weights(ranks: SglangServer, cases: list[Case]) -> None:
+    """Loaded anew, the same weights are the engine's own until all of its ranks know them; and the ranks' names of a
+    page differ in the shard alone."""
+    case, path = cases[0], {"model_path": str(model_dir(LLAMA))}
 
-    def name(rank: int) -> str:
-        return str(ranks.ask("tests.sglang.inside_plugin:page_names", rank)["key"])[: 2 * (KEY_BYTES - 2)]
+    def ask_both(what: str, **arguments: Any) -> list[Any]:
+        return [ranks.ask(f"tests.sglang.inside_plugin:{what}", rank, **arguments) for rank in range(2)]
 
-    before = name(0)
-    assert name(1) == before
-    assert ranks.post("/update_weights_from_disk", {"model_path": str(model_dir(LLAMA))})["success"]
+    def name() -> str:
+        one, two = (str(names["key"])[: 2 * (KEY_BYTES - 2)] for names in ask_both("page_names"))
+        return one if one == two else ""
+
+    before = name()
+    ranks.ask("tests.sglang.inside_plugin:hold_identification", rank=1, fail=True)
+    try:
+        assert ranks.post("/update_weights_from_disk", path)["success"]
+        eventually("both know", lambda: not any(names["pending"] for names in ask_both("page_names")))
+    finally:
+        ranks.ask("tests.sglang.inside_plugin:let_identification_go", rank=1)
+    assert name() not in ("", "None", before), "the second rank does not know what it has read"
     assert serve(ranks, [case])[0].cached == 0
-    assert name(0) == name(1) != before
     store(ranks, [case], ranks=2)
     ranks.flush()
-    assert from_storage(serve(ranks, [case])) == [case.whole]
+    assert from_storage(serve(ranks, [case])) == [case.whole], "they find what is their own"
+    assert ranks.post("/update_weights_from_disk", path)["success"]
+    eventually("both are back", lambda: name() == before)
+    assert from_storage(serve(ranks, [case])) == [case.whole], "what was there before the first update"
 
 
 @pytest.mark.parametrize("version", VERSIONS[:-1])

@@ -16,6 +16,7 @@ from tests.vllm.common import attached, eventually
 
 Boot = Callable[..., SglangServer]
 ABORTED = 20
+PAGE_NAMES = "tests.sglang.inside_plugin:page_names"
 
 
 def ask(server: SglangServer, what: str, rank: int = 0, **arguments: Any) -> Any:
@@ -259,9 +260,12 @@ def test_after_a_change_of_weights_nothing_old_is_found(
         control.server.post("/update_weights_from_disk", {"model_path": str(model_dir(LLAMA))})
         control.server.flush()
     assert [answer.cached for answer in serve(changed_one, [changed])] == [0]
+    eventually("the new weights are known", lambda: not changed_one.ask(PAGE_NAMES)["pending"])
+    changed_one.flush()
+    serve(changed_one, [changed])
     stored(changed_one, [changed])
     changed_one.flush()
-    assert from_pool(serve(changed_one, [changed])) == [changed.whole], "its own pages of the new weights are found"
+    assert from_pool(serve(changed_one, [changed])) == [changed.whole], "pages of the new weights are found"
     other.flush()
-    assert from_pool(serve(other, [case])) == [case.whole], "and nobody else finds those"
+    assert from_pool(serve(other, [case])) == [case.whole], "and none who has the old ones finds those"
     healthy(changed_one, pool)

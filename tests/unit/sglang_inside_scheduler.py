@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +126,38 @@ def weight_changes_are_told() -> None:
     )
     assert Scheduler.flush_cache(busy) is False
     assert told() == []
+
+
+def an_update_from_files_is_told_before_and_after() -> None:
+    """With the folder if all weights are read from it, and with whether SGLang says that they were."""
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput as Request
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqOutput as Answer
+    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Updater
+
+    from kvplug.adapters.sglang import compat, plugin
+
+    with contextlib.suppress(Exception):  # it has nothing to do it with, and ends in an error
+        object.__new__(Updater).update_weights_from_disk(Request(model_path=MODEL, load_format="auto"))
+    assert told() == [("reload_began", "update_weights_from_disk", MODEL), ("reload_ended", False)]
+    for request, folder in (
+        (Request(model_path="/x", load_format="safetensors"), "/x"),
+        (Request(model_path="/x", load_format="dummy"), None),
+        (Request(model_path="/x", load_format=None), None),
+        (Request(model_path="/x", load_format="auto", manifest={}), None),
+        (None, None),
+    ):
+        assert compat.reloaded_folder(request) == folder
+    unflushed = "Weights were updated, but the cache was not flushed because requests are still running or queued."
+    for success, message, whole in ((True, "", True), (False, "Failed to update", False), (False, unflushed, True)):
+        given = Answer(success=success, message=message)
+        assert plugin.around_disk_update(lambda *_, answer=given: answer, None, None) is given
+        assert told() == [("reload_began", "update_weights_from_disk", None), ("reload_ended", whole)]
+    from sglang.srt.managers.scheduler_components import weight_updater
+
+    code = inspect.getsource(weight_updater)
+    assert compat._NOT_FLUSHED in code or "assert flush_cache_success" in code, (
+        "else such an answer means something else"
+    )
 
 
 def a_flush_that_came_through_is_told() -> None:
@@ -266,6 +299,7 @@ CHECKS = [
     images_named_by_the_user_stay_in_the_engine,
     hooks_fit_and_are_applied,
     weight_changes_are_told,
+    an_update_from_files_is_told_before_and_after,
     a_flush_that_came_through_is_told,
     adapters_are_named_by_content_wherever_pages_are_named,
     requests_say_what_their_pages_depend_on,

@@ -265,7 +265,7 @@ def test_weights_that_were_replaced_before_it_was_attached_are_unknown(
     assert make().keys("kv", HASHES) is not None  # that only looks
     for each in engine.engines():
         each.close()
-    plugin.before_weight_change("update_weights_from_disk", None)
+    plugin.around_disk_update(lambda *_: None, None)
     rank = make(began=False)
     rank.begin(LAYOUT)
     assert "weights were replaced (update_weights_from_disk) before kvplug was attached" in (rank.off_reason or "")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvplug.adapters.sglang import namespace
+from kvplug.adapters.sglang import namespace, settings
 from kvplug.config import Config
 from kvplug.errors import NamespaceError
 from kvplug.identity.namespace import WeightsIdentity
@@ -143,3 +143,38 @@ def test_weights_from_elsewhere_need_the_users_word(
 def test_two_drafts_that_a_user_vouches_for_are_told_apart() -> None:
     user = WeightsIdentity("user", b"u" * 32)
     assert digest(weights=user, draft=user, draft_path="/a") != digest(weights=user, draft=user, draft_path="/b")
+
+
+PARTIAL = [
+    {"load_format": "dummy"},
+    {"load_format": "layered"},
+    {"draft_path": "/draft"},
+    {"draft_path": "/model"},
+    {"lora_enabled": True},
+    {"model": {"hf": {}, "dtype": "torch.float32", "quantization": "fp8"}},
+    {"server": {"offload_group_size": 2}},
+    {"server": {"init_expert_location": "/experts.json"}},
+    {"server": {"weight_cache_mode": "client"}},
+    *({"server": {name: 1}} for name in namespace._NOT_RELOADED),
+]
+
+
+@pytest.mark.parametrize("change", PARTIAL, ids=lambda c: " ".join(map(str, c.get("server", c))))
+def test_what_an_update_from_files_would_leave_in_part(change: dict[str, Any]) -> None:
+    assert namespace.reloaded_from(facts("/model", **change)) is None
+
+
+def test_an_update_from_files_replaces_a_plain_model() -> None:
+    """With SGLang's settings as they are when nobody gives any; and the settings that are looked at exist."""
+    plain = {
+        "cpu_offload_gb": 0,
+        "enable_eplb": False,
+        "init_expert_location": "trivial",
+        "offload_group_size": -1,
+        "speculative_algorithm": None,
+        "weight_cache_mode": "off",
+    }
+    for server in ({}, plain):
+        assert namespace.reloaded_from(facts("/model", server=server)) == "/model"
+    looked_at = {*namespace._NOT_RELOADED, "offload_group_size", "init_expert_location", "weight_cache_mode"}
+    assert looked_at <= listed("sglang-settings.txt") | settings.HARMLESS

@@ -1,0 +1,123 @@
+"""Which weights are in this rank's memory: those of the start, some that nobody knows, or others that are known.
+
+``update_weights_from_disk`` of a folder leads from the second to the third, see :mod:`kvplug.adapters.common.reloads`
+for what of it is trusted. A page that one rank has computed holds what the weights of all ranks have made: a rank where
+the load has failed, or has read other files, would spoil the pages of the others. So each rank identifies what it has
+read by itself, tells the others in the store of their process group, and goes by it only when all have said the same of
+the same change. None waits for another with anything but a thread of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from kvplug.adapters.common.reloads import Reloads
+from kvplug.identity.namespace import Namespace, WeightsIdentity
+
+UNKNOWN = b"unknown"
+"""What a rank says that can't tell what it has read."""
+Agree = Callable[[str, bytes], "bool | None"]
+"""Tells the other ranks what this one says of a topic: whether all say the same; None until each has said something."""
+
+
+class Weights:
+    """See the module's first lines. Thread-safe."""
+
+    def __init__(self, source: str | None = None, loading_since_ns: int | None = None) -> None:
+        """As loaded at the start; see :class:`~kvplug.adapters.common.reloads.Reloads` for the arguments."""
+        self.changes = 0
+        """How often weights were changed; the same on all ranks."""
+        self._lock = threading.Lock()
+        self._reloads = Reloads(source, loading_since_ns)
+        self._read: WeightsIdentity | None = None
+        self._known: WeightsIdentity | None = None
+        """What the last change has brought: to this rank, as it has found out, and to all ranks, as they agree."""
+
+    @property
+    def can_come_back(self) -> bool:
+        """Whether a reload from a folder can lead back to what other engines share."""
+        with self._lock:
+            return self._reloads.possible
+
+    @property
+    def known(self) -> bool:
+        """Whether what the last change has brought is known, and the same on all ranks."""
+        with self._lock:
+            return self._known is not None
+
+    @property
+    def pending(self) -> bool:
+        """Whether what the last change has brought may still turn out to be known, with nothing more to be done."""
+        with self._lock:
+            return self._known is None and (self._reloads.pending or self._read is not None)
+
+    def changed(self) -> None:
+        """Weights are about to change, in a way of which something may stay when they are read from files again."""
+        with self._lock:
+            self._count()
+            self._reloads.give_up()
+
+    def reload_begins(self, folder: str | None) -> None:
+        """SGLang is about to read weights from files; ``folder``: where all of them are, None if that is not known."""
+        with self._lock:
+            self._count()
+            self._reloads.begins(folder)
+
+    def _count(self) -> None:
+        self.changes += 1
+        self._read = self._known = None
+
+    def reload_ended(self, whole: bool) -> None:
+        """That is over; ``whole``: SGLang says that this rank has them all. NamespaceError if they can't be told."""
+        with self._lock:
+            self._reloads.ended(whole)
+
+    def look(self, change: int, agree: Agree) -> bool | None:
+        """Whether what this change has brought is known now, and the same on all ranks; None while that may come.
+
+        NamespaceError, once, if this rank can't tell. Reads no file.
+        """
+        with self._lock:
+            if change != self.changes:
+                return False
+            self._read = self._read or self._reloads.result()
+            read = self._read
+        if read is None:
+            return None
+        agreed = agree(topic(change), read.digest)
+        with self._lock:
+            if change != self.changes:
+                return False
+            if agreed:
+                self._known = read
+            elif agreed is False:
+                self._read = None
+            return agreed
+
+    def named(self, loaded: Namespace, word: Callable[[int], bytes]) -> Namespace:
+        """The namespace of what is in memory.
+
+        Args:
+            loaded: that of the weights as they were loaded at the start.
+            word: 32 bytes for the number of a change that all ranks of this engine, and nobody else, come to alike.
+        """
+        with self._lock:
+            if self._known is not None:
+                return loaded.identified(self._known)
+            return loaded.private(word(self.changes)) if self.changes else loaded
+
+    def close(self) -> None:
+        """Nothing more is to be found out. Idempotent."""
+        with self._lock:
+            self._reloads.changed()
+
+
+def topic(change: int) -> str:
+    """What ranks speak of when they say what this change has brought."""
+    return f"weights/{change}"
+
+
+def cannot_tell(change: int, agree: Agree) -> None:
+    """Tells the other ranks that this one does not know what this change has brought, so that they do not wait."""
+    agree(topic(change), UNKNOWN)
