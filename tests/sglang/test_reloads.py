@@ -14,11 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kvplug.identity.filehash import SETTLED_S
+from tests.lab.models import LLAMA, LLAMA_OTHER, model_dir
 from tests.sglang.common import Case, Control, pick, serve
 from tests.sglang.test_linker import from_pool, healthy, store
 from tests.sglang_lab.server import SglangServer
 from tests.vllm.common import eventually
-from tests.vllm_lab.models import LLAMA, LLAMA_OTHER, model_dir
 
 INSIDE = "tests.sglang.inside_plugin:"
 AGAIN = "kvplug: the weights are known again; sharing as"

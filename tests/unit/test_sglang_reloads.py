@@ -17,9 +17,9 @@ from kvplug.adapters.sglang import compat, engine
 from kvplug.adapters.sglang.engine import RankEngine
 from kvplug.errors import NamespaceError
 from kvplug.identity.weights import WeightFiles
+from tests.lab.env import temporary_pool
 from tests.unit.sglang_facts import facts, give
 from tests.vllm.common import eventually
-from tests.vllm_lab.env import temporary_pool
 
 HASHES = [f"{i:064x}" for i in range(3)]
 DISK = "update_weights_from_disk"
