@@ -53,7 +53,7 @@ ROOMS = {
     "remote": room("remote", "helpers shm store blocks directory reader"),
     "names": Room(("kvplug", "kvplug.keys"), frozenset({"helpers", "identity", "store"})),
     "command": room("cli doctor", "helpers shm store verbs directory agent remote"),
-    "common": room("adapters adapters.common"),
+    "common": room("adapters adapters.common", "helpers identity"),
     "devices": room("adapters.devices", "helpers shm store"),
     "vllm": room("adapters.vllm", "helpers identity store remote common devices"),
     "sglang": room("adapters.sglang", "helpers identity store remote common devices"),
