@@ -23,6 +23,8 @@ from kvplug.errors import KvplugError
 __all__ = ["CLOSED_PIPE_STATUS", "OutputError", "complain", "emit_json", "mention", "prepare", "say", "show", "table"]
 
 PIPE_WIDTH = 100_000
+LAST_COLUMN = 14
+"""Least width of a column that may be folded, in characters: no word of a pool's state is longer."""
 CLOSED_PIPE_STATUS = 128 + 13
 """What a shell reports of a command that SIGPIPE has ended."""
 
@@ -115,7 +117,12 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     """A table without lines; the columns in *right* are numbers, and the last one is the one that may be folded."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for at, column in enumerate(columns, start=1):
+        last = at == len(columns)
         made.add_column(
-            column, justify="right" if column in right else "left", overflow="fold", no_wrap=at < len(columns)
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=not last,
+            min_width=LAST_COLUMN if last else None,  # rich would fold it to nothing beside wide ones
         )
     return made
