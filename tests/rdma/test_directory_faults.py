@@ -328,7 +328,7 @@ def test_a_publisher_says_nothing_of_passwords(caplog: pytest.LogCaptureFixture)
 
 def test_a_user_with_the_rights_that_the_faq_names_is_enough(server: RedisServer) -> None:
     faq = (Path(__file__).resolve().parents[2] / "docs" / "faq.md").read_text()
-    named = re.search(r"the user needs ([A-Z,\s]+)\s+and ([A-Z]+) on `kvplug:\*`, and PING, SELECT", faq)
+    named = re.search(r"the user needs ([A-Z,\s]+)\s+and\s+([A-Z]+)\s+on\s+`kvplug:\*`,\s+and\s+PING,\s+SELECT", faq)
     assert named is not None
     commands = [*re.findall(r"[A-Z]+", named[1]), named[2], "PING", "SELECT"]
     server.witness().acl_setuser(
