@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ logger = logging.getLogger("sglang.kvplug")
 POLL_S = 0.05
 MOST_POLL_S = 1.0
 """Between two looks at whether the weights are known again."""
+AGREE_S = 3600.0
+"""Longest wait until all ranks have said what they have read; a rank without kvplug never does."""
 
 
 @dataclass(frozen=True)
@@ -421,12 +424,15 @@ class RankEngine:
 
     def _wait_for(self, change: int) -> None:
         """Waits, on a thread of its own, until what this change has brought is known on all ranks, or never will be."""
-        pause, same = POLL_S, None
+        pause, same, deadline = POLL_S, None, time.monotonic() + AGREE_S
         try:
             while same is None and not self._closed.wait(pause):
                 same = self._weights.look(change, self.ranks_agree)
                 pause = min(2 * pause, MOST_POLL_S)
+                if same is None and time.monotonic() >= deadline:
+                    raise NamespaceError(f"after {AGREE_S:.0f} s not all ranks have said what they have read")
         except NamespaceError as error:
+            self._weights.give_up(change)
             cannot_tell(change, self.ranks_agree)
             self._not_known(str(error))
         except Exception as error:  # noqa: BLE001

@@ -95,6 +95,12 @@ class Weights:
                 self._read = None
             return agreed
 
+    def give_up(self, change: int) -> None:
+        """What this change has brought is not waited for any more."""
+        with self._lock:
+            if change == self.changes:
+                self._read = None
+
     def named(self, loaded: Namespace, word: Callable[[int], bytes]) -> Namespace:
         """The namespace of what is in memory.
 

@@ -13,6 +13,7 @@ import pytest
 from kvplug.identity.keys import KEY_BYTES
 from tests.lab.env import core_split, temporary_pool
 from tests.lab.models import LFM2, LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
+from tests.lab.releases import releases
 from tests.sglang.common import PROMPT_TOKENS, TOKENS, Case, Control, pick, serve
 from tests.sglang_lab.env import VERSIONS, installed
 from tests.sglang_lab.server import PAGE, Answer, SglangServer
@@ -298,7 +299,7 @@ def test_ranks_come_back_together_after_a_change_of_weights(ranks: SglangServer,
     assert from_storage(serve(ranks, [case])) == [case.whole], "what was there before the first update"
 
 
-@pytest.mark.parametrize("version", VERSIONS[:-1])
+@pytest.mark.parametrize("version", releases(VERSIONS)[:-1])
 def test_older_releases_store_and_hit(boot: Boot, cases: list[Case], own_pool: str, version: str) -> None:
     if not installed(version):
         pytest.skip(f"no SGLang {version} here: tests/sglang_lab/install.sh .venv")

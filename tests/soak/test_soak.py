@@ -24,7 +24,7 @@ END_S = 60
 
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.soak
+@pytest.mark.full
 @pytest.mark.timeout(RUN_S + END_S + 30)
 @pytest.mark.skipif(NOT_HERE, reason=NEEDED)
 def test_three_engines_on_one_pool_answer_right_whatever_is_killed() -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.lab.models import LLAMA, model_dir
+from tests.lab.releases import releases
 from tests.sglang_lab.env import MAIN, VERSIONS, base_env, installed
 
 HERE = Path(__file__).parent
 INSIDE = HERE / "sglang_inside.py"
 BESIDE = HERE / "sglang_inside_beside.py"
 DEADLINE_S = 300
-OTHERS = [*((version, "notes,applies") for version in VERSIONS), (MAIN, "names,subclass")]
+OTHERS = [*releases(VERSIONS, "notes,applies"), (MAIN, "names,subclass")]
 """Releases, and what another plugin does to the functions that kvplug hooks (``tests/sglang_lab/other``)."""
 
 
@@ -52,7 +53,7 @@ def answers(version: str, other: str = "") -> dict[str, str]:
 @pytest.mark.engine
 @pytest.mark.timeout(DEADLINE_S + 60)
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", releases(VERSIONS))
 def test_plugin(version: str, check: str) -> None:
     if not installed(version):
         pytest.skip("no SGLang here: tests/sglang_lab/install.sh .venv")

@@ -316,6 +316,22 @@ def test_no_rank_comes_back_before_all_have_read_the_same(pair: list[RankEngine]
         eventually("all have said the same", lambda rank=rank: name(rank) == shared)
 
 
+def test_a_rank_that_says_nothing_is_not_waited_for_without_end(
+    pair: list[RankEngine], start: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine, "AGREE_S", 5 * engine.POLL_S)
+    shared, (one, two) = name(pair[0]), pair
+    update(one, path=start)
+    settled(one)
+    assert name(one) not in (None, shared)
+    eventually("that is said", lambda: "not all ranks have said what they have read" in caplog.text)
+    two.reload_began(DISK, str(start))
+    two.flushed()
+    two.reload_ended(True)
+    settled(two)
+    assert name(two) not in (None, shared), "the first one has said that it can't tell"
+
+
 @pytest.mark.parametrize("how", ["failed", "other files", "changed files", "untold"])
 def test_where_one_rank_has_not_read_the_same_none_comes_back(
     pair: list[RankEngine],
