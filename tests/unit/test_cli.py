@@ -358,7 +358,7 @@ def on_a_terminal(columns: int, command: str, **variables: str) -> tuple[int, st
     return process.wait(120), shown.decode().replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize("columns", [5, 80])
+@pytest.mark.parametrize("columns", [5, 78, 80])
 def test_a_terminal_of_any_width_shows_every_word(columns: int, pool: str) -> None:
     words = {
         "pools": [pool, "0600", "unused"],
