@@ -50,7 +50,7 @@ class HandMade(RankEngine):
         self._wanted, self._settings = shard, settings
         super().__init__("hicache", {})
 
-    def _start(self, extra: Any) -> None:
+    def _start(self, extra: Any, before: RankEngine | None) -> None:
         self.config = configuration.load(**{"pool": POOL, "size": "64mib", "verify": "always", **self._settings})
         self.shard, self.replicated_shard = self._wanted, Shard(0, 1)
         self._secret = bytes(32)
@@ -59,7 +59,7 @@ class HandMade(RankEngine):
 
     def begin(self, layout: Any) -> None:
         self.layout = dict(layout)
-        self._namespace = Namespace(
+        self._loaded = Namespace(
             weights=WeightsIdentity("user", bytes(32)),
             config_digest=digest_of({"layers": LAYERS}),
             quantization=None,
@@ -78,6 +78,7 @@ class HandMade(RankEngine):
             pp=1,
             cp=1,
         )
+        self._rename()
 
 
 def storage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvplug.identity.filehash import SETTLED_S
 from kvplug.identity.keys import KEY_BYTES
 from tests.lab.env import core_split, temporary_pool
 from tests.lab.models import LFM2, LLAMA, LLAMA_OTHER, MELLUM, MLA, ModelSpec, model_dir
@@ -249,6 +251,7 @@ def test_after_a_change_of_weights_nothing_old_is_found(
     assert new.margin >= MIN_MARGIN
     assert tuple(new.tokens) != case.tokens, "the other weights answer the same, so that nothing could be seen"
     changed = Case(case.prompt, tuple(new.tokens))
+    time.sleep(SETTLED_S + 0.5)  # the model may have been made just now, and then its files could still change unseen
     for server in pair.values():
         assert server.post("/update_weights_from_disk", other)["success"]
     assert serve(attached_one, [changed])[0].cached == 0
