@@ -65,10 +65,16 @@ def idle(server: SglangServer, call: Callable[[], Any]) -> None:
 
 @pytest.fixture(scope="module")
 def pair(boot: Boot) -> dict[str, SglangServer]:
-    """Two servers on one pool. The second one takes orders to attach and detach, which SGLang does for a key only."""
+    """Two servers on the module's pool."""
+    return two(boot, "first", "second")
+
+
+def two(boot: Boot, *names: str, **more: Any) -> dict[str, SglangServer]:
+    """Two servers on one pool, by "first" and "second". The second one takes orders to attach and detach, which SGLang
+    does for a key only."""
     servers = {
-        "first": boot("first", mode="hicache"),
-        "second": boot("second", mode="hicache", arguments=("--admin-api-key", KEY)),
+        "first": boot(names[0], mode="hicache", **more),
+        "second": boot(names[1], mode="hicache", arguments=("--admin-api-key", KEY), **more),
     }
     servers["second"].headers["Authorization"] = f"Bearer {KEY}"
     return {name: server.ready() for name, server in servers.items()}
@@ -230,10 +236,11 @@ def test_half_of_the_calls_fail_and_the_pool_is_too_small(boot: Boot, control: C
 
 
 def test_after_a_change_of_weights_nothing_old_is_found(
-    pair: dict[str, SglangServer], cases: list[Case], control: Control
+    boot: Boot, own_pool: str, cases: list[Case], control: Control
 ) -> None:
     """Neither in an engine that was attached all the time, nor in one that was detached while its weights changed, and
     is attached again with the first one's settings. Both know the new weights by their files: they share those."""
+    pair = two(boot, "attached", "detached", pool=own_pool)
     case, attached_one, detached = cases[7], pair["first"], pair["second"]
     for server in pair.values():
         store(server, [case])
@@ -271,6 +278,7 @@ def test_after_a_change_of_weights_nothing_old_is_found(
     detached.flush()
     for server in pair.values():
         assert from_storage(serve(server, [changed])) == [changed.whole]
+        server.close()
 
 
 def test_ranks_come_back_together_after_a_change_of_weights(ranks: SglangServer, cases: list[Case]) -> None:
