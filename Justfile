@@ -20,7 +20,7 @@ demo *ARGS:
     @bash .ci/setup {{ if ARGS =~ 'sglang' { "sglang" } else { "vllm" } }}
     {{ py }} bench/demo.py {{ ARGS }}
 
-# everything: unit tests, the pool under fire, real vLLM, real SGLang
+# unit tests, the pool under fire, real vLLM, real SGLang; with --full also long tests that repeat shorter ones
 test *ARGS: engines
     @bash tests/devices/install.sh .venv
     @[ "$(id -u)" != 0 ] || bash tests/hosts/install.sh || true
