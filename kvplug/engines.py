@@ -1,31 +1,63 @@
-"""Which engine versions kvplug works with, found out without importing an engine."""
+"""Which engine versions kvplug works with, found out without importing an engine.
+
+The one table of versions: adapters, ``kvplug doctor``, the test engines' installers and the tests read it, and tests
+compare the package's metadata and the documentation with it. docs/new-engine-version.md says how a line gets in.
+
+As a script it imports nothing of kvplug, for installers: ``python -I kvplug/engines.py vllm`` prints the releases that
+tests run, the newest first, with the word ``mixed`` behind those without a build for the CPU.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
 from dataclasses import dataclass
 
-__all__ = ["SGLANG_LINKER_SINCE", "SUPPORTED", "Engine", "SupportedRange", "installed", "release"]
+__all__ = ["SGLANG_LINKER_SINCE", "SUPPORTED", "Engine", "SupportedReleases", "installed", "release"]
 
 
 @dataclass(frozen=True)
-class SupportedRange:
-    """Versions from *first* up to but not including *end*, each as far as it matters: (major, minor[, patch])."""
+class SupportedReleases:
+    """One engine's releases that kvplug was read against and is tested with. ``version in releases`` asks for one."""
 
-    first: tuple[int, ...]
-    end: tuple[int, ...]
+    tested: tuple[str, ...]
+    """What the tests run, without a gap, the oldest first."""
+    numbers: int
+    """How many numbers of a version name a release: with 2, 0.32.1 is 0.32."""
+    mixed: frozenset[str] = frozenset()
+    """Those of the tested that nobody built for the CPU: there the tests run the release's Python files with the
+    compiled files of the newest one that was."""
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The oldest release, as numbers."""
+        return release(self.tested[0])[: self.numbers]
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """The first release after the newest, as numbers."""
+        newest = release(self.tested[-1])[: self.numbers]
+        return (*newest[:-1], newest[-1] + 1)
+
+    @property
+    def built(self) -> tuple[str, ...]:
+        """The tested ones that have a build for the CPU, the oldest first; most tests run the last of them."""
+        return tuple(version for version in self.tested if version not in self.mixed)
 
     def __contains__(self, version: object) -> bool:
         return isinstance(version, str) and self.first <= release(version) < self.end
 
     def __str__(self) -> str:
-        last = (*self.end[:-1], self.end[-1] - 1)
-        return f"{'.'.join(map(str, self.first))} to {'.'.join(map(str, last))}"
+        newest = release(self.tested[-1])[: self.numbers]
+        return f"{'.'.join(map(str, self.first))} to {'.'.join(map(str, newest))}"
 
 
-SUPPORTED = {"vllm": SupportedRange((0, 30), (0, 33)), "sglang": SupportedRange((0, 5, 20), (0, 5, 24))}
-"""Read, tested and run: engines' interfaces move with every release. The extras in pyproject say the same."""
+SUPPORTED = {
+    "vllm": SupportedReleases(("0.30.0", "0.31.0", "0.32.0"), numbers=2),
+    "sglang": SupportedReleases(("0.5.20", "0.5.21", "0.5.22", "0.5.23"), numbers=3),
+}
+"""Read, tested and run: engines' interfaces move with every release."""
 
 SGLANG_LINKER_SINCE = (0, 5, 23)
 """The first SGLang that lets others bring a linker; before it there is the host cache only."""
@@ -65,3 +97,13 @@ def installed() -> list[Engine]:
             except importlib.metadata.PackageNotFoundError:
                 continue
     return found
+
+
+def _print_tested(engine: str) -> None:
+    releases = SUPPORTED[engine]
+    for version in reversed(releases.tested):
+        sys.stdout.write(f"{version} {'mixed' if version in releases.mixed else ''}".rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    _print_tested(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Which environment variables decide a page's bytes in SGLang 0.5.20 to 0.5.23, and which do not.
+"""Which environment variables decide a page's bytes in SGLang, and which do not.
 
 Taken from the register of variables of each release and from what its sources read besides; what is new there fails
 ``tests/unit/test_environment.py``, which says what to do. What counts is listed beside that test.

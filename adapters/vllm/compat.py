@@ -12,7 +12,6 @@ import functools
 import inspect
 import os
 import platform
-import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +21,7 @@ from kvplug.adapters.vllm.compat_requests import processing
 from kvplug.adapters.vllm.fingerprint import weights_fingerprint
 from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.reloads import Arguments
+from kvplug.engines import SUPPORTED
 from kvplug.errors import UnsupportedEngineError
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-MIN_VERSION = (0, 30)
-BELOW_VERSION = (0, 33)
 CONNECTOR_NAME = "KvplugConnector"
 CONNECTOR_MODULE = "kvplug.adapters.vllm.connector"
 
@@ -71,9 +69,8 @@ def version() -> str:
 
 
 def version_supported(text: str) -> bool:
-    """Whether kvplug was written for this version: 0.30 <= v < 0.33."""
-    found = re.match(r"(\d+)\.(\d+)", text)
-    return found is not None and MIN_VERSION <= (int(found[1]), int(found[2])) < BELOW_VERSION
+    """Whether kvplug was written for this version."""
+    return text in SUPPORTED["vllm"]
 
 
 def problems() -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvplug import config as settings
 from kvplug.adapters.vllm import compat, compat_requests
 from kvplug.adapters.vllm.started import STARTED_KEY, started_ns
+from kvplug.engines import SUPPORTED
 from kvplug.errors import KvplugError
 
 if TYPE_CHECKING:
@@ -71,9 +72,8 @@ def unsupported() -> str | None:
     if settings.load().unsupported_engine_ok:
         return None
     if not compat.version_supported(version):
-        low, high = compat.MIN_VERSION, compat.BELOW_VERSION
         return (
-            f"vLLM {version} is not one that kvplug was written for ({low[0]}.{low[1]} to {high[0]}.{high[1] - 1}); "
+            f"vLLM {version} is not one that kvplug was written for ({SUPPORTED['vllm']}); "
             "KVPLUG_UNSUPPORTED_ENGINE_OK=1 tries it all the same"
         )
     found = compat.problems()

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvplug.engines import SUPPORTED
 from tests.lab.env import ROOT, EngineError, core_split
 
 __all__ = ["MAIN", "OTHER", "SITE", "VERSIONS", "base_env", "installed", "version_path"]
 
-VERSIONS = ("0.5.20", "0.5.21", "0.5.22", "0.5.23")
-"""What install.sh installs. The first two were made for a slightly older transformers, and run with this one."""
+VERSIONS = SUPPORTED["sglang"].tested
+"""What install.sh installs. 0.5.20 and 0.5.21 were made for a slightly older transformers, and run with this one."""
 MAIN = VERSIONS[-1]
 SITE = Path(__file__).resolve().parent / "site"
 OTHER = SITE.parent / "other"

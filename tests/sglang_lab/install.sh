@@ -10,8 +10,6 @@
 # headers: SGLang compiles its page hash at first use, which is done here.
 set -euo pipefail
 
-VERSIONS=(0.5.23 0.5.22 0.5.21 0.5.20)
-if [ "${2:-}" = --no-matrix ]; then VERSIONS=("${VERSIONS[0]}"); fi
 DEPS=('orjson>=3.10')
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -45,6 +43,9 @@ pip_into() {
 command -v g++ >/dev/null || stop "g++ is not there; install the system package g++"
 echo '#include <openssl/evp.h>' | g++ -fsyntax-only -x c++ - 2>>"$log" ||
     stop "OpenSSL's headers are not there; install the system package libssl-dev (openssl-devel)"
+
+mapfile -t VERSIONS < <("$py" -I "$here/../../kvplug/engines.py" sglang)
+if [ "${2:-}" = --no-matrix ]; then VERSIONS=("${VERSIONS[0]}"); fi
 
 deps=$venv/sglang/deps
 if [ "$(cat "$deps/.complete" 2>/dev/null)" != "${DEPS[*]}" ]; then

@@ -22,6 +22,7 @@ import pytest
 
 from bench import figures
 from kvplug.config import Config
+from kvplug.engines import SUPPORTED, release
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -246,6 +247,30 @@ def test_the_page_of_versions_has_the_codes_numbers() -> None:
         "wire protocol": constant("VERSION", "rdma/**/protocol.py"),
         "keys": re.sub(r"\D", "", constant("_MAGIC", "kvplug/**/namespace.py").removesuffix(r"\x00'")),
     }
+
+
+NOW = [
+    *(page for page in PAGES if page.name != "CHANGELOG.md" and page.parent.name != "decisions"),
+    *(ROOT / "adapters" / engine / "README.md" for engine in SUPPORTED),
+]
+"""Pages that say what is; the others tell what was once."""
+
+
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_supported_releases_are_those_of_the_table(page: Path) -> None:
+    """``vLLM 0.30 to 0.32``, wherever a page says that."""
+    for name, found in re.findall(r"(vLLM|SGLang) (\d[\d.]*\d to \d[\d.]*\d)", page.read_text()):
+        assert found == str(SUPPORTED[name.lower()]), f"{page}: {name} {found}"
+
+
+@pytest.mark.parametrize("engine", ["vLLM", "SGLang"])
+def test_readmes_table_and_the_engines_page_name_the_supported_releases(engine: str) -> None:
+    table = SUPPORTED[engine.lower()]
+    words = f"{engine} {table}"
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {words}, CPU |")]
+    used = ".".join(map(str, release(table.built[-1])[: table.numbers]))
+    assert f"most tests use {used}" in row
+    assert words in (ROOT / "docs" / f"{engine.lower()}.md").read_text()
 
 
 def test_the_changelog_begins_with_this_version_and_says_what_drops_the_cache() -> None:

@@ -20,6 +20,7 @@ from kvplug.doctor import Finding, Status, examine, report
 from kvplug.errors import PoolSpaceError
 from kvplug.rdma.verbs import describe
 from kvplug.shm.segment import check_space
+from tests.lab.releases import outside
 
 GIB = 1024**3
 MIB = 1024**2
@@ -303,11 +304,10 @@ def install(folder: Path, name: str, version: str) -> None:
 @pytest.mark.parametrize(
     ("version", "status"),
     [
-        ("0.29.1", Status.FAULT),
-        ("0.30.0", Status.OK),
+        *((version, Status.FAULT) for version in outside("vllm")),
+        *((version, Status.OK) for version in engines.SUPPORTED["vllm"].tested),
         ("0.31.0rc1", Status.OK),
         ("0.32.4+cu129", Status.OK),
-        ("0.33.0", Status.FAULT),
         ("1.0", Status.FAULT),
         ("unknown", Status.FAULT),
     ],
@@ -322,13 +322,12 @@ def test_engine_versions_outside_the_tested_ones_are_faults(version: str, status
 @pytest.mark.parametrize(
     ("version", "status", "says"),
     [
-        ("0.5.19", Status.FAULT, "0.5.20 to 0.5.23"),
+        *((version, Status.FAULT, str(engines.SUPPORTED["sglang"])) for version in outside("sglang")),
         ("0.5.20", Status.OK, "auto takes hicache"),
         ("0.5.22.post1", Status.OK, "auto takes hicache"),
         ("0.5.23", Status.OK, "auto takes linker"),
         ("0.5.23+cpu", Status.OK, "auto takes linker"),
-        ("0.5.24", Status.FAULT, "0.5.20 to 0.5.23"),
-        ("0.6", Status.FAULT, "0.5.20 to 0.5.23"),
+        ("0.6", Status.FAULT, str(engines.SUPPORTED["sglang"])),
     ],
 )
 def test_sglang_versions_and_their_mode(version: str, status: Status, says: str, fake_engine: Path) -> None:
@@ -351,23 +350,25 @@ def test_no_engine_is_imported() -> None:
     assert run.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("engine", "words"), [("vllm", "0.30 to 0.32"), ("sglang", "0.5.20 to 0.5.23")])
-def test_the_supported_range_is_the_same_everywhere(engine: str, words: str) -> None:
-    """The engine table, the extra in the package's metadata and the range in words agree."""
+@pytest.mark.parametrize("engine", engines.SUPPORTED)
+def test_the_extra_in_the_packages_metadata_has_the_same_range(engine: str) -> None:
     wanted = engines.SUPPORTED[engine]
     (requirement,) = [
         line for line in importlib.metadata.requires("kvplug") or [] if line.startswith(engine) and "extra" in line
     ]
     assert f">={'.'.join(map(str, wanted.first))}" in requirement
     assert f"<{'.'.join(map(str, wanted.end))}" in requirement
-    assert str(wanted) == words
 
 
-def test_vllms_adapter_has_the_same_range() -> None:
-    wanted = engines.SUPPORTED["vllm"]
-    adapter = (Path(__file__).resolve().parents[2] / "adapters" / "vllm" / "compat.py").read_text()
-    assert f"MIN_VERSION = {wanted.first}\n" in adapter
-    assert f"BELOW_VERSION = {wanted.end}\n" in adapter
+@pytest.mark.parametrize("engine", engines.SUPPORTED)
+def test_no_release_between_the_first_and_the_newest_is_untested(engine: str) -> None:
+    table = engines.SUPPORTED[engine]
+    last = range(table.first[-1], table.end[-1])
+    assert [engines.release(version)[: table.numbers] for version in table.tested] == [
+        (*table.first[:-1], number) for number in last
+    ]
+    assert table.mixed <= set(table.tested)
+    assert table.built, "tests need one release that is built for the CPU"
 
 
 def test_the_report_is_json() -> None:

@@ -13,6 +13,7 @@ import pytest
 from kvplug.adapters.common.environment import Variables
 from kvplug.adapters.sglang import environment as sglang
 from kvplug.adapters.vllm import environment as vllm
+from kvplug.engines import SUPPORTED
 from tests.sglang_lab import env as sglang_lab
 from tests.vllm_lab.env import matrix_path
 
@@ -23,7 +24,7 @@ READS = re.compile(
 )
 """A variable that is read by its name, past the register."""
 NOT_SERVING = {"__pycache__", "benchmarks", "test", "tests"}
-VLLM_MATRIX = ("0.30.0", "0.31.0")
+VLLM_MATRIX = tuple(v for v in SUPPORTED["vllm"].tested if v != SUPPORTED["vllm"].built[-1])
 
 
 def vllm_roots() -> dict[str, Path]:

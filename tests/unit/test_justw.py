@@ -111,6 +111,8 @@ def test_the_demo_installs_one_version_and_the_tests_the_rest(tmp_path: Path) ->
     (folder / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "setup", folder / ".ci")
     (folder / "pyproject.toml").write_text("x = 1\n")
+    (folder / "kvplug").mkdir()
+    (folder / "kvplug" / "engines.py").write_text("SUPPORTED = {}\n")
     python = folder / ".venv" / "bin" / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.11.0\nexit 0\n')
     python.chmod(0o755)

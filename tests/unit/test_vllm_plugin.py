@@ -22,9 +22,11 @@ from kvplug.adapters.vllm.groups import GroupRule  # noqa: E402
 from kvplug.adapters.vllm.jobs import RankLayout  # noqa: E402
 from kvplug.adapters.vllm.layout import LayerPage  # noqa: E402
 from kvplug.config import Config  # noqa: E402
+from kvplug.engines import SUPPORTED  # noqa: E402
 from kvplug.errors import NamespaceError, UnsupportedEngineError  # noqa: E402
 from kvplug.identity.namespace import Namespace, WeightsIdentity  # noqa: E402
 from tests.lab.models import GEMMA3, LLAMA, MLA, model_dir  # noqa: E402
+from tests.lab.releases import outside  # noqa: E402
 
 WEIGHTS = WeightsIdentity("files", b"w" * 32)
 
@@ -116,11 +118,10 @@ def test_a_users_own_configuration_of_kvplug_is_kept(wanted: None) -> None:
 @pytest.mark.parametrize(
     ("version", "fits"),
     [
-        ("0.29.3", False),
-        ("0.30.0", True),
-        ("0.32.1+cpu", True),
-        ("0.33.0", False),
-        ("0.33.0rc1", False),
+        *((version, True) for version in SUPPORTED["vllm"].tested),
+        (f"{SUPPORTED['vllm'].tested[-1][:-1]}1+cpu", True),
+        *((version, False) for version in outside("vllm")),
+        (f"{outside('vllm')[1]}rc1", False),
         ("1.0", False),
     ],
 )

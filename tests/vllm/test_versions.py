@@ -1,4 +1,4 @@
-"""0.30, 0.31 and 0.32 run the same short test; a version that kvplug was not written for is refused and runs on."""
+"""Every supported release runs the same short test; one that kvplug was not written for is refused and runs on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from kvplug.engines import SUPPORTED
 from kvplug.remote.fetcher import MISS_FOR_S
 from tests.hosts.agents import OtherHost, move_blocks
 from tests.lab.env import EngineError
+from tests.lab.releases import outside
 from tests.vllm.common import BLOCK, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess, matrix_path
 
-VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
+VERSIONS = SUPPORTED["vllm"].tested
+TOO_OLD = outside("vllm")[0]
 
 
 def matrix(version: str) -> str | None:
@@ -89,7 +92,8 @@ def disguised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for entry in Path(spec.origin).parent.iterdir():
         if entry.name not in ("_version.py", "__pycache__"):
             (package / entry.name).symlink_to(entry)
-    (package / "_version.py").write_text("__version__ = '0.29.5'\n__version_tuple__ = (0, 29, 5)\n")
+    numbers = tuple(map(int, TOO_OLD.split(".")))
+    (package / "_version.py").write_text(f"__version__ = {TOO_OLD!r}\n__version_tuple__ = {numbers}\n")
     return package.parent
 
 
@@ -133,10 +137,10 @@ def test_an_unsupported_version_is_refused_with_a_line_and_runs_on(
     path = f"{disguised}:{Path(__file__).resolve().parents[2]}"
     refused = start("refused", env={"PYTHONPATH": path})
     insisted = start("insisted", env={"PYTHONPATH": path, "KVPLUG_UNSUPPORTED_ENGINE_OK": "1"})
-    assert refused.ready().info["version"] == "0.29.5"
+    assert refused.ready().info["version"] == TOO_OLD
     assert refused.info["connector"] is None
     (line,) = {line.split("kvplug: ")[1] for line in refused.log_text().splitlines() if "kvplug: OFF" in line}
-    assert "0.29.5" in line
+    assert TOO_OLD in line
     assert "KVPLUG_UNSUPPORTED_ENGINE_OK" in line
     agree(cases, refused.each(requests(cases)))
     assert insisted.ready().info["connector"] == "KvplugConnector"

