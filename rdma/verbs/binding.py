@@ -16,7 +16,8 @@ import importlib
 import os
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Final
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ from kvplug.errors import VerbsError
 from kvplug.rdma.control.protocol import I64
 
 U32 = npt.NDArray[np.uint32]
+Errors: TypeAlias = Callable[[str], AbstractContextManager[None]]
+"""A binding's own: what its calls raise within is a VerbsError that begins with what was being done."""
 
 LOCAL_WRITE: Final = 1
 REMOTE_READ: Final = 4
@@ -107,15 +110,19 @@ class Port:
     max_reads: int
 
 
-class Region(abc.ABC):
+class Region:
     """Memory that a device may use. The memory must outlive it: nothing here holds it."""
 
-    lkey: int
-    rkey: int
+    def __init__(self, region: Any, errors: Errors) -> None:
+        """``region``: the binding's own; both have its keys and its end under the same names."""
+        self._region, self._errors = region, errors
+        self.lkey: int = region.lkey
+        self.rkey: int = region.rkey
 
-    @abc.abstractmethod
     def close(self) -> None:
         """Deregister: whoever reads it from elsewhere gets an error from now on."""
+        with self._errors("deregister memory"):
+            self._region.close()
 
 
 class QueuePair(abc.ABC):
@@ -151,21 +158,38 @@ class QueuePair(abc.ABC):
 class Device(abc.ABC):
     """An opened device with a protection domain: queue pairs and regions of one device belong together."""
 
-    @abc.abstractmethod
+    def __init__(self, name: str, errors: Errors) -> None:
+        self._name, self._errors = name, errors
+        with errors(f"open {name}"):
+            self._context, self._domain = self._open(name)
+
     def ports(self) -> list[Port]:
         """Its active ports."""
+        with self._errors(f"ask {self._name} for its ports"):
+            return active_ports(self._name, self._context.query_device(), self._context.query_port)
 
-    @abc.abstractmethod
     def register(self, address: int, nbytes: int, access: int) -> Region:
         """Let the device use this memory, whose pages it keeps in place from now on."""
+        with self._errors(f"register {nbytes} bytes with {self._name}"):
+            return Region(self._register(address, nbytes, access), self._errors)
 
     @abc.abstractmethod
     def queue_pair(self, depth: int) -> QueuePair:
         """A queue pair for ``depth`` READs under way."""
 
-    @abc.abstractmethod
     def close(self) -> None:
         """Close it, once its regions and queue pairs are closed. Idempotent."""
+        with self._errors(f"close {self._name}"):
+            self._domain.close()
+            self._context.close()
+
+    @abc.abstractmethod
+    def _open(self, name: str) -> tuple[Any, Any]:
+        """The binding's (context, protection domain) of this device. May raise the binding's own errors."""
+
+    @abc.abstractmethod
+    def _register(self, address: int, nbytes: int, access: int) -> Any:
+        """The binding's region. May raise the binding's own errors."""
 
 
 class Binding(abc.ABC):

@@ -15,7 +15,7 @@ from kvplug.rdma.verbs import binding as b
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
+def _errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
@@ -24,19 +24,9 @@ def _said(what: str) -> Iterator[None]:
         raise VerbsError(f"{what}: {e}") from None
 
 
-class _Region(b.Region):
-    def __init__(self, region: Any) -> None:
-        self._region = region
-        self.lkey, self.rkey = region.lkey, region.rkey
-
-    def close(self) -> None:
-        with _said("deregister memory"):
-            self._region.close()
-
-
 class _QueuePair(b.QueuePair):
     def __init__(self, context: Any, domain: Any, depth: int) -> None:
-        with _said(f"a queue pair for {depth} work requests"):
+        with _errors(f"a queue pair for {depth} work requests"):
             self._channel = context.create_comp_channel()
             self._completions = context.create_cq(depth + b.CHAIN, self._channel)
             self._pair = domain.create_qp(
@@ -49,7 +39,7 @@ class _QueuePair(b.QueuePair):
         self._armed = False
 
     def connect(self, ours: b.Endpoint, theirs: b.Endpoint, *, port: int, gid_index: int) -> None:
-        with _said(f"connect queue pair {ours.qpn} with {theirs.qpn}"):
+        with _errors(f"connect queue pair {ours.qpn} with {theirs.qpn}"):
             mtu, reads = min(ours.mtu, theirs.mtu), min(ours.reads, theirs.reads)
             remote = ib.QPInfo(theirs.qpn, theirs.psn, theirs.lid, theirs.gid, 1, mtu)
             self._pair.to_init(port, b.REMOTE_READ)
@@ -87,15 +77,15 @@ class _QueuePair(b.QueuePair):
             request.remote_addr = remote
             request.rkey = rkey
             request.send_flags = b.SIGNALED if signalled else 0
-        with _said(f"post {len(chain)} READs"):
+        with _errors(f"post {len(chain)} READs"):
             self._pair.post_send(chain)
 
     def poll(self) -> list[tuple[int, int]]:
-        with _said("poll"):
+        with _errors("poll"):
             return [(done.wr_id, int(done.status)) for done in self._completions.poll(b.CHAIN)]
 
     def wait(self, timeout_s: float) -> None:
-        with _said("wait for completions"):
+        with _errors("wait for completions"):
             if not self._armed:
                 self._armed = True
                 self._completions.req_notify()
@@ -106,40 +96,29 @@ class _QueuePair(b.QueuePair):
                 self._armed = False
 
     def fail(self) -> None:
-        with _said("give up a queue pair"):
+        with _errors("give up a queue pair"):
             self._pair.modify(b.CHANGE_STATE, qp_state=b.STATE_ERROR)
 
     def close(self) -> None:
-        with _said("destroy a queue pair"):
+        with _errors("destroy a queue pair"):
             self._pair.close()
             self._completions.close()
             self._channel.close()
 
 
 class _Device(b.Device):
-    def __init__(self, name: str) -> None:
-        with _said(f"open {name}"):
-            found = [device for device in ib.get_device_list() if device.name == name]
-            if not found:
-                raise VerbsError(f"there is no RDMA device {name}")
-            self._name, self._context = name, found[0].open()
-            self._domain = self._context.alloc_pd()
+    def _open(self, name: str) -> tuple[Any, Any]:
+        found = [device for device in ib.get_device_list() if device.name == name]
+        if not found:
+            raise VerbsError(f"there is no RDMA device {name}")
+        context = found[0].open()
+        return context, context.alloc_pd()
 
-    def ports(self) -> list[b.Port]:
-        with _said(f"ask {self._name} for its ports"):
-            return b.active_ports(self._name, self._context.query_device(), self._context.query_port)
-
-    def register(self, address: int, nbytes: int, access: int) -> b.Region:
-        with _said(f"register {nbytes} bytes with {self._name}"):
-            return _Region(self._domain.reg_mr(address, nbytes, access))
+    def _register(self, address: int, nbytes: int, access: int) -> Any:
+        return self._domain.reg_mr(address, nbytes, access)
 
     def queue_pair(self, depth: int) -> b.QueuePair:
         return _QueuePair(self._context, self._domain, depth)
-
-    def close(self) -> None:
-        with _said(f"close {self._name}"):
-            self._domain.close()
-            self._context.close()
 
 
 class _Ibverbs(b.Binding):
@@ -154,7 +133,7 @@ class _Ibverbs(b.Binding):
             raise VerbsError(f"list the RDMA devices: {e.strerror or e}") from None
 
     def open(self, name: str) -> b.Device:
-        return _Device(name)
+        return _Device(name, _errors)
 
 
 BINDING: Final = _Ibverbs()

@@ -22,7 +22,7 @@ from kvplug.rdma.verbs import binding as b
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
+def _errors(what: str) -> Iterator[None]:
     try:
         yield
     except PyverbsError as e:
@@ -36,19 +36,9 @@ def _why(error: PyverbsError) -> str:
     return f"{error.args[0] if error.args else error}{f' ({os.strerror(code)})' if code and code > 0 else ''}"
 
 
-class _Region(b.Region):
-    def __init__(self, region: Any) -> None:
-        self._region = region
-        self.lkey, self.rkey = region.lkey, region.rkey
-
-    def close(self) -> None:
-        with _said("deregister memory"):
-            self._region.close()
-
-
 class _QueuePair(b.QueuePair):
     def __init__(self, context: Any, domain: Any, depth: int) -> None:
-        with _said(f"a queue pair for {depth} work requests"):
+        with _errors(f"a queue pair for {depth} work requests"):
             self._completions = cq.CQ(context, depth + b.CHAIN, None, None, 0)
             room = qp.QPCap(max_send_wr=depth, max_recv_wr=1, max_send_sge=1, max_recv_sge=1)
             wanted = qp.QPInitAttr(qp_type=b.RC, scq=self._completions, rcq=self._completions, cap=room, sq_sig_all=0)
@@ -57,7 +47,7 @@ class _QueuePair(b.QueuePair):
         self._napping = b.Napping()
 
     def connect(self, ours: b.Endpoint, theirs: b.Endpoint, *, port: int, gid_index: int) -> None:
-        with _said(f"connect queue pair {ours.qpn} with {theirs.qpn}"):
+        with _errors(f"connect queue pair {ours.qpn} with {theirs.qpn}"):
             text = theirs.gid.hex()
             gid = addr.GID(":".join(text[i : i + 4] for i in range(0, 32, 4)))
             route = addr.GlobalRoute(dgid=gid, sgid_index=gid_index, hop_limit=b.HOP_LIMIT)
@@ -99,14 +89,14 @@ class _QueuePair(b.QueuePair):
                 scatter.close()  # it was copied
                 following.set_wr_rdma(rkey, remote)
                 chain.append(following)
-            with _said(f"post {len(chain)} READs"):
+            with _errors(f"post {len(chain)} READs"):
                 self._pair.post_send(following)
         finally:
             for request in chain:
                 request.close()
 
     def poll(self) -> list[tuple[int, int]]:
-        with _said("poll"):
+        with _errors("poll"):
             done = [(one.wr_id, int(one.status)) for one in self._completions.poll(b.CHAIN)[1]]
         if done:
             self._napping.awake()
@@ -116,38 +106,27 @@ class _QueuePair(b.QueuePair):
         self._napping.nap(timeout_s)
 
     def fail(self) -> None:
-        with _said("give up a queue pair"):
+        with _errors("give up a queue pair"):
             state = qp.QPAttr()
             state.qp_state = b.STATE_ERROR
             self._pair.modify(state, b.CHANGE_STATE)
 
     def close(self) -> None:
-        with _said("destroy a queue pair"):
+        with _errors("destroy a queue pair"):
             self._pair.close()
             self._completions.close()
 
 
 class _Device(b.Device):
-    def __init__(self, name: str) -> None:
-        with _said(f"open {name}"):
-            self._name, self._context = name, device.Context(name=name)
-            self._domain = pd.PD(self._context)
+    def _open(self, name: str) -> tuple[Any, Any]:
+        context = device.Context(name=name)
+        return context, pd.PD(context)
 
-    def ports(self) -> list[b.Port]:
-        with _said(f"ask {self._name} for its ports"):
-            return b.active_ports(self._name, self._context.query_device(), self._context.query_port)
-
-    def register(self, address: int, nbytes: int, access: int) -> b.Region:
-        with _said(f"register {nbytes} bytes with {self._name}"):
-            return _Region(mr.MR(self._domain, nbytes, access, address=address))
+    def _register(self, address: int, nbytes: int, access: int) -> Any:
+        return mr.MR(self._domain, nbytes, access, address=address)
 
     def queue_pair(self, depth: int) -> b.QueuePair:
         return _QueuePair(self._context, self._domain, depth)
-
-    def close(self) -> None:
-        with _said(f"close {self._name}"):
-            self._domain.close()
-            self._context.close()
 
 
 class _Pyverbs(b.Binding):
@@ -163,7 +142,7 @@ class _Pyverbs(b.Binding):
         return sorted(one.name.decode() for one in found)
 
     def open(self, name: str) -> b.Device:
-        return _Device(name)
+        return _Device(name, _errors)
 
 
 BINDING: Final = _Pyverbs()
