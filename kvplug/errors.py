@@ -18,7 +18,9 @@ __all__ = [
     "ConfigError",
     "DecodeError",
     "DeviceCopyError",
+    "DeviceError",
     "DirectoryError",
+    "EngineContractError",
     "IntegrityError",
     "KeyFormatError",
     "KvplugError",
@@ -136,10 +138,23 @@ class NamespaceError(KvplugError):
 
 
 class UnsupportedEngineError(KvplugError):
-    """The engine's version or shape is not one that kvplug knows; the engine runs on without kvplug."""
+    """At start: the engine's version, settings or memory layout is not one that kvplug works with; the engine runs on
+    without kvplug."""
 
 
-class DeviceCopyError(KvplugError):
+class EngineContractError(KvplugError):
+    """While running: the engine gave other indices, shapes, layouts or names than its version is known for. The one
+    lookup, load or store is given up, and the engine runs on."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; please report this with the engine's version"
+
+
+class DeviceError(KvplugError):
+    """A device, its driver or its kernels can't be used for copies; the engine runs on without kvplug."""
+
+
+class DeviceCopyError(DeviceError):
     """A copy between device memory and the pool failed, or brought other bytes; the engine runs on without it."""
 
 
@@ -152,7 +167,7 @@ class PeerError(KvplugError):
 
 
 class PeerAuthError(PeerError):
-    """Who is at the other end has not shown that it has the key, or this host was not let in."""
+    """The other end has not proved that it has the key, or has refused this host."""
 
 
 class PeerTimeoutError(PeerError):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvplug.adapters.devices.base import ByteRuns, DeviceCopy
-from kvplug.errors import UnsupportedEngineError
+from kvplug.errors import DeviceError, UnsupportedEngineError
 
 if TYPE_CHECKING:  # vLLM imports this package in processes that never copy a byte
     from kvplug.store import KvStore
@@ -34,8 +34,7 @@ def for_device(device: str, store: KvStore, layouts: Sequence[ByteRuns]) -> Devi
         layouts: all layouts that will be copied; on CUDA each is tried out first.
 
     Raises:
-        UnsupportedEngineError: there are no copies for this device, or they are switched off.
-        DeviceCopyError: they don't work here.
+        DeviceError: there are no copies for this device, they are switched off, or they don't work here.
     """
     kind, _, index = device.partition(":")
     if kind == "cpu":
@@ -43,7 +42,7 @@ def for_device(device: str, store: KvStore, layouts: Sequence[ByteRuns]) -> Devi
 
         return CpuCopy()
     if kind != "cuda":
-        raise UnsupportedEngineError(f"no copies for devices of kind {kind!r}: only 'cpu' and NVIDIA's 'cuda'")
+        raise DeviceError(f"no copies for devices of kind {kind!r}: only 'cpu' and NVIDIA's 'cuda'")
     return _cuda(int(index or 0), store, layouts)
 
 
@@ -51,9 +50,9 @@ def _cuda(index: int, store: KvStore, layouts: Sequence[ByteRuns]) -> DeviceCopy
     import torch
 
     if torch.version.hip is not None:  # torch calls AMD's devices cuda, too
-        raise UnsupportedEngineError("no copies for AMD GPUs (ROCm): only for CPUs and NVIDIA's GPUs")
+        raise DeviceError("no copies for AMD GPUs (ROCm): only for CPUs and NVIDIA's GPUs")
     if store.config.cuda != "on":
-        raise UnsupportedEngineError(
+        raise DeviceError(
             "KV memory is on a CUDA device, and kvplug's copies for CUDA have not yet been run on any GPU: "
             "KVPLUG_CUDA=on uses them, after a check at start that compares what they copy byte by byte"
         )

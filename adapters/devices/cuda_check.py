@@ -20,7 +20,7 @@ from kvplug.adapters.devices.base import ByteRuns, Int64s
 from kvplug.adapters.devices.cuda import CudaCopy, new_lanes
 from kvplug.adapters.devices.planning import HostMemory, dma_from_bytes, like, signature
 from kvplug.adapters.devices.streams import ALWAYS_DMA, NEVER_DMA, Choice, Lane
-from kvplug.errors import DeviceCopyError, KvplugError
+from kvplug.errors import DeviceCopyError, DeviceError, KvplugError
 from kvplug.shm.copy import gather_runs, scatter_runs
 
 SIZES = (4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10)
@@ -39,7 +39,7 @@ Lanes: TypeAlias = "dict[bool, Lane] | None"
 def start(memory: HostMemory, index: int, layouts: Sequence[ByteRuns]) -> CudaCopy:
     """Copies for the engine on device ``index``, measured and checked in these layouts.
 
-    Raises DeviceCopyError or UnsupportedEngineError with the reason why CUDA copies can't be used here.
+    Raises DeviceError with the reason why CUDA copies can't be used here.
     """
     try:
         lanes = new_lanes(index)
@@ -49,7 +49,7 @@ def start(memory: HostMemory, index: int, layouts: Sequence[ByteRuns]) -> CudaCo
     except KvplugError:
         raise
     except Exception as error:
-        raise DeviceCopyError(f"CUDA copies could not be tried out: {type(error).__name__}: {error}") from error
+        raise DeviceError(f"CUDA copies could not be tried out: {type(error).__name__}: {error}") from error
 
 
 class Scratch:
@@ -110,7 +110,7 @@ def timings(index: int, sizes: Sequence[int] = SIZES, *, lanes: Lanes = None) ->
             for to_slots in (True, False):
                 try:
                     out[to_slots, name] = [_time(copy, scratch, size, to_slots, rng) for size in sizes]
-                except DeviceCopyError:
+                except DeviceError:
                     if name == "dma":
                         raise
     return out

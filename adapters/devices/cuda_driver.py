@@ -12,7 +12,7 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
 from kvplug.adapters.devices.base import Int64s
-from kvplug.errors import DeviceCopyError, UnsupportedEngineError
+from kvplug.errors import DeviceCopyError, DeviceError
 
 LIBRARY = "libcuda.so.1"
 BATCH_SINCE = 12080
@@ -55,15 +55,17 @@ class Driver:
     """CUDA's driver for one device, whose context is current in the thread that makes this."""
 
     def __init__(self, index: int) -> None:
-        """``index``: the device's number in this process. UnsupportedEngineError without a driver."""
+        """``index``: the device's number in this process. DeviceError without a driver or a context."""
         try:
             self._cuda = ctypes.CDLL(LIBRARY)
         except OSError as error:
-            raise UnsupportedEngineError(f"CUDA's driver library {LIBRARY} can't be loaded: {error}") from error
+            raise DeviceError(
+                f"CUDA's driver library {LIBRARY} can't be loaded: {error}; see that nvidia-smi works on this host"
+            ) from error
         self._context = c_void_p()
         self._check(self._cuda.cuCtxGetCurrent(byref(self._context)), "cuCtxGetCurrent")
         if not self._context:
-            raise UnsupportedEngineError(f"CUDA device {index} has no context in this thread")
+            raise DeviceError(f"CUDA device {index} has no context in this thread")
         device = c_int()
         self._check(self._cuda.cuDeviceGet(byref(device), c_int(index)), "cuDeviceGet")
         able = c_int()
@@ -140,7 +142,7 @@ class Driver:
 
     def _check(self, code: int, call: str) -> None:
         if code != _SUCCESS:
-            raise DeviceCopyError(f"{call}: {self._name(code)}")
+            raise DeviceError(f"{call}: {self._name(code)}")
 
     def _name(self, code: int) -> str:
         text = c_char_p()

@@ -34,7 +34,7 @@ import numpy as np
 from kvplug.adapters.devices.base import ByteRuns, DeviceCopy, Int64s, UInt64s
 from kvplug.adapters.devices.pinning import PinnedSlabs
 from kvplug.adapters.devices.planning import HostMemory, Layout, as_words, descriptors, groups
-from kvplug.errors import DeviceCopyError, KvplugError, UnsupportedEngineError
+from kvplug.errors import DeviceCopyError, DeviceError, KvplugError
 from kvplug.shm.copy import copy_batch, copy_hash_batch, hash_batch
 
 MOST_BLOCKS = 4096
@@ -144,7 +144,7 @@ class StreamCopy(DeviceCopy):
         self._kernels = kernels
         self._pins = PinnedSlabs(memory, driver.register, driver.unregister, refuse_all=not pin)
         if not driver.has_batches and kernels is None:
-            raise UnsupportedEngineError(
+            raise DeviceError(
                 "this driver takes no copies in batches (CUDA's do since 12.8), and no kernel can be used without"
             )
         self._plans: dict[tuple[int, bool], _Plan] = {}
@@ -169,13 +169,13 @@ class StreamCopy(DeviceCopy):
     # -- the interface -----------------------------------------------------------------------------------------------
 
     def store(self, runs: ByteRuns, block_ids: Int64s, dst: Int64s, after: Any) -> UInt64s:
-        """See :meth:`DeviceCopy.store`. DeviceCopyError if the device reports an error; then nothing runs any more."""
+        """See :meth:`DeviceCopy.store`. DeviceError if the device reports an error; then nothing runs any more."""
         hashes = np.empty(len(block_ids), np.int64)
         self._transfer(runs, block_ids, dst, after, to_slots=True, hashes=hashes)
         return hashes.view(np.uint64)
 
     def load(self, runs: ByteRuns, src: Int64s, block_ids: Int64s, after: Any) -> None:
-        """See :meth:`DeviceCopy.load`. DeviceCopyError as for :meth:`store`."""
+        """See :meth:`DeviceCopy.load`. DeviceError as for :meth:`store`."""
         self._transfer(runs, block_ids, src, after, to_slots=False, hashes=None)
 
     def store_unhashed(self, runs: ByteRuns, block_ids: Int64s, dst: Int64s, after: Any) -> None:
@@ -190,7 +190,7 @@ class StreamCopy(DeviceCopy):
         try:
             self.driver.enter()
             self._pins.close()
-        except DeviceCopyError:  # the device is lost; the end of the process gives its memory back
+        except DeviceError:  # the device is lost; the end of the process gives its memory back
             pass
         self._hashers.shutdown(wait=False)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvplug.adapters.devices import device_of
 from kvplug.adapters.devices.base import ByteRuns, Int64s
-from kvplug.errors import UnsupportedEngineError
+from kvplug.errors import EngineContractError, UnsupportedEngineError
 from kvplug.identity.canonical import Value
 
 KV, SWA, MAMBA = "kv", "swa", "mamba"
@@ -70,19 +70,23 @@ class SourcePool:
     def block_ids(self, indices: Any) -> Int64s:
         """Page numbers, int64[N], from SGLang's index tensor of N·page_tokens entries on any device.
 
-        UnsupportedEngineError unless they are whole pages, aligned and inside the pool: what else they could be is
+        EngineContractError unless they are whole pages, aligned and inside the pool: what else they could be is
         unknown, and a copy to or from them could touch another request's pages.
         """
         slots = np.asarray(indices.detach().to("cpu").numpy(), dtype=np.int64).reshape(-1)
         span = self.page_tokens
         if len(slots) % span:
-            raise UnsupportedEngineError(f"pool {self.name!r}: {len(slots)} indices are no pages of {span}")
+            raise EngineContractError(f"pool {self.name!r}: {len(slots)} indices are no pages of {span}")
         pages = slots.reshape(-1, span)
         ids = pages[:, 0] // span
         if not np.array_equal(pages, ids[:, None] * span + np.arange(span)):
-            raise UnsupportedEngineError(f"pool {self.name!r}: indices that are not aligned pages of {span}")
+            at = int(np.flatnonzero((pages != ids[:, None] * span + np.arange(span)).any(axis=1))[0])
+            raise EngineContractError(
+                f"pool {self.name!r}: the indices of page {at} of {len(ids)}, from {int(pages[at, 0])} on, "
+                f"are not an aligned page of {span}"
+            )
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.num_pages):
-            raise UnsupportedEngineError(
+            raise EngineContractError(
                 f"pool {self.name!r}: pages {int(ids.min())} to {int(ids.max())} of a pool with {self.num_pages}"
             )
         return np.ascontiguousarray(ids)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.errors import BufferError, UnsupportedEngineError
+from kvplug.errors import EngineContractError, UnsupportedEngineError
 
 Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -62,16 +62,16 @@ class HostPages:
             Addresses int64 (pages, F) and lengths in bytes int64 (pages, F).
 
         Raises:
-            BufferError: the indices are not those of so many pages, or the pool answered with something else.
+            EngineContractError: the indices are not those of so many pages, or the pool answered with something else.
         """
         given = 0 if indices is None else int(indices.numel())
         if given != pages * self.page_size:
-            raise BufferError(
+            raise EngineContractError(
                 f"{given} host indices were given for {pages} pages of {self.page_size} in pool {self.name}"
             )
         addrs, nbytes = self.pool.get_page_buffer_meta(indices)
         if not len(addrs) or len(addrs) % pages or len(addrs) != len(nbytes):
-            raise BufferError(
+            raise EngineContractError(
                 f"host pool {self.name} has {len(addrs)} addresses and {len(nbytes)} lengths for {pages} pages"
             )
         return (
@@ -144,7 +144,7 @@ def verdict(policy: str, found: Bools, *, trailing: int = 1, block_pages: int = 
         group_pages: see there.
 
     Raises:
-        UnsupportedEngineError: another policy.
+        EngineContractError: another policy.
     """
     pages = len(found)
     if policy == ALL_PAGES:
@@ -162,7 +162,7 @@ def verdict(policy: str, found: Bools, *, trailing: int = 1, block_pages: int = 
         blocks = found[: pages // block_pages * block_pages].reshape(-1, block_pages)
         whole = np.all(blocks[:, -group_pages:], axis=1)
         return PoolVerdict(leading(whole) * block_pages, None)
-    raise UnsupportedEngineError(f"SGLang asks by a hit policy that is not known here: {policy}")
+    raise EngineContractError(f"SGLang asks by a hit policy that is not known here: {policy}")
 
 
 def leading(found: Bools) -> int:
@@ -172,9 +172,16 @@ def leading(found: Bools) -> int:
 
 
 def flat_addresses(tensors: Sequence[Any]) -> tuple[Int64s, Int64s]:
-    """Addresses int64 (N, 1) and lengths in bytes int64 (N, 1) of contiguous CPU tensors. BufferError for others."""
-    if not all(tensor.is_cpu and tensor.is_contiguous() and tensor.nbytes for tensor in tensors):
-        raise BufferError("a page of another device, of bytes that are not contiguous, or of none was given")
+    """Addresses int64 (N, 1) and lengths in bytes int64 (N, 1) of contiguous CPU tensors.
+
+    EngineContractError for others.
+    """
+    for at, tensor in enumerate(tensors):
+        if not (tensor.is_cpu and tensor.is_contiguous() and tensor.nbytes):
+            raise EngineContractError(
+                f"page {at} of {len(tensors)} has {tensor.nbytes} bytes on {tensor.device} with strides "
+                f"{tuple(tensor.stride())}, which are no contiguous bytes on the CPU"
+            )
     n = len(tensors)
     return (
         np.fromiter((tensor.data_ptr() for tensor in tensors), np.int64, n).reshape(n, 1),

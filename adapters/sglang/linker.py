@@ -29,7 +29,7 @@ from kvplug.adapters.sglang.pins import Pins
 from kvplug.adapters.sglang.waits import Waits
 from kvplug.adapters.sglang.wants import Part, wanted
 from kvplug.config import Config
-from kvplug.errors import KvplugError, UnsupportedEngineError
+from kvplug.errors import EngineContractError, KvplugError, PoolError
 from kvplug.remote.fetcher import Fetch
 
 DEVICE_PAGES_IF_UNKNOWN = 1024
@@ -42,7 +42,7 @@ class _Works:
     def __init__(self, rank: engine.RankEngine, pools: DevicePools, ledger: Ledger, forward_stream: Any) -> None:
         store = rank.store
         if store is None:
-            raise UnsupportedEngineError(rank.off_reason or "no pool")
+            raise PoolError(rank.off_reason or "no pool")
         device = for_device(pools.device, store, pools.layouts)
         if device.describe():
             rank.say(f"kvplug: {device.describe()}")
@@ -215,8 +215,11 @@ class KvplugLinker(UnifiedCacheLinker):
             pages = {
                 name: works.pools.sources[name].block_ids(transfer.device_indices) for name, transfer in wanted.items()
             }
-            if any(len(pages[name]) != len(transfer.keys) for name, transfer in wanted.items()):
-                raise UnsupportedEngineError("a load has other numbers of pages and of their names")
+            for name, transfer in wanted.items():
+                if len(pages[name]) != len(transfer.keys):
+                    raise EngineContractError(
+                        f"a load from pool {name!r} has {len(pages[name])} pages and {len(transfer.keys)} names"
+                    )
             taken = works.pins.take(rid, {name: transfer.keys for name, transfer in wanted.items()})
             if not taken:
                 return False

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from kvplug.errors import KeyFormatError
+from kvplug.errors import EngineContractError
 from kvplug.identity.keys import KEY_BYTES, fold
 
 Keys = npt.NDArray[np.uint8]
@@ -37,13 +37,14 @@ def page_keys(hashes: Sequence[str], masked: Keys) -> Keys:
         masked: of :func:`mask`.
 
     Raises:
-        KeyFormatError: a hash has another form, so that this is not the SGLang that kvplug knows.
+        EngineContractError: a hash has another form, so that this is not the SGLang that kvplug knows.
     """
     try:
         raw = bytes.fromhex("".join(hashes))
     except (TypeError, ValueError) as error:
-        raise KeyFormatError(f"SGLang's page hashes are not hexadecimal: {error}") from None
+        raise EngineContractError(f"SGLang's page hashes are not hexadecimal: {error}") from None
     if not {_HEX_CHARS}.issuperset(map(len, hashes)) or len(raw) != KEY_BYTES * len(hashes):
-        raise KeyFormatError(f"SGLang's page hashes should have {_HEX_CHARS} digits, the first one is {hashes[0]!r}")
+        bad = next(one for one in hashes if {len(one), len("".join(one.split()))} != {_HEX_CHARS})
+        raise EngineContractError(f"SGLang's page hashes should have {_HEX_CHARS} digits, one is {bad!r}")
     keys: Keys = np.frombuffer(raw, dtype=np.uint8).reshape(-1, KEY_BYTES) ^ masked
     return keys

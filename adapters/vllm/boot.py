@@ -21,7 +21,7 @@ from kvplug.adapters.vllm.llvmlite_handle import shield_compiled_modules
 from kvplug.adapters.vllm.scheduler import SchedulerSide
 from kvplug.adapters.vllm.started import PROCESS_STARTED_NS, STARTED_KEY
 from kvplug.adapters.vllm.worker import WorkerSide
-from kvplug.errors import KvplugError, UnsupportedEngineError
+from kvplug.errors import KvplugError, PoolError, UnsupportedEngineError
 from kvplug.store import KvStore
 
 shield_compiled_modules()
@@ -78,7 +78,7 @@ def worker_start(
     rank = compat.ranks()
     try:
         if refusal is not None:
-            raise UnsupportedEngineError(refusal)
+            raise PoolError(refusal)
         if host != _host():
             raise UnsupportedEngineError("the engine's workers are on several hosts")
         store = opened[0] if opened else KvStore.join(token, config=configuration.load())

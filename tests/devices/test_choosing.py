@@ -18,7 +18,7 @@ from kvplug.adapters.devices.cpu import CpuCopy  # noqa: E402
 from kvplug.adapters.devices.cuda_driver import Driver  # noqa: E402
 from kvplug.adapters.devices.pinning import PinnedSlabs  # noqa: E402
 from kvplug.adapters.devices.planning import HostMemory  # noqa: E402
-from kvplug.errors import KvplugError, UnsupportedEngineError  # noqa: E402
+from kvplug.errors import DeviceError, UnsupportedEngineError  # noqa: E402
 from kvplug.store import KvStore  # noqa: E402
 from tests.lab.env import temporary_pool  # noqa: E402
 
@@ -50,21 +50,21 @@ def test_memory_on_no_device_or_on_several_is_refused(tensors: list[Any]) -> Non
 def test_cuda_is_off_until_it_is_switched_on_and_then_it_must_pass_its_check(store: KvStore) -> None:
     """Off: the line says what switches it on. On, where CUDA does not work: a typed error, which an adapter says."""
     wanted = "KVPLUG_CUDA=on" if store.config.cuda == "off" else "could not be tried out|CUDA"
-    with pytest.raises(KvplugError, match=wanted):
+    with pytest.raises(DeviceError, match=wanted):
         for_device("cuda:0", store, RUNS)
 
 
 def test_other_devices_are_refused_by_name(store: KvStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedEngineError, match="'xpu'"):
+    with pytest.raises(DeviceError, match="'xpu'"):
         for_device("xpu:0", store, RUNS)
     monkeypatch.setattr(torch.version, "hip", "7.2")
-    with pytest.raises(UnsupportedEngineError, match="ROCm"):
+    with pytest.raises(DeviceError, match="ROCm"):
         for_device("cuda:0", store, RUNS)
 
 
 @pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="there is a driver")
 def test_without_a_driver_there_is_a_typed_error() -> None:
-    with pytest.raises(UnsupportedEngineError, match="libcuda"):
+    with pytest.raises(DeviceError, match="libcuda"):
         Driver(0)
 
 

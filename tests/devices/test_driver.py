@@ -21,7 +21,7 @@ import pytest
 
 from kvplug.adapters.devices import cuda_driver
 from kvplug.adapters.devices.cuda_driver import BATCH_SINCE, Driver, _Attributes, _Location
-from kvplug.errors import DeviceCopyError, UnsupportedEngineError
+from kvplug.errors import DeviceCopyError, DeviceError
 
 HEADERS = Path(sys.prefix) / "triton" / "triton" / "backends" / "nvidia" / "include"
 SOURCE = Path(__file__).with_name("standin_driver.c")
@@ -211,8 +211,8 @@ def test_a_thread_without_a_context_gets_the_devices(standin: Standin) -> None:
 
 
 def test_without_a_context_or_a_device_there_is_a_typed_error(standin: Standin) -> None:
-    with pytest.raises(DeviceCopyError, match="cuDeviceGet: error 101"):
+    with pytest.raises(DeviceError, match="cuDeviceGet: error 101"):
         Driver(8)
     standin.library.cuCtxSetCurrent(None)
-    with pytest.raises(UnsupportedEngineError, match="no context"):
+    with pytest.raises(DeviceError, match="no context"):
         Driver(0)

@@ -22,7 +22,7 @@ from kvplug.adapters.sglang.devicepools import KV, MAMBA, SWA, DevicePools, Laye
 from kvplug.adapters.sglang.loads import NO_LOAD, Loads, QueuedLoad  # noqa: E402
 from kvplug.adapters.sglang.offloads import Ledger, Offload, Offloads, Pages  # noqa: E402
 from kvplug.adapters.sglang.pins import Pins  # noqa: E402
-from kvplug.errors import Code, UnsupportedEngineError  # noqa: E402
+from kvplug.errors import Code, EngineContractError, UnsupportedEngineError  # noqa: E402
 from kvplug.store import KvStore  # noqa: E402
 from kvplug.threads import troubles  # noqa: E402
 from tests.unit.test_sglang_linker_pins import Names, chain, temporary_store  # noqa: E402
@@ -420,7 +420,7 @@ def test_device_pages_are_held_only_up_to_a_share() -> None:
 )
 def test_indices_that_are_no_pages_are_refused(indices: Any, reason: str) -> None:
     pool = lay_out(buffers(4), SPANS, LAYERS, replicated=False).sources[KV]
-    with pytest.raises(UnsupportedEngineError, match=reason):
+    with pytest.raises(EngineContractError, match=reason):
         pool.block_ids(indices)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplug.adapters.sglang.pagekeys import mask, page_keys
-from kvplug.errors import KeyFormatError
+from kvplug.errors import EngineContractError
 from kvplug.identity.keys import fold
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "keys.json").read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def test_pools_shards_and_namespaces_have_masks_of_their_own() -> None:
     ],
 )
 def test_other_forms_are_refused(hashes: Any) -> None:
-    with pytest.raises(KeyFormatError, match="SGLang's page hashes"):
+    with pytest.raises(EngineContractError, match="SGLang's page hashes"):
         page_keys(hashes, mask(ROOT, "kv", 0))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplug.adapters.sglang.hostpages import ALL_PAGES, BLOCK_GROUPS, TRAILING_PAGES, leading, verdict
-from kvplug.errors import UnsupportedEngineError
+from kvplug.errors import EngineContractError
 
 FOUND = st.lists(st.booleans(), max_size=24)
 
@@ -50,5 +50,5 @@ def test_block_groups_counts_leading_whole_blocks_and_decides_nothing(
 
 
 def test_another_policy_is_refused() -> None:
-    with pytest.raises(UnsupportedEngineError, match="of_tomorrow"):
+    with pytest.raises(EngineContractError, match="of_tomorrow"):
         verdict("of_tomorrow", np.ones(3, bool))
