@@ -53,7 +53,7 @@ class Finding:
     name: str
     status: Status
     found: str
-    mend: str = ""
+    fix: str = ""
     """What to do about it; empty where there is nothing to do."""
 
 
@@ -125,17 +125,17 @@ def _shm(around: _Surroundings) -> Iterator[Finding]:
     if _own_pool_exists(around):
         yield Finding("/dev/shm", Status.OK, f"{text}; pool {around.config.pool} is there already and keeps its size")
     elif room is not None and not room.fits(size):
-        mend = (
+        fix = (
             f"KVPLUG_SIZE of at most {room.largest}, a larger /dev/shm (mount -o remount,size=... /dev/shm), "
             "or `kvplug rm` for unused pools"
         )
         if space.total_bytes <= DOCKER_DEFAULT_SHM_BYTES:
-            mend = (
+            fix = (
                 "start the container with --ipc=host, or with --shm-size=... "
                 "(Kubernetes: mount an emptyDir with medium Memory on /dev/shm); "
                 f"or KVPLUG_SIZE of at most {room.largest}"
             )
-        yield Finding("/dev/shm", Status.FAULT, f"{text}; pool {around.config.pool} needs {format_size(size)}", mend)
+        yield Finding("/dev/shm", Status.FAULT, f"{text}; pool {around.config.pool} needs {format_size(size)}", fix)
     else:
         yield Finding("/dev/shm", Status.OK, f"{text}; pool {around.config.pool} is to be {format_size(size)}")
 
@@ -204,12 +204,12 @@ def _files_and_locks(around: _Surroundings) -> Iterator[Finding]:
     try:
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        mend = (
+        fix = (
             "chmod 1777 /dev/shm (it belongs to root)"
             if isinstance(error, PermissionError)
             else "mount a tmpfs on /dev/shm"
         )
-        yield Finding("permissions", Status.FAULT, f"can't create a file in {around.shm}: {error.strerror}", mend)
+        yield Finding("permissions", Status.FAULT, f"can't create a file in {around.shm}: {error.strerror}", fix)
         return
     try:
         stat = os.fstat(fd)
@@ -234,11 +234,11 @@ def _files_and_locks(around: _Surroundings) -> Iterator[Finding]:
         else:
             yield Finding("kernel locks", Status.OK, "flock and open file description locks exclude and can be probed")
     except OSError as error:
-        found, mend = f"{error.strerror} (errno {error.errno}) on a file in {around.shm}", "mount a tmpfs on /dev/shm"
+        found, fix = f"{error.strerror} (errno {error.errno}) on a file in {around.shm}", "mount a tmpfs on /dev/shm"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             found = f"{around.shm} is full: {error.strerror}"
-            mend = f"`kvplug rm` for unused pools, delete other files in {around.shm}, or make it larger"
-        yield Finding("kernel locks", Status.FAULT, found, mend)
+            fix = f"`kvplug rm` for unused pools, delete other files in {around.shm}, or make it larger"
+        yield Finding("kernel locks", Status.FAULT, found, fix)
     finally:
         os.close(fd)
         os.unlink(path)
@@ -293,11 +293,11 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
         if pool.usable:
             yield from _usable_pool(pool.name, text, is_ours=pool.name == around.config.pool)
         elif pool.name == around.config.pool:
-            mend = "KVPLUG_POOL with another name"
+            fix = "KVPLUG_POOL with another name"
             if pool.uid == os.geteuid():
                 first = "" if pool.clients_alive == 0 else "stop what is attached, then "
-                mend = f"{first}`kvplug rm --pool {pool.name}`, or {mend}"
-            yield Finding("pools", Status.FAULT, f"{text}; {pool.problem}", mend)
+                fix = f"{first}`kvplug rm --pool {pool.name}`, or {fix}"
+            yield Finding("pools", Status.FAULT, f"{text}; {pool.problem}", fix)
         else:
             yield Finding("pools", Status.NOTE, f"{text}; {pool.problem}")
 
@@ -334,7 +334,7 @@ def _usable_pool(name: str, text: str, *, is_ours: bool) -> Iterator[Finding]:
 
 def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
     """Where numba keeps what it compiled, in its own order of places. With none, each process compiles it anew."""
-    mend = "NUMBA_CACHE_DIR=... with a folder of this user's"
+    fix = "NUMBA_CACHE_DIR=... with a folder of this user's"
     asked = os.environ.get("NUMBA_CACHE_DIR")
     spec = importlib.util.find_spec("kvplug.shm")
     source = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else Path()
@@ -350,7 +350,7 @@ def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
                 "numba cache",
                 Status.WARNING,
                 f"{place} can be written by every user, and what lies there is run as code",
-                f"chmod o-w {place}, or {mend}",
+                f"chmod o-w {place}, or {fix}",
             )
         else:
             yield Finding("numba cache", Status.OK, str(place))
@@ -358,7 +358,7 @@ def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
     found = (
         f"can't write to {' or '.join(map(str, places))}: every start compiles the pool's code anew, for about a minute"
     )
-    yield Finding("numba cache", Status.WARNING, found, mend)
+    yield Finding("numba cache", Status.WARNING, found, fix)
 
 
 def _huge_pages(around: _Surroundings) -> Iterator[Finding]:
@@ -368,12 +368,12 @@ def _huge_pages(around: _Surroundings) -> Iterator[Finding]:
     except OSError:
         choice = None
     value = choice[1] if choice else "unknown"
-    mend = (
+    fix = (
         ""
         if value in ("always", "advise", "within_size", "unknown")
         else f"for faster first touches: echo advise > {path} (as root)"
     )
-    yield Finding("huge pages", Status.NOTE, f"for shared memory: {value}", mend)
+    yield Finding("huge pages", Status.NOTE, f"for shared memory: {value}", fix)
 
 
 def _engines(around: _Surroundings) -> Iterator[Finding]:
@@ -417,8 +417,8 @@ def _sglang_mode(engine: engines.Engine) -> str:
 
 def _entry_point(name: str, group: str) -> Iterator[Finding]:
     if not importlib.metadata.entry_points(group=group, name=PLUGIN_NAME):
-        mend = "install kvplug again: pip install --force-reinstall --no-deps kvplug"
-        yield Finding(name, Status.FAULT, f"no entry point {PLUGIN_NAME} in {group}", mend)
+        fix = "install kvplug again: pip install --force-reinstall --no-deps kvplug"
+        yield Finding(name, Status.FAULT, f"no entry point {PLUGIN_NAME} in {group}", fix)
 
 
 def _allow_list(name: str, variable: str) -> Iterator[Finding]:
@@ -436,8 +436,8 @@ def _vllm_plugin(_: _Surroundings) -> Iterator[Finding]:
     elif variable in os.environ:
         yield Finding(name, Status.OK, f"on: {variable}={os.environ[variable]}")
     else:
-        found, mend = "installed, off: VLLM_PLUGINS is not set", "VLLM_PLUGINS=kvplug vllm serve MODEL"
-        yield Finding(name, Status.NOTE, found, mend)
+        found, fix = "installed, off: VLLM_PLUGINS is not set", "VLLM_PLUGINS=kvplug vllm serve MODEL"
+        yield Finding(name, Status.NOTE, found, fix)
 
 
 def _sglang_plugin(_: _Surroundings) -> Iterator[Finding]:
@@ -448,19 +448,17 @@ def _sglang_plugin(_: _Surroundings) -> Iterator[Finding]:
     elif value.strip().lower() in ("1", "true", "yes", "on"):
         yield Finding(name, Status.OK, f"on: {variable}={value}")
     else:
-        mend = f"python -m sglang.launch_server --enable-kvplug ..., or {variable}=1"
-        yield Finding(
-            name, Status.NOTE, f"installed, off where --enable-kvplug is not given: {variable} is not 1", mend
-        )
+        fix = f"python -m sglang.launch_server --enable-kvplug ..., or {variable}=1"
+        yield Finding(name, Status.NOTE, f"installed, off where --enable-kvplug is not given: {variable} is not 1", fix)
 
 
 def _rdma(around: _Surroundings) -> Iterator[Finding]:
     from kvplug.rdma.verbs.describe import describe_peers, describe_verbs
 
-    for status, found, mend in describe_verbs(around.config, around.root / "sys/class/infiniband"):
-        yield Finding("RDMA", Status(status), found, mend)
-    for status, found, mend in describe_peers(around.config):
-        yield Finding("peer", Status(status), found, mend)
+    for status, found, fix in describe_verbs(around.config, around.root / "sys/class/infiniband"):
+        yield Finding("RDMA", Status(status), found, fix)
+    for status, found, fix in describe_peers(around.config):
+        yield Finding("peer", Status(status), found, fix)
 
 
 def _directory(around: _Surroundings) -> Iterator[Finding]:
@@ -473,8 +471,8 @@ def _directory(around: _Surroundings) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("directory", Status.FAULT, str(error), "correct the settings")
     except (OSError, DirectoryError) as error:
-        mend = "start it, or correct directory_url; until it answers only the hosts in `peers` are known"
-        yield Finding("directory", Status.WARNING, f"it does not answer as it should: {error}", mend)
+        fix = "start it, or correct directory_url; until it answers only the hosts in `peers` are known"
+        yield Finding("directory", Status.WARNING, f"it does not answer as it should: {error}", fix)
 
 
 _CHECKS: tuple[Callable[[_Surroundings], Iterator[Finding]], ...] = (
@@ -516,7 +514,7 @@ def examine(shm: str = hostmem.DEV_SHM, root: str | os.PathLike[str] = "/") -> l
 
 
 def report(findings: list[Finding]) -> dict[str, Any]:
-    """The same for machines: ``{"ok": bool, "findings": [{name, status, found, mend}, ...]}``."""
+    """The same for machines: ``{"ok": bool, "findings": [{name, status, found, fix}, ...]}``."""
     return {
         "ok": all(finding.status is not Status.FAULT for finding in findings),
         "findings": [asdict(finding) | {"status": finding.status.value} for finding in findings],

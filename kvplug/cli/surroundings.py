@@ -29,8 +29,8 @@ def doctor(as_json: Json = False) -> None:
         table = output.table("check", "", "found")
         for finding in findings:
             found = Text(finding.found)
-            if finding.mend:
-                found.append(f"\n-> {finding.mend}", style="cyan")
+            if finding.fix:
+                found.append(f"\n-> {finding.fix}", style="cyan")
             table.add_row(Text(finding.name), Text(finding.status.value, style=_STYLES[finding.status.value]), found)
         output.show(table)
         faults = sum(finding.status.value == "fault" for finding in findings)

@@ -45,7 +45,7 @@ from kvplug.rdma.control.auth import (
     NO_KEY,
     Session,
     accept_tls,
-    answer_knock,
+    answer_handshake,
     check_exposure,
     shared_key,
     tls_context,
@@ -244,11 +244,11 @@ class Agent:
         except ClosedError:
             self.count("closed")
         except PeerAuthError as e:
-            self.count("not_let_in")
-            self._complain("not_let_in", e)
+            self.count("auth_failures")
+            self._complain("auth_failures", e)
         except ProtocolError as e:
-            self.count("malformed")
-            self._complain("malformed", e)
+            self.count("protocol_errors")
+            self._complain("protocol_errors", e)
         except PeerTimeoutError:
             self.count("timed_out")
         except PeerError:
@@ -267,7 +267,7 @@ class Agent:
                     self._connections.pop(connection, None)
 
     def _complain(self, what: str, error: PeerError) -> None:
-        """Says why somebody was refused, of each kind once a minute at most: anybody can knock."""
+        """Says why somebody was refused, of each kind once a minute at most: anybody can connect."""
         now = time.monotonic()
         with self._mutex:
             if now < self._complained.get(what, -COMPLAIN_S) + COMPLAIN_S:
@@ -287,7 +287,7 @@ class Agent:
             reader = self._new_reader(session) if role == "control" else self._reader_of(hello.ticket, connection)
 
         try:
-            answer_knock(
+            answer_handshake(
                 connection, self._secret_of, admit=admit, host=self._blocks.host, names=names, welcome=self._welcome()
             )
             assert reader is not None

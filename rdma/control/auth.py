@@ -5,7 +5,7 @@ Challenge, and so over both nonces, the role of the connection, the address that
 identity and the protocol's version. From it and the key follow the session's key, and from that one key for each
 direction; the reader's first frame (Proof) and the agent's (Welcome) carry the first MACs under them, which nobody
 can make who has not the key, or took part in another handshake. The reader proves itself first, so that a stranger
-who knocks learns nothing that a guess at the key could be checked against.
+who connects learns nothing that a guess at the key could be checked against.
 
 A data connection shows a *ticket* that it was given on its reader's control connection. Its handshake is the same,
 with a key derived from that session in place of the shared one: it is good once, and only for who holds the session.
@@ -91,7 +91,7 @@ NO_KEY: Final = bytes(32)
 """The key of hosts that have none: the frames keep their form, and their MACs find accidents only."""
 
 
-def knock(
+def open_handshake(
     connection: Connection, secret: bytes | None, deadline: float, *, ticket: bytes = b""
 ) -> tuple[Session, Welcome, Challenge]:
     """The reader's side of the handshake. Raises PeerAuthError, PeerTimeoutError, PeerError."""
@@ -154,7 +154,7 @@ def _refusal(connection: Connection, deadline: float) -> PeerError:
     return PeerAuthError(f"{connection.peer} {_HUNG_UP[connection.is_tls]}")
 
 
-def answer_knock(
+def answer_handshake(
     connection: Connection,
     secret_of: Callable[[Hello], bytes | None],
     *,

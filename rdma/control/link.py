@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from kvplug.errors import PeerError, PeerTimeoutError, ProtocolError
 from kvplug.rdma.control import faults
-from kvplug.rdma.control.auth import REFUSALS, Session, dial, knock, shared_key, tls_context
+from kvplug.rdma.control.auth import REFUSALS, Session, dial, open_handshake, shared_key, tls_context
 from kvplug.rdma.control.protocol import Challenge, Failed, GetTicket, Message, Ticket, Welcome, expect
 from kvplug.rdma.control.wire import Connection, resolve, split_address
 from kvplug.threads import guarded
@@ -67,7 +67,7 @@ class Link:
             raise PeerError(f"the link to {self.address} was closed")
         connection = dial(self.address, self._lookup_places(deadline), self._tls, deadline)
         try:
-            session, welcome, challenge = knock(connection, self._secret, deadline)
+            session, welcome, challenge = open_handshake(connection, self._secret, deadline)
         except BaseException:
             connection.close()
             raise
@@ -153,7 +153,7 @@ class Link:
             raise PeerError(f"the connection with {self.address} broke")
         connection = dial(self.address, places, self._tls, deadline)
         try:
-            knock(connection, session.ticket_key(ticket), deadline, ticket=ticket)
+            open_handshake(connection, session.ticket_key(ticket), deadline, ticket=ticket)
         except BaseException:
             connection.close()
             raise

@@ -27,11 +27,11 @@ ASK_S = 2.0
 
 
 class Remark(NamedTuple):
-    """One line. mend: what to do, or nothing."""
+    """One line. fix: what to do, or nothing."""
 
     status: Literal["ok", "note", "warning", "fault"]
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def describe_verbs(config: Config, sysfs: Path = SYSFS) -> Iterator[Remark]:
@@ -43,15 +43,15 @@ def describe_verbs(config: Config, sysfs: Path = SYSFS) -> Iterator[Remark]:
     if config.data_path == "tcp":
         yield Remark("note", f"off: data_path = tcp; devices: {', '.join(devices) or 'none'}")
     elif not devices:
-        mend = "load the driver of this host's RDMA device, or data_path = auto" if wished else ""
+        fix = "load the driver of this host's RDMA device, or data_path = auto" if wished else ""
         found = f"no device ({sysfs}): other hosts are read over TCP; {with_what}"
-        yield Remark("fault" if wished else "note", found, mend)
+        yield Remark("fault" if wished else "note", found, fix)
     elif not usable:
         try:
             binding(config.verbs_binding)
         except VerbsError as e:
-            found, _, mend = str(e).partition("): ")
-            yield Remark("fault" if wished else "warning", f"{', '.join(devices)}; {found})", mend)
+            found, _, fix = str(e).partition("): ")
+            yield Remark("fault" if wished else "warning", f"{', '.join(devices)}; {found})", fix)
     else:
         yield from _ports(config, usable[0], devices, sysfs)
         yield from _memlock(config)
@@ -74,10 +74,10 @@ def _peer(address: str, config: Config) -> Remark:
         finally:
             link.close()
     except PeerError as error:
-        mend = "start `kvplug agent` there, with the same KVPLUG_AUTH_KEY as here, and look at its own log"
+        fix = "start `kvplug agent` there, with the same KVPLUG_AUTH_KEY as here, and look at its own log"
         if isinstance(error, PeerAuthError | ProtocolError):  # it is there, and the error says what to do
-            mend = "correct the settings of whichever of the two is wrong; the agent's own log has its side of it"
-        return Remark("warning", f"{address}: {str(error).removeprefix(f'{address} ')}", mend)
+            fix = "correct the settings of whichever of the two is wrong; the agent's own log has its side of it"
+        return Remark("warning", f"{address}: {str(error).removeprefix(f'{address} ')}", fix)
     except ConfigError as error:
         return Remark("fault", f"{address}: {error}", "correct the settings")
     told = " ".join(f"{name} {count}" for name, count in sorted(answer.counters.items()))
@@ -102,8 +102,8 @@ def _ports(config: Config, by: str, devices: list[str], sysfs: Path) -> Iterator
         try:
             text = _port_texts(binding(by), name, sysfs)
         except VerbsError as e:
-            mend = "the user needs rights on /dev/infiniband/*; in a container: --device=/dev/infiniband"
-            yield Remark(bad, f"{name}, by {by}: {e}", mend)
+            fix = "the user needs rights on /dev/infiniband/*; in a container: --device=/dev/infiniband"
+            yield Remark(bad, f"{name}, by {by}: {e}", fix)
             continue
         if text:
             up = True

@@ -71,7 +71,7 @@ class Network:
         """Nothing passes to or from this host any more, and nobody is told."""
         self._in_switch("link", "set", f"port{host}", "nomaster")
 
-    def mend(self, host: int) -> None:
+    def restore(self, host: int) -> None:
         """As before the cut."""
         self._in_switch("link", "set", f"port{host}", "master", "br0")
 

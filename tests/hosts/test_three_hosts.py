@@ -210,7 +210,7 @@ def test_a_link_that_is_cut_in_mid_read(hosts: Hosts, control: Control, cases: l
     try:
         ends_in_mid_read(hosts, control, cases[5], "link cut", lambda: hosts.network.cut(FIRST))
     finally:
-        hosts.network.mend(FIRST)
+        hosts.network.restore(FIRST)
 
 
 def test_a_host_that_is_killed_in_mid_read(hosts: Hosts, control: Control, cases: list[Case]) -> None:

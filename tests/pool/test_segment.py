@@ -411,7 +411,7 @@ def test_in_a_small_dev_shm_the_largest_pool_that_is_named_fits_and_the_default_
         from kvplug.shm.segment import remove_pool
         def tried(size):
             os.environ["KVPLUG_SIZE"] = size
-            faults = [f.mend for f in examine() if f.name == "/dev/shm" and f.status.value == "fault"]
+            faults = [f.fix for f in examine() if f.name == "/dev/shm" and f.status.value == "fault"]
             try:
                 KvStore.from_config().close()
                 remove_pool(sys.argv[1])

@@ -87,7 +87,7 @@ def test_doctor_says_that_all_places_are_taken(full: KvStore) -> None:
     (found,) = findings()
     assert found.status is doctor.Status.FAULT
     assert "no room for another one (128 at most)" in found.found
-    assert "KVPLUG_POOL" in found.mend
+    assert "KVPLUG_POOL" in found.fix
 
 
 def test_rm_says_who_is_attached_and_force_removes(full: KvStore) -> None:

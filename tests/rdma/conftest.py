@@ -12,8 +12,8 @@ import pytest
 from kvplug.remote.fetcher import Fetcher
 from tests.pool.conftest import leave_nothing
 from tests.rdma.fetch_parts import END_S, MakeFetcher, fetcher_inside
+from tests.rdma.handshakes import opened
 from tests.rdma.hosts import Host, Proxy, certificates
-from tests.rdma.knocking import opened
 
 _numbers = itertools.count()
 

@@ -15,14 +15,14 @@ import pytest
 
 from kvplug.errors import AgentError, Code
 from kvplug.rdma.control import protocol as p
-from kvplug.rdma.control.auth import knock
+from kvplug.rdma.control.auth import open_handshake
 from kvplug.rdma.control.leases import MAX_LEASES_A_READER
 from kvplug.rdma.verbs.describe import describe_peers
 from kvplug.shm import segment
 from tests.lab.env import free_port
 from tests.pool.children import check_nothing_left, settle
+from tests.rdma.handshakes import admitted, ask, dial
 from tests.rdma.hosts import BLOCK, KEY, SOON_S, Host, keys, put, until
-from tests.rdma.knocking import ask, dial, let_in
 from tests.stopwatch import Stopwatch
 
 MakeHost = Callable[..., Host]
@@ -133,7 +133,7 @@ def test_a_reader_that_goes_takes_its_leases_along(make_host: MakeHost) -> None:
     owner = make_host()
     put(owner.store, keys(16, 1), BLOCK)
     agent = owner.agent()
-    control, _ = let_in(owner, agent.address)
+    control, _ = admitted(owner, agent.address)
     assert p.expect(ask(control, p.Lookup(keys(16, 1).tobytes(), 10.0)), p.Leased).lease
     assert agent.leases.held() == (1, 16 * BLOCK)
     assert owner.store.remove(keys(16, 1)).tolist() == [Code.PINNED] * 16
@@ -146,7 +146,7 @@ def test_a_reader_that_stops_loses_its_leases(make_host: MakeHost) -> None:
     owner = make_host(lease_s=0.5)
     put(owner.store, keys(16, 1), BLOCK)
     agent = owner.agent()
-    control, _ = let_in(owner, agent.address)
+    control, _ = admitted(owner, agent.address)
     answer = p.expect(ask(control, p.Lookup(keys(16, 1).tobytes(), 10.0)), p.Leased)
     assert answer.seconds == 0.5  # never more than the agent's own
     until(lambda: agent.leases.held() == (0, 0))
@@ -162,7 +162,7 @@ def test_leases_are_bounded_in_bytes_and_number(make_host: MakeHost) -> None:
     put(owner.store, of, BLOCK)
     agent = owner.agent()
     most = int(owner.exchange.data_bytes * 0.25)
-    readers = [let_in(owner, agent.address)[0] for _ in range(4)]
+    readers = [admitted(owner, agent.address)[0] for _ in range(4)]
     got = []
     for i, reader in enumerate(readers):
         answer = p.expect(ask(reader, p.Lookup(np.roll(of, 64 * i, axis=0).tobytes(), 10.0)), p.Leased)
@@ -177,7 +177,7 @@ def test_leases_are_bounded_in_bytes_and_number(make_host: MakeHost) -> None:
         reader.close()
     until(lambda: agent.leases.held() == (0, 0))
     put(owner.store, keys(1, 3), 100)
-    reader = let_in(owner, agent.address)[0]
+    reader = admitted(owner, agent.address)[0]
     of = keys(1, 3)
     for _ in range(MAX_LEASES_A_READER):
         assert p.expect(ask(reader, p.Lookup(of[:1].tobytes(), 10.0)), p.Leased).lease
@@ -191,7 +191,7 @@ def test_connections_are_bounded_and_those_that_are_there_go_on(
 ) -> None:
     owner = make_host()
     agent = owner.agent()
-    control, _ = let_in(owner, agent.address)
+    control, _ = admitted(owner, agent.address)
     monkeypatch.setattr("kvplug.rdma.agent.agent.MAX_CONNECTIONS", 3)
     strangers = [dial(agent.address) for _ in range(6)]
     until(lambda: agent.counters().get("refused") == 4)
@@ -199,7 +199,7 @@ def test_connections_are_bounded_and_those_that_are_there_go_on(
     for one in strangers:
         one.close()
     until(lambda: len(agent._connections) == 1)
-    assert let_in(owner, agent.address)
+    assert admitted(owner, agent.address)
 
 
 def test_a_pool_in_use_by_leases_still_stores(make_host: MakeHost) -> None:
@@ -208,7 +208,7 @@ def test_a_pool_in_use_by_leases_still_stores(make_host: MakeHost) -> None:
     of = keys(256, 1)
     put(owner.store, of, BLOCK)
     agent = owner.agent()
-    held = [let_in(owner, agent.address)[0] for _ in range(4)]
+    held = [admitted(owner, agent.address)[0] for _ in range(4)]
     for one in held:
         ask(one, p.Lookup(of.tobytes(), 10.0))
     assert (put(owner.store, keys(512, 2), BLOCK) == 0).all()
@@ -221,11 +221,11 @@ def test_a_reader_that_stops_in_mid_read_holds_up_nobody(make_host: MakeHost) ->
     of = keys(64, 1)
     put(owner.store, of, BLOCK)
     agent = owner.agent()
-    control, session = let_in(owner, agent.address)
+    control, session = admitted(owner, agent.address)
     lease = p.expect(ask(control, p.Lookup(of.tobytes(), 1.0)), p.Leased).lease
     ticket = p.expect(ask(control, p.GetTicket()), p.Ticket).ticket
     data = dial(agent.address)
-    knock(data, session.ticket_key(ticket), time.monotonic() + 2, ticket=ticket)
+    open_handshake(data, session.ticket_key(ticket), time.monotonic() + 2, ticket=ticket)
     many = np.tile(np.arange(32), 32)  # 64 MiB: no socket holds that
     data.send(p.Read(lease, p.raw(many, np.uint32)), 1, time.monotonic() + SOON_S)
     watch = Stopwatch()
@@ -267,10 +267,10 @@ def test_the_doctor_asks_the_peers(make_host: MakeHost) -> None:
     assert (good.status, good.found.split(";")[0]) == ("ok", f"{address} answers")
     assert gone.status == "warning"
     assert nobody in gone.found
-    assert "kvplug agent" in gone.mend
+    assert "kvplug agent" in gone.fix
     (stranger,) = describe_peers(config.with_changes(peers=(address,), auth_key="not the key of this house"))
     assert stranger.status == "warning"
-    assert "KVPLUG_AUTH_KEY" in stranger.found + stranger.mend
+    assert "KVPLUG_AUTH_KEY" in stranger.found + stranger.fix
     assert list(describe_peers(here.config)) == []
 
 
@@ -280,7 +280,7 @@ def test_who_is_refused_is_said_once_a_minute(make_host: MakeHost, caplog: pytes
     wrong = here.config.with_changes(peers=(agent.address,), auth_key="not the key of this house")
     for _ in range(3):
         list(describe_peers(wrong))
-    until(lambda: agent.counters().get("not_let_in", 0) >= 3)
+    until(lambda: agent.counters().get("auth_failures", 0) >= 3)
     lines = [record.getMessage() for record in caplog.records if "agent: refused" in record.getMessage()]
     assert len(lines) == 1
-    assert "not_let_in" in lines[0]
+    assert "auth_failures" in lines[0]

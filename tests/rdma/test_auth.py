@@ -14,10 +14,10 @@ import pytest
 from kvplug.errors import AgentError, Code, ConfigError, PeerAuthError, PeerError, ProtocolError
 from kvplug.rdma.agent.agent import Agent
 from kvplug.rdma.control import protocol as p
-from kvplug.rdma.control.auth import check_exposure, knock, shared_key
+from kvplug.rdma.control.auth import check_exposure, open_handshake, shared_key
 from kvplug.rdma.control.wire import FrameMac
+from tests.rdma.handshakes import admitted, ask, dial, frame, half_way, is_hung_up_on, opened
 from tests.rdma.hosts import BLOCK, KEY, SOON_S, Host, Proxy, keys, put, until
-from tests.rdma.knocking import ask, dial, frame, half_way, is_hung_up_on, let_in, opened
 
 MakeHost = Callable[..., Host]
 OTHER_KEY = "another key for the tests of kvplug"
@@ -48,7 +48,7 @@ def refused(host: Host, agent: Agent, reader: Host, address: str = "") -> str:
 def test_the_wrong_key_gets_nothing(owner: Host, make_host: MakeHost) -> None:
     agent = owner.agent()
     assert "KVPLUG_AUTH_KEY" in refused(owner, agent, make_host(auth_key=OTHER_KEY))
-    until(lambda: agent.counters()["not_let_in"] == 2)
+    until(lambda: agent.counters()["auth_failures"] == 2)
 
 
 def test_no_key_gets_nothing_where_there_is_one(owner: Host, make_host: MakeHost) -> None:
@@ -80,7 +80,7 @@ def test_a_handshake_that_was_listened_to_is_good_for_nothing(owner: Host, make_
         again = dial(agent.address)
         again.sock.sendall(bytes(recorded))
         dialled.append(again)
-    until(lambda: agent.counters().get("not_let_in", 0) >= len(proxy.recorded))
+    until(lambda: agent.counters().get("auth_failures", 0) >= len(proxy.recorded))
     assert agent.counters()["lookups"] == before
     for again in dialled:
         again.close()
@@ -122,7 +122,7 @@ def test_a_proof_of_another_challenge_is_refused(owner: Host) -> None:
     proof = frame(p.Proof(), FrameMac(session.to_agent).next(header, body))
     second.sock.sendall(proof)
     assert is_hung_up_on(second)
-    until(lambda: agent.counters().get("not_let_in") == 1)
+    until(lambda: agent.counters().get("auth_failures") == 1)
     assert "lookups" not in agent.counters()
     first.sock.sendall(proof)
     first.secure(session.to_agent, session.to_reader)
@@ -154,7 +154,7 @@ def test_requests_before_the_proof_are_refused(owner: Host) -> None:
 @pytest.mark.parametrize("attack", ["replayed", "reordered", "left out", "changed", "without its MAC"])
 def test_every_frame_is_held_to_its_place_and_content(owner: Host, attack: str) -> None:
     agent = owner.agent()
-    connection, session = let_in(owner, agent.address)
+    connection, session = admitted(owner, agent.address)
     mac = FrameMac(session.to_agent)
     mac.next(*p.encode(p.Proof(), 0))
     frames = [frame(m, mac.next(*p.encode(m, 0))) for m in (p.Stats(), p.GetTicket(), p.Stats())]
@@ -172,7 +172,7 @@ def test_every_frame_is_held_to_its_place_and_content(owner: Host, attack: str) 
     if attack != "reordered":
         connection.receive(time.monotonic() + SOON_S)
     assert is_hung_up_on(connection)
-    until(lambda: agent.counters().get("malformed") == 1)
+    until(lambda: agent.counters().get("protocol_errors") == 1)
 
 
 def test_a_frame_of_the_agents_that_was_changed_ends_the_connection(
@@ -200,14 +200,14 @@ def test_a_reader_must_mean_this_agent(owner: Host, make_host: MakeHost, proxy: 
 
 def test_a_ticket_is_good_once_for_its_reader_and_not_for_long(owner: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = owner.agent()
-    control, session = let_in(owner, agent.address)
+    control, session = admitted(owner, agent.address)
 
     def ticket() -> bytes:
         return p.expect(ask(control, p.GetTicket()), p.Ticket).ticket
 
     def show(given: bytes, key: bytes) -> None:
         connection = dial(agent.address)
-        knock(connection, key, time.monotonic() + SOON_S, ticket=given)
+        open_handshake(connection, key, time.monotonic() + SOON_S, ticket=given)
 
     first = ticket()
     with pytest.raises(PeerAuthError):  # who has listened knows the ticket, but not its key
@@ -217,7 +217,7 @@ def test_a_ticket_is_good_once_for_its_reader_and_not_for_long(owner: Host, monk
         show(first, session.ticket_key(first))
     with pytest.raises(PeerAuthError, match="not good any more"):
         show(b"0" * 16, session.ticket_key(b"0" * 16))
-    _, other = let_in(owner, agent.address)
+    _, other = admitted(owner, agent.address)
     second = ticket()
     with pytest.raises(PeerAuthError):
         show(second, other.ticket_key(second))
@@ -235,20 +235,20 @@ def test_a_ticket_is_good_once_for_its_reader_and_not_for_long(owner: Host, monk
 
 def test_tickets_are_bounded(owner: Host) -> None:
     agent = owner.agent()
-    control, _ = let_in(owner, agent.address)
+    control, _ = admitted(owner, agent.address)
     answers = [ask(control, p.GetTicket()) for _ in range(40)]
     assert [type(a).__name__ for a in answers] == ["Ticket"] * 32 + ["Failed"] * 8
 
 
 def test_another_readers_lease_can_not_be_read(owner: Host) -> None:
     agent = owner.agent()
-    one, _ = let_in(owner, agent.address)
-    two, session = let_in(owner, agent.address)
+    one, _ = admitted(owner, agent.address)
+    two, session = admitted(owner, agent.address)
     lease = p.expect(ask(one, p.Lookup(keys(8, 1).tobytes(), 5.0)), p.Leased).lease
     assert lease
     ticket = p.expect(ask(two, p.GetTicket()), p.Ticket).ticket
     data = dial(agent.address)
-    knock(data, session.ticket_key(ticket), time.monotonic() + SOON_S, ticket=ticket)
+    open_handshake(data, session.ticket_key(ticket), time.monotonic() + SOON_S, ticket=ticket)
     assert ask(data, p.Read(lease, p.raw(np.arange(8), np.uint32))) == p.Failed("lease")
     assert p.expect(ask(two, p.Release((lease,))), p.Released).count == 0
     assert p.expect(ask(two, p.Extend(lease, 5.0)), p.Extended).seconds == 0
@@ -257,11 +257,11 @@ def test_another_readers_lease_can_not_be_read(owner: Host) -> None:
 
 def test_a_block_outside_the_lease_can_not_be_read(owner: Host) -> None:
     agent = owner.agent()
-    control, session = let_in(owner, agent.address)
+    control, session = admitted(owner, agent.address)
     lease = p.expect(ask(control, p.Lookup(keys(8, 1)[:2].tobytes(), 5.0)), p.Leased).lease
     ticket = p.expect(ask(control, p.GetTicket()), p.Ticket).ticket
     data = dial(agent.address)
-    knock(data, session.ticket_key(ticket), time.monotonic() + SOON_S, ticket=ticket)
+    open_handshake(data, session.ticket_key(ticket), time.monotonic() + SOON_S, ticket=ticket)
     data.send(p.Read(lease, p.raw(np.array([2]), np.uint32)), 1, time.monotonic() + SOON_S)
     assert is_hung_up_on(data)
 
@@ -287,7 +287,7 @@ def test_tls_wants_both_certificates_of_the_same_ca(make_host: MakeHost, certs: 
     before = agent.counters()["lookups"]
     for stranger in (make_host(**certs["stranger"]), make_host()):  # another CA's; no TLS at all
         assert (stranger.peer(agent.address).fetch(keys(8, 1)) == Code.TIMEOUT).all()
-    until(lambda: agent.counters().get("not_let_in", 0) >= 2)
+    until(lambda: agent.counters().get("auth_failures", 0) >= 2)
     assert agent.counters()["lookups"] == before
     with pytest.raises(PeerAuthError, match="no TLS with"):  # nor does a reader trust a stranger's agent
         reader.peer(make_host(**certs["stranger"]).agent().address).stats()

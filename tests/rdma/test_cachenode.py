@@ -24,8 +24,8 @@ from kvplug.store import KvStore
 from tests.lab.env import free_port
 from tests.pool.children import check_bytes, check_nothing_left, settle
 from tests.rdma.directory_parts import counts, wait_for
+from tests.rdma.handshakes import admitted, ask, is_hung_up_on
 from tests.rdma.hosts import BLOCK, KEY, SOON_S, Child, Host, keys, put, until
-from tests.rdma.knocking import ask, is_hung_up_on, let_in
 from tests.rdma.redis_server import RedisServer
 from tests.rdma.test_directory_agent import PASSWORD, end, start_agent, url_of
 from tests.stopwatch import LONG_S, Stopwatch
@@ -148,7 +148,7 @@ def test_an_owner_that_is_killed_or_stopped_leaves_a_node_whole(make_host: MakeH
     of = family.hot(1)
     family.owner_process.signal(signal.SIGSTOP)
     family.owner_process.wait_stopped()
-    control, _ = let_in(family.node, family.node_at)
+    control, _ = admitted(family.node, family.node_at)
     offer = p.Offer(of.tobytes(), p.raw(np.full(HOT, BLOCK), np.int64), bytes(16), (family.owner_at,))
     assert p.expect(ask(control, offer), p.Offered).codes == bytes(HOT)
     until(lambda: family.count("keys_not_taken", family.to_node) == HOT, LONG_S)
@@ -272,7 +272,7 @@ class Node:
         self.known = known
 
     def offer(self, of: np.ndarray, *addresses: str, host: bytes = bytes(16), nbytes: int = BLOCK) -> p.Message:
-        control, _ = let_in(self.host, self.agent.address)
+        control, _ = admitted(self.host, self.agent.address)
         self.control = control
         return ask(control, self.message(of, *addresses, host=host, nbytes=nbytes))
 
@@ -308,7 +308,7 @@ def test_a_node_dials_nobody_that_only_a_message_names(make_host: MakeHost) -> N
 def test_a_host_that_is_no_node_takes_no_offers(make_host: MakeHost) -> None:
     host = make_host(peers=("127.0.0.1:1",))
     agent = host.agent()
-    control, _ = let_in(host, agent.address)
+    control, _ = admitted(host, agent.address)
     offer = p.Offer(keys(1, 1).tobytes(), p.raw(np.full(1, BLOCK), np.int64), bytes(16), ("127.0.0.1:1",))
     assert ask(control, offer) == p.Failed("request")
 
@@ -337,13 +337,13 @@ def test_an_offer_that_does_not_fit_together_ends_the_connection(make_host: Make
     sizes = {"a size too few": [BLOCK], "no bytes": [BLOCK, 0], "too many bytes": [BLOCK, 1 << 40]}.get(
         what, [BLOCK] * 2
     )
-    control, _ = let_in(node.host, node.agent.address)
+    control, _ = admitted(node.host, node.agent.address)
     message = p.Offer(
         of[:-1] if what == "half a key" else of, p.raw(np.array(sizes), np.int64), bytes(16), (node.known,)
     )
     control.send(message, 1, time.monotonic() + SOON_S)
     assert is_hung_up_on(control)
-    until(lambda: node.agent.counters().get("malformed") == 1)
+    until(lambda: node.agent.counters().get("protocol_errors") == 1)
 
 
 def test_a_node_known_by_the_directory_is_found_by_it_too(make_host: MakeHost) -> None:

@@ -17,8 +17,8 @@ from kvplug.errors import Code, PeerError
 from kvplug.rdma.control import protocol as p
 from kvplug.rdma.control.auth import shared_key
 from kvplug.rdma.control.wire import FrameMac
+from tests.rdma.handshakes import admitted, dial, frame, half_way, is_hung_up_on
 from tests.rdma.hosts import BLOCK, Host, keys, put, until
-from tests.rdma.knocking import dial, frame, half_way, is_hung_up_on, let_in
 from tests.stopwatch import Stopwatch
 
 FRAMES = 10_000
@@ -100,7 +100,7 @@ def test_ten_thousand_bad_frames(make_host: Callable[..., Host]) -> None:
                 half_way(connection, shared_key(owner.config))
             elif stage == 3:  # one who has the key, and sends noise with right MACs
                 connection.close()
-                connection, session = let_in(owner, agent.address)
+                connection, session = admitted(owner, agent.address)
                 connections += 1
                 mac = FrameMac(session.to_agent)
                 mac.next(*p.encode(p.Proof(), 0))
@@ -123,10 +123,10 @@ def test_ten_thousand_bad_frames(make_host: Callable[..., Host]) -> None:
     assert sent >= FRAMES
     until(lambda: not agent._connections)
     counters = agent.counters()
-    ended = sum(counters.get(x, 0) for x in ("malformed", "not_let_in", "closed", "timed_out", "broken"))
+    ended = sum(counters.get(x, 0) for x in ("protocol_errors", "auth_failures", "closed", "timed_out", "broken"))
     assert ended == connections, f"seed {SEED}: {connections} connections, {counters}"
-    assert counters["malformed"] > 100, counters
-    assert counters["not_let_in"] > 100, counters
+    assert counters["protocol_errors"] > 100, counters
+    assert counters["auth_failures"] > 100, counters
     assert counters.get("keys_leased", 0) == 0, f"seed {SEED}: {counters}"
     assert "bytes_sent" not in counters, f"seed {SEED}: {counters}"
     assert agent.leases.held() == (0, 0)
@@ -144,11 +144,11 @@ def header(kind: int, length: int) -> bytes:
 
 
 SINGLE = {
-    "an oversized frame": (header(5, p.KINDS[5][1] + 1), "malformed"),
-    "a frame of four gigabytes": (header(5, (1 << 32) - 1) + bytes(1 << 16), "malformed"),
+    "an oversized frame": (header(5, p.KINDS[5][1] + 1), "protocol_errors"),
+    "a frame of four gigabytes": (header(5, (1 << 32) - 1) + bytes(1 << 16), "protocol_errors"),
     "a truncated header": (header(11, 1)[:9], "timed_out"),
     "a truncated frame": (frame(p.Lookup(bytes(320), 1.0))[:100], "timed_out"),
-    "random bytes": (random.Random(SEED).randbytes(4096), "malformed"),
+    "random bytes": (random.Random(SEED).randbytes(4096), "protocol_errors"),
 }
 """What is sent, and then nothing more; under what it is counted."""
 
@@ -162,7 +162,7 @@ def test_one_bad_frame_is_refused_and_counted_and_nothing_is_read(
     owner, reader = make_host(), make_host()
     put(owner.store, keys(8, 1), BLOCK)
     agent = owner.agent()
-    connection = let_in(owner, agent.address)[0] if is_known else dial(agent.address)
+    connection = admitted(owner, agent.address)[0] if is_known else dial(agent.address)
     memory = psutil.Process().memory_info().rss
     connection.sock.sendall(sent)
     until(lambda: agent.counters().get(counted) == 1)

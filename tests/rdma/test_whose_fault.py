@@ -75,7 +75,7 @@ def told(reader: Host, address: str, kind: type[PeerError]) -> str:
     for said in (text, remark.found):
         assert not [word for word in RAW if word in said], said
     assert remark.status == "warning"
-    assert remark.mend.startswith("start `kvplug agent`") != issubclass(kind, PeerAuthError)
+    assert remark.fix.startswith("start `kvplug agent`") != issubclass(kind, PeerAuthError)
     return text
 
 
@@ -96,7 +96,7 @@ def test_an_agent_that_refuses_the_readers_certificate_says_why(
         with pytest.raises(PeerAuthError, match=AGENT_REFUSES[who]):
             reader.peer(agent.address, peer_timeout_s=PATIENCE_S).stats(PATIENCE_S)
     told(reader, agent.address, PeerAuthError)
-    until(lambda: agent.counters()["not_let_in"] >= 6)
+    until(lambda: agent.counters()["auth_failures"] >= 6)
     assert owner.peer(agent.address).stats(PATIENCE_S).leases == 0
 
 
@@ -259,7 +259,7 @@ def test_nobody_there_is_said(make_host: MakeHost) -> None:
         with pytest.raises(PeerError, match="can't be reached"):
             make_host().peer(address).stats(PATIENCE_S)
         (remark,) = describe_peers(make_host().config.with_changes(peers=(address,)))
-        assert remark.mend.startswith("start `kvplug agent` there")
+        assert remark.fix.startswith("start `kvplug agent` there")
 
 
 @pytest.mark.parametrize("address", ["a..b:1", "nobody.invalid:9410"])

@@ -1,4 +1,4 @@
-"""`kvplug doctor` finds each fault that it is there for, names the mend, and leaves nothing behind."""
+"""`kvplug doctor` finds each fault that it is there for, names the fix, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_fault_and_every_warning_names_a_mend(tmp_path: Path, monkeypatch:
     findings = examine(root=machine(tmp_path, proc__meminfo="MemTotal: 1048576 kB\n"))
     bad = [finding for finding in findings if finding.status in (Status.FAULT, Status.WARNING)]
     assert {"/dev/shm", "memory", "vLLM plugin", "SGLang plugin"} <= {finding.name for finding in bad}
-    assert all(finding.mend for finding in bad)
+    assert all(finding.fix for finding in bad)
     assert report(findings)["ok"] is False
 
 
@@ -86,7 +86,7 @@ def test_settings_that_cannot_be_used_are_a_fault_and_the_rest_is_still_checked(
 def test_no_shm_is_a_fault(tmp_path: Path) -> None:
     findings = examine(shm=str(tmp_path / "absent"))
     assert named(findings, "/dev/shm").status is Status.FAULT
-    assert "mount -t tmpfs" in named(findings, "/dev/shm").mend
+    assert "mount -t tmpfs" in named(findings, "/dev/shm").fix
     assert named(findings, "permissions").status is Status.FAULT
 
 
@@ -104,9 +104,9 @@ def test_dockers_default_shm_is_named_with_ipc_host(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("KVPLUG_SIZE", "1gb")
     findings = examine()
     assert named(findings, "/dev/shm").status is Status.FAULT
-    assert "--ipc=host" in named(findings, "/dev/shm").mend
+    assert "--ipc=host" in named(findings, "/dev/shm").fix
     assert named(findings, "container IPC").status is Status.WARNING
-    assert "--ipc=host" in named(findings, "container IPC").mend
+    assert "--ipc=host" in named(findings, "container IPC").fix
 
 
 def test_a_pool_larger_than_the_containers_limit_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_no_place_for_numbas_cache_is_a_warning(tmp_path: Path, monkeypatch: pyt
     around = doctor._Surroundings(doctor.settings.load())
     (found,) = doctor._numba_cache(around)
     assert found.status is Status.WARNING, "it works, slowly"
-    assert "NUMBA_CACHE_DIR" in found.mend
+    assert "NUMBA_CACHE_DIR" in found.fix
 
 
 def test_a_full_shm_is_called_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -222,8 +222,8 @@ def test_a_full_shm_is_called_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     found = named(list(doctor._files_and_locks(around)), "kernel locks")
     assert found.status is Status.FAULT
     assert f"{tmp_path} is full" in found.found
-    assert "kvplug rm" in found.mend
-    assert "mount" not in found.mend
+    assert "kvplug rm" in found.fix
+    assert "mount" not in found.fix
 
 
 def test_a_numba_cache_that_anyone_can_write_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_whether_the_plugin_would_load_is_said(
     assert found.status is status
     assert says in found.found
     if status is Status.WARNING:
-        assert found.mend == ("VLLM_PLUGINS=other,kvplug" if value else "VLLM_PLUGINS=kvplug")
+        assert found.fix == ("VLLM_PLUGINS=other,kvplug" if value else "VLLM_PLUGINS=kvplug")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_sglangs_plugin_is_reported(
     assert found.status is status
     assert says in found.found
     if status is Status.WARNING:
-        assert found.mend == "SGLANG_PLUGINS=a,kvplug"
+        assert found.fix == "SGLANG_PLUGINS=a,kvplug"
 
 
 @pytest.fixture
@@ -374,7 +374,7 @@ def test_no_release_between_the_first_and_the_newest_is_untested(engine: str) ->
 def test_the_report_is_json() -> None:
     verdict = json.loads(json.dumps(report(examine())))
     assert set(verdict) == {"ok", "findings"}
-    assert all(set(finding) == {"name", "status", "found", "mend"} for finding in verdict["findings"])
+    assert all(set(finding) == {"name", "status", "found", "fix"} for finding in verdict["findings"])
 
 
 NOBODYS = "kvplug-test0"
@@ -408,7 +408,7 @@ def test_a_device_without_a_binding_names_what_to_install(tmp_path: Path, monkey
     found = named(examine(root=rdma_machine(tmp_path)), "RDMA")
     assert found.status is Status.WARNING
     assert NOBODYS in found.found
-    assert "kvplug[rdma]" in found.mend
+    assert "kvplug[rdma]" in found.fix
     monkeypatch.setenv("KVPLUG_DATA_PATH", "verbs")
     assert named(examine(root=tmp_path), "RDMA").status is Status.FAULT
 
@@ -417,7 +417,7 @@ def test_a_device_that_is_not_among_the_settings_is_said(tmp_path: Path, monkeyp
     monkeypatch.setattr("kvplug.rdma.verbs.describe._bindings", lambda _: ["ibverbs"])
     monkeypatch.setenv("KVPLUG_VERBS_DEVICE", "another0")
     found = named(examine(root=rdma_machine(tmp_path)), "RDMA")
-    assert (found.status, found.mend) == (Status.WARNING, "correct verbs_device")
+    assert (found.status, found.fix) == (Status.WARNING, "correct verbs_device")
     assert NOBODYS in found.found
 
 
@@ -427,4 +427,4 @@ def test_the_limit_on_locked_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch
     remark = next(iter(describe._memlock(Config(size="64mib"))))
     assert remark.status == "warning"
     assert "64 KiB" in remark.found
-    assert "memlock" in remark.mend
+    assert "memlock" in remark.fix

@@ -128,7 +128,7 @@ def test_every_source_is_in_ruffs_form() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "ruff", "format", "--check", "."], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert run.returncode == 0, run.stdout + run.stderr + "\njust fmt mends it"
+    assert run.returncode == 0, run.stdout + run.stderr + "\njust fmt fixes it"
 
 
 def test_mypy_strict_finds_nothing_in_what_is_installed() -> None:

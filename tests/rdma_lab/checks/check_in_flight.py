@@ -99,7 +99,7 @@ def test_one_packet_in_ten_is_lost(make_host: Callable[..., Host], far: Far, set
         assert time.monotonic() - began < 5.0 + NOTICED_S
         print(f"{stage.check(codes)} of {stage.n} blocks came in {time.monotonic() - began:.1f} s")
     netem("")
-    for attempt in range(20):  # the request to mend the far end gets through at last
+    for attempt in range(20):  # the request to fix the far end gets through at last
         try:
             far.wire("")
             break

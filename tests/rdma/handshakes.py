@@ -7,7 +7,7 @@ import socket
 import time
 from typing import Any
 
-from kvplug.rdma.control.auth import NO_KEY, Session, knock, shared_key
+from kvplug.rdma.control.auth import NO_KEY, Session, open_handshake, shared_key
 from kvplug.rdma.control.protocol import NONCE_BYTES, Challenge, Hello, Message, Proof, encode, expect
 from kvplug.rdma.control.wire import Connection
 from tests.rdma.hosts import Host
@@ -25,10 +25,10 @@ def dial(address: str) -> Connection:
     return connection
 
 
-def let_in(host: Host, address: str) -> tuple[Connection, Session]:
+def admitted(host: Host, address: str) -> tuple[Connection, Session]:
     """A control connection after its handshake."""
     connection = dial(address)
-    session, _, _ = knock(connection, shared_key(host.config), time.monotonic() + SOON_S)
+    session, _, _ = open_handshake(connection, shared_key(host.config), time.monotonic() + SOON_S)
     return connection, session
 
 
@@ -64,4 +64,4 @@ def is_hung_up_on(connection: Connection) -> bool:
         return True
 
 
-__all__ = ["Proof", "ask", "dial", "frame", "half_way", "is_hung_up_on", "let_in"]
+__all__ = ["Proof", "admitted", "ask", "dial", "frame", "half_way", "is_hung_up_on"]
