@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jedi
 import pytest
 
 from tests import typecheck
@@ -158,6 +160,36 @@ def test_a_path_in_the_checkout_is_the_path_that_is_imported(name: str) -> None:
     link = ROOT / "kvplug" / name
     assert link.is_symlink()
     assert link.resolve() == ROOT / name
+
+
+def found_by_language_server(checkout: Path, folders: Iterable[str] = PACKAGES) -> dict[str, Path | None]:
+    """Where an editor's language server says that each imported module of kvplug lies, in a checkout."""
+    project = jedi.Project(checkout, sys_path=[str(checkout)], smart_sys_path=False)
+    found: dict[str, Path | None] = {}
+    for folder in folders:
+        for path in sorted((checkout / folder).rglob("*.py")):
+            text = path.read_text()
+            script = jedi.Script(text, path=path, project=project)
+            for node in ast.walk(ast.parse(text)):
+                name = node.module if isinstance(node, ast.ImportFrom) else None
+                if name is not None and below(name, "kvplug") and name not in found:
+                    line = text.splitlines()[node.lineno - 1]
+                    places = script.goto(node.lineno, line.index(name) + len(name) - 1, follow_imports=True)
+                    found[name] = places[0].module_path if places else None
+    return found
+
+
+def test_a_language_server_finds_every_module_that_is_imported(tmp_path: Path) -> None:
+    """In a copy that is not installed. Without the links it would not, as the second half shows."""
+    for folder in PACKAGES:
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    found = found_by_language_server(tmp_path)
+    assert len(found) > 90
+    assert [name for name, place in found.items() if place is None or not place.is_relative_to(tmp_path)] == []
+    (tmp_path / "kvplug" / "shm").unlink()
+    lost = [name for name, place in found_by_language_server(tmp_path, ["shm"]).items() if place is None]
+    assert lost
+    assert all(below(name, "kvplug.shm") for name in lost)
 
 
 def room_of(module: str) -> str | None:
