@@ -23,7 +23,6 @@ import numpy.typing as npt
 from kvplug import KvStore, hostmem
 from kvplug.config import Config
 from kvplug.shm import segment
-from kvplug.shm.layout import H_WATERMARK
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 WORKER: Final = Path(__file__).resolve().parent / "worker.py"
@@ -68,15 +67,14 @@ def remove_pool(pool: str) -> None:
 def wait_for_memory(store: KvStore, timeout_s: float = 60.0) -> None:
     """Until the pool has all its memory: nothing is to be faulted in while a clock runs."""
     deadline = time.monotonic() + timeout_s
-    n_slabs = store.pool.geometry.n_slabs
-    while int(store.pool.T[H_WATERMARK]) < n_slabs and time.monotonic() < deadline:
+    while store.stats().reserved_slabs < store.stats().slabs and time.monotonic() < deadline:
         time.sleep(0.05)
     touch_all(store)
 
 
 def touch_all(store: KvStore) -> None:
     """Map every page of the pool's data into this process."""
-    store.mapping[store.pool.geometry.data_offset :: 4096].max()
+    store.mapping[store.data_offset :: 4096].max()
 
 
 class Worker:

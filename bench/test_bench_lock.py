@@ -25,6 +25,7 @@ from bench.harness import (
 )
 from bench.worker import BUFFERS
 from kvplug import KvStore
+from tests.inside import pool_of
 
 Figure = Callable[..., None]
 Workers = Callable[[int], list[Worker]]
@@ -72,7 +73,7 @@ def test_hold_time_beside_a_busy_thread(benchmark: Any, pool: str, figure: Figur
     finally:
         stop.set()
         thread.join()
-    holds = store.pool.hold_times_ns()
+    holds = pool_of(store).hold_times_ns()
     store.close()
     p50, p99, worst = (float(x) / 1e6 for x in np.percentile(holds, [50, 99, 100]))
     figure("hold_p99", p99, rounds=len(holds), beside=f"p50 {p50:.3f} ms, longest {worst:.2f} ms")
@@ -128,7 +129,7 @@ def test_rebuild_after_a_death_inside_a_section(benchmark: Any, pool: str, worke
     assert store.exists(known).all(), "a rebuild lost blocks"
     store.check_integrity(deep=False)
     store.close()
-    longest = store.pool.hold_times_ns()
+    longest = pool_of(store).hold_times_ns()
     # Whoever takes the lock first rebuilds: that may be the maintenance thread, so the sections' own times count too.
     times = sorted(longest.tolist(), reverse=True)[:done]
     assert done >= REBUILD_ROUNDS

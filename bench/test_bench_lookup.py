@@ -14,6 +14,7 @@ import pytest
 
 from bench.harness import GIB, KIB, CacheFlusher, config, draw, keys, pool_name, remove_pool, room_for, wait_for_memory
 from kvplug import KvStore
+from tests.inside import pool_of
 
 POOL_BYTES = GIB
 BLOCK = 16 * KIB
@@ -32,7 +33,7 @@ class Filled:
     def __init__(self, pool: str) -> None:
         self.store = KvStore(config=config(pool, POOL_BYTES))
         wait_for_memory(self.store)
-        self.capacity = self.store.pool.geometry.n_rows
+        self.capacity = pool_of(self.store).geometry.n_rows
         self._source = np.ones((BATCH, BLOCK), np.uint8)
         self._seed = 100
         self.known = np.empty((0, 32), np.uint8)

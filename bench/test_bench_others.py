@@ -100,7 +100,7 @@ def one_size(hosts: Hosts, others: dict[str, Other], block: int, count: int, not
     assert not hosts.owner.put(wanted, source).any()
     stream = Stream(segment.segment_path(hosts.names[0]))
     with contextlib.closing(stream):
-        memory, start = stream.target(source.nbytes), hosts.owner.pool.geometry.data_offset
+        memory, start = stream.target(source.nbytes), hosts.owner.data_offset
         for other in others.values():
             assert other.do("put", block, count), "not stored"
             assert other.do("seen", block, count), "never seen by the reader"

@@ -22,6 +22,7 @@ import pytest
 from bench.harness import KIB, config
 from kvplug import KvStore
 from kvplug.shm.layout import Geometry
+from tests import inside
 
 Figure = Callable[..., None]
 Trace = Sequence[Sequence[int]]
@@ -62,7 +63,7 @@ def pool_of(pool: str, slots: int, policy: str) -> KvStore:
             pool, size, policy=policy, min_block=BLOCK, slab=slab, pin_budget_share=1.0, reserve_budget_share=1.0
         )
     )
-    assert store.pool.geometry.n_rows == slots
+    assert inside.pool_of(store).geometry.n_rows == slots
     return store
 
 

@@ -46,7 +46,7 @@ def test_fetch(benchmark: Any, hosts: Hosts, figure: Figure, block: int) -> None
     wanted = keys(n, block)
     assert not hosts.owner.put(wanted, np.ones((n, block), np.uint8) * np.arange(n, dtype=np.uint8)[:, None]).any()
     stream = Stream(segment.segment_path(hosts.names[0]))
-    start = hosts.owner.pool.geometry.data_offset
+    start = hosts.owner.data_offset
     into = stream.target(READ_BYTES)
     stream_s: list[float] = []
     copies_s: list[float] = []

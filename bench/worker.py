@@ -23,7 +23,6 @@ from kvplug import KvStore  # noqa: E402 -- what the import takes is one of the 
 from kvplug.config import Config  # noqa: E402
 from kvplug.shm import failpoints  # noqa: E402
 from kvplug.shm.jit import warm_up  # noqa: E402
-from kvplug.shm.layout import H_WATERMARK  # noqa: E402
 
 IMPORTED = time.perf_counter()
 U8 = Any
@@ -68,7 +67,7 @@ class Hands:
         store = self.store
         assert store is not None
         deadline = time.monotonic() + 120
-        while int(store.pool.T[H_WATERMARK]) < store.pool.geometry.n_slabs and time.monotonic() < deadline:
+        while store.stats().reserved_slabs < store.stats().slabs and time.monotonic() < deadline:
             time.sleep(0.02)
         wanted, blocks, stored = keys(count, seed), pattern(block, rows), 0
         for at in range(0, count, rows):
@@ -83,7 +82,7 @@ class Hands:
         wanted = keys(count, seed)
         self.keys = wanted[self.store.exists(wanted)]
         self.buffers = np.ones((BUFFERS * batch, block), np.uint8)
-        self.store.mapping[self.store.pool.geometry.data_offset :: 4096].max()
+        self.store.mapping[self.store.data_offset :: 4096].max()
         return True
 
     def get(self, seconds: float, batch: int) -> dict[str, float]:
@@ -117,7 +116,7 @@ class Hands:
         store = self.store
         assert store is not None
         block = self.buffers.shape[1]
-        data, first = store.mapping, store.pool.geometry.data_offset
+        data, first = store.mapping, store.data_offset
         n = (len(data) - first) // block - batch
         moved = calls = 0
         start = now = time.perf_counter()
@@ -153,7 +152,7 @@ class Hands:
                 now = time.perf_counter()
                 slowest[name] = max(slowest[name], now - began)
                 calls += 1
-        holds = store.pool.hold_times_ns()
+        holds = store._pool.hold_times_ns()
         return {"slowest": slowest, "calls": calls, "holds_ns": [int(x) for x in np.percentile(holds, [50, 99, 100])]}
 
     def die_inside(self, pool: str, size: int, failpoint: str) -> int:
@@ -162,7 +161,7 @@ class Hands:
         child = os.fork()
         if child == 0:
             store = KvStore(config=Config(pool=pool, size=size, prefault=False))
-            failpoints.arm(store.pool.L, failpoint)
+            failpoints.arm(store._pool.L, failpoint)
             store.put(keys(1, os.getpid() + time.time_ns()), [np.ones(4096, np.uint8)])
             os._exit(0)
         _, status = os.waitpid(child, 0)

@@ -304,12 +304,11 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
 
 def _usable_pool(name: str, text: str, *, is_ours: bool) -> Iterator[Finding]:
     """Whether there is room for another process, and whether those that are attached are well."""
-    from kvplug.shm.layout import MAX_CLIENTS
     from kvplug.shm.visit import visit
 
     try:
         with visit(name) as seen:
-            is_full, figures = seen.is_full, seen.stats()
+            is_full, places, figures = seen.is_full, len(seen.alive), seen.stats()
     except PoolError as error:  # it went away just now
         yield Finding("pools", Status.NOTE, f"{text}; {error}")
         return
@@ -317,7 +316,7 @@ def _usable_pool(name: str, text: str, *, is_ours: bool) -> Iterator[Finding]:
         yield Finding(
             "pools",
             Status.FAULT if is_ours else Status.WARNING,
-            f"{text}, and it has no room for another one ({MAX_CLIENTS} at most)",
+            f"{text}, and it has no room for another one ({places} at most)",
             "stop processes that use it, or name another pool for the next engine (KVPLUG_POOL)",
         )
     elif figures.thread_errors or figures.dead_threads:

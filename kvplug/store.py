@@ -38,12 +38,14 @@ from kvplug.shm import copy as copies
 from kvplug.shm.attach import PoolOptions
 from kvplug.shm.batch import part_sizes
 from kvplug.shm.failpoints import WRITE_COPY, fail
+from kvplug.shm.feed import MAX_EVENTS, BlockFeed
+from kvplug.shm.forecast import Forecast
 from kvplug.shm.layout import MAX_PARTS, sibling_bits
-from kvplug.shm.local import L_RESERVE_BUDGET
 from kvplug.shm.pool import Pool, SlotBatch, part_offsets
+from kvplug.shm.rows import BlockParts
 from kvplug.shm.stats import PoolStats, pool_stats
 
-__all__ = ["KvStore", "PoolStats", "SlotBatch"]
+__all__ = ["BlockFeed", "BlockParts", "Forecast", "KvStore", "PoolStats", "SlotBatch"]
 
 Keys = Sequence[bytes] | npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
@@ -173,14 +175,24 @@ class KvStore:
     # ---- who and where -----------------------------------------------------------------------------------------------
 
     @property
-    def pool(self) -> Pool:
-        """The attached pool."""
-        return self._pool
-
-    @property
     def pool_name(self) -> str:
         """Name of the pool."""
         return self._pool.name
+
+    @property
+    def pool_uuid(self) -> bytes:
+        """The pool's identity, 16 bytes: another one after it was removed and created again."""
+        return self._pool.segment.uuid
+
+    @property
+    def created_pool(self) -> bool:
+        """Whether it was this store that created the pool."""
+        return self._pool.segment.is_new
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the pool's name still leads to this pool: False once it was removed (`kvplug rm`) or replaced."""
+        return self._pool.is_current
 
     @property
     def session_id(self) -> int:
@@ -190,7 +202,7 @@ class KvStore:
     @property
     def token(self) -> str:
         """What another process of this engine hands to :meth:`join`."""
-        return f"{self._pool.name}:{self._pool.segment.uuid.hex()}:{self._pool.session}"
+        return f"{self._pool.name}:{self.pool_uuid.hex()}:{self._pool.session}"
 
     @property
     def base_address(self) -> int:
@@ -201,6 +213,25 @@ class KvStore:
     def mapping(self) -> npt.NDArray[np.uint8]:
         """The whole segment as uint8."""
         return self._pool.segment.memory
+
+    @property
+    def data_offset(self) -> int:
+        """Where the first slab begins, in bytes from the mapping's start; slabs lie one after another to its end."""
+        return self._pool.geometry.data_offset
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of a slab. No slot lies in two, so no block is larger."""
+        return self._pool.geometry.slab_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes that the pool has for blocks: all slabs together."""
+        return self._pool.geometry.data_bytes
+
+    def open_segment(self) -> int:
+        """A descriptor of the pool's file, on a description of its own: the caller closes it. Raises PoolError."""
+        return self._pool.segment.open_again()
 
     # ---- copies in and out -------------------------------------------------------------------------------------------
 
@@ -223,14 +254,14 @@ class KvStore:
             return codes
         pool = self._pool
         for size in np.unique(nbytes):
-            pool.geometry.stride(int(size), 1)  # refuse before anything is stored
+            pool.stride(int(size))  # refuse before anything is stored
         # Half of what may be in writing: a chunk finds room beside another thread's.
-        budget = int(pool.L[L_RESERVE_BUDGET]) * pool.geometry.min_block // 2
+        budget = pool.writing_budget_bytes // 2
         first = pool.take_ticks(n)
         starts = np.flatnonzero(np.append(True, nbytes[1:] != nbytes[:-1]))
         for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), n], strict=True):
             size = int(nbytes[begin])
-            step = max(1, min(PUT_CHUNK_KEYS, PUT_CHUNK_BYTES // size, budget // pool.geometry.stride(size, 1)))
+            step = max(1, min(PUT_CHUNK_KEYS, PUT_CHUNK_BYTES // size, budget // pool.stride(size)))
             for at in range(begin, end, step):
                 part = np.arange(at, min(at + step, end))
                 codes[part] = self._put_chunk(words[part], part, size, copy, siblings, (first, n, at))
@@ -333,12 +364,40 @@ class KvStore:
         """Offset of each part inside a slot (64-byte aligned), int64[P]."""
         return part_offsets(part_sizes(part_nbytes))[0]
 
+    def check_fits(self, part_nbytes: Sequence[int] | I64) -> None:
+        """Refuse blocks with these parts now if no slot of this pool can hold one, as a reservation would.
+
+        Raises BlockTooLargeError, ConfigError.
+        """
+        self._pool.measure(part_nbytes)
+
+    def parts_of(self, batch: SlotBatch) -> BlockParts:
+        """The parts of the blocks of ``batch``, those whose code is OK, in order; of a reservation without checksums.
+
+        To be asked while their pins or reservations stand.
+        """
+        return self._pool.parts_of(batch.arrays()[0][batch.codes == Code.OK])
+
     def complete(self, slots: I64, gens: I64, part: int, checksums: npt.NDArray[Any]) -> I8:
         """Part ``part`` is written: record its XXH3 (uint64[N] or its bits); the last part seals.
 
         Codes: OK, PENDING, STALE, TIMEOUT (queued).
         """
         return self._pool.complete(*_ints(slots, gens, checksums), part=_part(part))
+
+    def complete_checked(self, slots: I64, gens: I64, offsets: I64, nbytes: I64, checksums: I64) -> I8:
+        """All parts of these slots are written: seal those whose bytes have these checksums.
+
+        offsets (from the mapping's start), nbytes, checksums (XXH3, its bits): int64[N, P]. Codes: OK, CORRUPT, STALE,
+        TIMEOUT (queued). Raises BufferError: arrays that do not fit together.
+        """
+        rows, lives = _ints(slots, gens)
+        at, lengths, expected = (np.array(one, np.int64).ravel() for one in (offsets, nbytes, checksums))
+        if len({len(slots) * offsets.shape[-1], len(at), len(lengths), len(expected)}) > 1:
+            raise BufferError(
+                f"{len(slots)} slots and parts of shapes {offsets.shape}, {nbytes.shape}, {checksums.shape}"
+            )
+        return self._pool.complete_checked(rows, lives, at, lengths, expected)
 
     def abort_batch(self, slots: I64, gens: I64, writers_done: bool) -> I8:
         """Give up reservations; without ``writers_done`` the slots stay quarantined until :meth:`acknowledge`."""
@@ -421,7 +480,7 @@ class KvStore:
         self._registered.check(*pieces[1:])
         nbytes = _totals(pieces[0], pieces[2])
         codes = np.full(len(words), Code.SIZE, np.int8)
-        fits = np.flatnonzero((nbytes > 0) & (nbytes <= self._pool.geometry.slab_bytes))
+        fits = np.flatnonzero((nbytes > 0) & (nbytes <= self.slab_bytes))
         if len(fits) < len(words):
             picked, offsets = _pick(pieces[0], fits)
             pieces = offsets, pieces[1][picked], pieces[2][picked]
@@ -453,6 +512,16 @@ class KvStore:
         """1 there, 0 not, -1: can't be said, while the index is made anew after a death, or in a removed pool."""
         there: list[int] = self._pool.look_up(_words(_named(keys))).tolist()
         return there
+
+    # ---- what changes ------------------------------------------------------------------------------------------------
+
+    def feed(self, *, max_events: int = MAX_EVENTS) -> BlockFeed:
+        """What is sealed and removed in the pool from now on, by anybody, and what it has. For one thread."""
+        return BlockFeed(self._pool, max_events=max_events)
+
+    def forecast(self) -> Forecast:
+        """Which blocks will be evicted next, and which of those are worth keeping. For one thread."""
+        return self._pool.forecast()
 
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 

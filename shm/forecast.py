@@ -42,6 +42,7 @@ from kvplug.shm.lists import row_at, slab_at
 from kvplug.shm.local import L_CLIENT
 from kvplug.shm.policies.base import Candidates, Policy
 from kvplug.shm.read import exists
+from kvplug.shm.rows import row_table, slab_table
 from kvplug.shm.victims import SHARE_OF_WINDOW, WINDOW_SLOTS
 
 I64 = npt.NDArray[np.int64]
@@ -141,9 +142,7 @@ class Forecast:
         self._found_something = True
         self._slabs = max(1, WINDOW_SLOTS // geometry.rows_per_slab)
         self._buffers = np.empty((4, min(geometry.n_rows, self._slabs * geometry.rows_per_slab)), np.int64)
-        g = geometry
-        self._slab_table = T[g.o_slab : g.o_slab + g.n_slabs * lay.SLAB_WORDS].reshape(-1, lay.SLAB_WORDS)
-        self._rows = T[g.o_row : g.o_row + g.n_rows * lay.ROW_WORDS].reshape(-1, lay.ROW_WORDS)
+        self._slab_table, self._rows = slab_table(T, geometry), row_table(T, geometry)
 
     def free_bytes(self) -> int:
         """What can be stored before something has to go."""

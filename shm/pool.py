@@ -29,16 +29,29 @@ import numpy.typing as npt
 from kvplug.errors import Code, PoolError, StoreClosedError
 from kvplug.shm import layout as lay
 from kvplug.shm import pins, read, reap, segment, write
+from kvplug.shm.arrival import check_parts, complete_whole
 from kvplug.shm.attach import PoolOptions, attach, reap_dead
 from kvplug.shm.batch import I8, I64, Holding, Holdings, SlotBatch, part_offsets, part_sizes
 from kvplug.shm.events import EventReader
+from kvplug.shm.forecast import Forecast
 from kvplug.shm.integrity import findings, prepare, raise_findings
 from kvplug.shm.layout import Geometry
 from kvplug.shm.liveness import close_private, count_locks
-from kvplug.shm.local import HOLD_RING, HOLD_RING_LEN, L_CLIENT, L_HOLDS, L_SELF, L_SESSION, L_SHUT, L_THREAD
+from kvplug.shm.local import (
+    HOLD_RING,
+    HOLD_RING_LEN,
+    L_CLIENT,
+    L_HOLDS,
+    L_RESERVE_BUDGET,
+    L_SELF,
+    L_SESSION,
+    L_SHUT,
+    L_THREAD,
+)
 from kvplug.shm.lock import IS_SHUT, shut
 from kvplug.shm.maintenance import Growth, Maintenance
 from kvplug.shm.policies import by_number
+from kvplug.shm.rows import BlockParts, block_parts
 from kvplug.shm.scan import expired_rows
 from kvplug.shm.slabs import NOT_BEGUN, drain_step, raise_watermark
 from kvplug.shm.victims import VictimFinder
@@ -122,6 +135,33 @@ class Pool:
         self.reap()
         self._maintenance = Maintenance(self, prefault=self.options.prefault)
         self._tell_troubles()  # the thread does that from now on, unless it could not be started
+
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether somebody has noticed that the pool's name no longer leads here: nothing is stored any more."""
+        return bool(self.T[lay.H_RETIRED])
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the pool's name still leads here, looked up now."""
+        return not self.is_retired and self.segment.still_named()
+
+    @property
+    def writing_budget_bytes(self) -> int:
+        """Bytes of slots that this client may have in writing at a time."""
+        return int(self.L[L_RESERVE_BUDGET]) * self.geometry.min_block
+
+    def stride(self, nbytes: int) -> int:
+        """Bytes of the slot that a block of ``nbytes`` in one part takes. Raises BlockTooLargeError."""
+        return self.geometry.stride(nbytes, 1)
+
+    def measure(self, part_nbytes: npt.ArrayLike) -> tuple[I64, int, int]:
+        """(bytes of each part, of the whole payload, of its slot). Raises BlockTooLargeError, ConfigError."""
+        sizes = part_sizes(part_nbytes)
+        _, size = part_offsets(sizes)
+        return sizes, size, self.geometry.stride(size, len(sizes))
 
     # ---- calls under the lock ----------------------------------------------------------------------------------------
 
@@ -252,10 +292,8 @@ class Pool:
         Codes: OK, EXISTS, IN_PROGRESS, FULL, BUDGET, TIMEOUT, RETIRED. Raises BlockTooLargeError, ConfigError,
         StoreClosedError.
         """
-        sizes = part_sizes(part_nbytes)
-        _, size = part_offsets(sizes)
+        sizes, size, stride = self.measure(part_nbytes)
         which = lay.sibling_bits(*siblings)
-        stride = self.geometry.stride(size, len(sizes))
         self._begin()
         n = len(keys)
         out = SlotBatch(n, self._holdings, pins=False)
@@ -321,6 +359,20 @@ class Pool:
         """
         return self.on_reservations(write.complete, slots, gens, part, checksums.copy())
 
+    def complete_checked(self, slots: I64, gens: I64, offsets: I64, nbytes: I64, checksums: I64) -> I8:
+        """All P parts of N slots are written: seal those whose bytes have these checksums.
+
+        offsets (from the mapping's start), nbytes, checksums (XXH3's bits): int64[N * P], contiguous.
+        Codes: OK, CORRUPT, STALE, TIMEOUT (queued).
+        """
+        codes = np.empty(len(slots), np.int8)
+        check_parts(self.L, offsets, nbytes, checksums, codes)  # not in the section: nobody waits for so much reading
+        right = codes == Code.OK
+        if right.any():
+            sums = checksums.reshape(len(slots), -1)[right].ravel()
+            codes[right] = self.on_reservations(complete_whole, slots[right], gens[right], sums)
+        return codes
+
     def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> I8:
         """Give up reservations: FREE at once if nobody can write now, else QUARANTINED until :meth:`acknowledge`."""
         return self.on_reservations(write.abort, slots, gens, writers_done)
@@ -349,7 +401,7 @@ class Pool:
             done = int(write.remove(self.T, self.L, keys[part], codes[part]))
             if done < len(keys[part]):
                 self._ready()  # unless that is why
-                codes[at + done :] = Code.RETIRED if self.T[lay.H_RETIRED] else Code.TIMEOUT
+                codes[at + done :] = Code.RETIRED if self.is_retired else Code.TIMEOUT
                 break
         return codes
 
@@ -381,7 +433,7 @@ class Pool:
         changing = int(self.T[lay.H_INDEX_SEQ])
         there: I8 = self.exists(keys).view(np.int8)
         changing |= int(self.T[lay.H_INDEX_SEQ])
-        if changing & 1 or int(self.T[lay.H_RETIRED]):
+        if changing & 1 or self.is_retired:
             there[there == 0] = -1
         return there
 
@@ -432,6 +484,11 @@ class Pool:
         todo, each = slots.copy(), np.ones(len(slots), np.bool_)
         self._must(lambda L: int(pins.unpin(self.T, L, self._pin_counts, todo, each)))
 
+    def parts_of(self, slots: I64) -> BlockParts:
+        """The parts of the blocks in these slots, which this process has pinned or is writing. No lock."""
+        self._ready()
+        return block_parts(self.T, self.geometry, slots)
+
     def still_sealed(self, slots: I64, gens: I64) -> npt.NDArray[np.bool_]:
         """Whether each slot still holds the sealed block that it did. No lock."""
         self._ready()
@@ -475,9 +532,9 @@ class Pool:
             self.release_expired()
             if int(self.T[lay.H_DRAINING]):  # its drainer may have died between two sections
                 drain_step(self.T, self.L, NOT_BEGUN, -1)
-            if not int(self.T[lay.H_RETIRED]) and not self.segment.still_named():
+            if not self.is_retired and not self.segment.still_named():
                 self.T[lay.H_RETIRED] = 1
-            if int(self.T[lay.H_RETIRED]):
+            if self.is_retired:
                 self.warn_once("name", f"pool {self.name!r} was removed: nothing is stored any more until a restart")
 
     def _tell_troubles(self) -> None:
@@ -510,6 +567,11 @@ class Pool:
         """A reader of the event ring, from now on."""
         self._ready()
         return EventReader(self.T, self.L, max_events=max_events)
+
+    def forecast(self) -> Forecast:
+        """Who will be evicted next, for one thread."""
+        self._ready()
+        return Forecast(self.T, self.L, self.geometry, self.policy)
 
     def check_integrity(self, *, deep: bool = True) -> None:
         """Raise IntegrityError if any invariant of the tables is broken; ``deep`` also checks every block's bytes."""

@@ -170,6 +170,17 @@ class Segment:
         except OSError as e:
             return e.errno not in (errno.ENOENT, errno.ENOTDIR)  # any other says nothing about the name
 
+    def open_again(self) -> int:
+        """A descriptor of the file, on a description of its own: the caller closes it. Raises PoolError."""
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as e:
+            raise PoolError(f"cannot open {self.path}: {e.strerror}") from None
+        if os.fstat(fd).st_ino != self.inode:
+            os.close(fd)
+            raise PoolError(f"{self.path} was replaced by another pool")
+        return fd
+
     def reserve_slab(self, slab: int) -> bool:
         """Take the memory of one slab. False if the pool's name leads elsewhere by now; OSError if there is no memory.
 

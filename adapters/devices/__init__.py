@@ -59,6 +59,5 @@ def _cuda(index: int, store: KvStore, layouts: Sequence[ByteRuns]) -> DeviceCopy
     from kvplug.adapters.devices import cuda_check
     from kvplug.adapters.devices.planning import HostMemory
 
-    geometry = store.pool.geometry
-    memory = HostMemory(store.base_address, store.mapping.nbytes, geometry.data_offset, geometry.slab_bytes)
+    memory = HostMemory(store.base_address, store.mapping.nbytes, store.data_offset, store.slab_bytes)
     return cuda_check.start(memory, index, layouts)

@@ -51,7 +51,7 @@ class _Works:
         self.writer = not pools.replicated or rank.facts.tp[0] == 0
         sizes = {name: pool.block_nbytes for name, pool in pools.sources.items()}
         for size in sizes.values():
-            store.pool.geometry.stride(size, 1)  # BlockTooLargeError now, not at the first page
+            store.check_fits([size])  # BlockTooLargeError now, not at the first page
         self.pins = Pins(rank, store, sizes, replicated=self.replicated, verify=rank.config.verify == "always")
         self.loads = Loads(rank, store, pools, device, forward_stream)
         self.offloads = Offloads(rank, store, pools, device, ledger)

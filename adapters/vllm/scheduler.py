@@ -88,7 +88,7 @@ class SchedulerSide:
         try:
             placed = namespace.place_parts(plan, store.part_offsets)
             for sizes in map(part_sizes, placed):  # refuses what no slot can hold
-                store.pool.geometry.stride(sum(sizes), len(sizes))
+                store.check_fits(sizes)
             self.state = EngineState(store, config, rules, placed, len(layouts))
         except BaseException:
             store.close()

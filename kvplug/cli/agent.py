@@ -44,7 +44,7 @@ def agent(
         signal.signal(number, lambda *_: stop.set())
     has_begun = threading.Event()
     with KvStore(config=config) as store:
-        is_new = store.pool.segment.is_new
+        is_new = store.created_pool
         try:
             _serve(config, store, has_begun, stop)
         finally:

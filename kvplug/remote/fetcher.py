@@ -83,7 +83,7 @@ class Fetcher:
         Raises ConfigError: settings of peers that can't be used. Close it before the store.
         """
         self._store, self._timeout_s = store, config.fetch_timeout_s
-        self._most_bytes = int(store.pool.geometry.data_bytes * MOST_POOL_SHARE)
+        self._most_bytes = int(store.data_bytes * MOST_POOL_SHARE)
         self._sources: Sources = FetchProcess(store, config, THREADS) if sources is None else sources
         self._pid = os.getpid()
         self._mutex = threading.RLock()

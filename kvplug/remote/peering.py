@@ -10,7 +10,6 @@ from kvplug.errors import ConfigError
 from kvplug.rdma.directory.directory import Directory, door
 from kvplug.rdma.directory.peers import AllPeers, PeerSource, StaticPeers
 from kvplug.rdma.directory.publisher import Publisher
-from kvplug.remote.feed import BlockFeed
 from kvplug.store import KvStore
 
 __all__ = ["check_directory", "directory_publisher", "directory_reader", "host_id", "known_peers"]
@@ -20,7 +19,7 @@ _WILDCARDS = ("0.0.0.0", "[::]", "::", "")  # noqa: S104 - compared with, not bo
 
 def host_id(store: KvStore) -> str:
     """What the directory calls this store's pool: the segment's own id, the same for all its processes."""
-    return store.pool.segment.uuid.hex()
+    return store.pool_uuid.hex()
 
 
 def check_directory(config: Config) -> None:
@@ -43,7 +42,7 @@ def directory_publisher(config: Config, store: KvStore, address: str) -> Publish
         )
     endpoint, names = door(config)
     return Publisher(
-        BlockFeed(store),
+        store.feed(),
         endpoint,
         names,
         host_id=host_id(store),

@@ -1,21 +1,13 @@
-"""A store as the exchange between hosts sees it: :class:`kvplug.rdma.blocks.Blocks` over a KvStore.
-
-The parts of a pinned block are read from the pool's tables: under its pin nobody changes them.
-"""
+"""A store as the exchange between hosts sees it: :class:`kvplug.rdma.blocks.Blocks` over a KvStore."""
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.errors import BlockTooLargeError, BufferError, Code, PoolError
+from kvplug.errors import BlockTooLargeError, Code
 from kvplug.rdma.blocks import PinnedParts, Reserved
-from kvplug.shm import layout as lay
-from kvplug.shm.arrival import check_parts, complete_whole
-from kvplug.shm.forecast import Forecast
-from kvplug.store import KvStore
+from kvplug.store import Forecast, KvStore
 
 __all__ = ["PoolExchange"]
 
@@ -34,7 +26,7 @@ class PoolExchange:
     @property
     def host(self) -> bytes:
         """The pool's identity, 16 bytes."""
-        return self.store.pool.segment.uuid
+        return self.store.pool_uuid
 
     @property
     def memory(self) -> U8:
@@ -44,23 +36,15 @@ class PoolExchange:
     @property
     def data_bytes(self) -> int:
         """Bytes that the pool has for blocks."""
-        return self.store.pool.geometry.data_bytes
+        return self.store.data_bytes
 
     def open_segment(self) -> int:
         """A descriptor of the segment, on a description of its own: the caller closes it. Raises PoolError."""
-        segment = self.store.pool.segment
-        try:
-            fd = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as e:
-            raise PoolError(f"cannot open {segment.path}: {e.strerror}") from None
-        if os.fstat(fd).st_ino != segment.inode:
-            os.close(fd)
-            raise PoolError(f"{segment.path} was replaced by another pool")
-        return fd
+        return self.store.open_segment()
 
     def is_current(self) -> bool:
         """Whether the pool's name still leads to this segment."""
-        return not int(self.store.pool.T[lay.H_RETIRED]) and self.store.pool.segment.still_named()
+        return self.store.is_current
 
     def exists(self, keys: U8) -> npt.NDArray[np.bool_]:
         """Whether each key has a sealed block here, bool[N]."""
@@ -69,25 +53,9 @@ class PoolExchange:
     def pin(self, keys: U8, *, prefix: bool, touch: bool = True) -> PinnedParts:
         """Pin these blocks ((N, 32) uint8; ``prefix``: the leading ones; ``touch``: date them) and tell their parts."""
         b = self.store.pin_batch(keys, prefix=prefix, touch=touch)
+        parts = self.store.parts_of(b)
         ok = np.flatnonzero(b.codes == Code.OK)
-        T, o_part = self.store.pool.T, self.store.pool.geometry.o_part
-        slots = b.slots[ok]
-        size_words = T[self.store.pool.geometry.o_row + slots * lay.ROW_WORDS + lay.R_SIZE]
-        counts = (size_words >> lay.SIZE_BITS) & lay.PARTS_MASK
-        starts = np.cumsum(counts) - counts
-        which = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
-        words = o_part + (np.repeat(slots, counts) + which) * lay.PART_WORDS
-        return PinnedParts(
-            b.codes,
-            slots,
-            b.gens[ok],
-            b.offsets[ok],
-            b.nbytes[ok],
-            size_words >> lay.SIBLING_SHIFT,
-            counts,
-            T[words],
-            T[words + 1],
-        )
+        return PinnedParts(b.codes, b.slots[ok], b.gens[ok], b.offsets[ok], b.nbytes[ok], *parts)
 
     def unpin(self, slots: I64) -> None:
         """Release one pin of each slot, int64[M]."""
@@ -111,16 +79,7 @@ class PoolExchange:
         offsets (from the segment's start), nbytes, sums (XXH3's bits): int64[M, P]. OK, CORRUPT, STALE or TIMEOUT.
         Raises BufferError: arrays that do not fit together.
         """
-        at, lengths, expected = (np.array(one, np.int64).ravel() for one in (offsets, nbytes, sums))
-        if len({len(slots) * offsets.shape[-1], len(at), len(lengths), len(expected)}) > 1:
-            raise BufferError(f"{len(slots)} slots and parts of shapes {offsets.shape}, {nbytes.shape}, {sums.shape}")
-        pool = self.store.pool
-        codes = np.empty(len(slots), np.int8)
-        check_parts(pool.L, at, lengths, expected, codes)  # not in the section: nobody waits for that much reading
-        right = codes == Code.OK
-        if right.any():
-            codes[right] = pool.on_reservations(complete_whole, slots[right], gens[right], sums[right].ravel())
-        return codes
+        return self.store.complete_checked(slots, gens, offsets, nbytes, sums)
 
     def abort(self, slots: I64, gens: I64, *, writers_done: bool) -> None:
         """Give these slots up; without ``writers_done`` they stay quarantined until :meth:`acknowledge`."""
@@ -136,8 +95,7 @@ class PoolExchange:
         ``anew``: look at the whole pool; else the next of what the last look has found.
         """
         if self._forecast is None:
-            pool = self.store.pool
-            self._forecast = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
+            self._forecast = self.store.forecast()
         found = (self._forecast.look if anew else self._forecast.more)(most_bytes, most_blocks)
         return found.keys, found.nbytes
 

@@ -76,7 +76,7 @@ class FetchProcess:
         check_directory(config)
         # As this process has them, whatever environment and files say by the time that it starts.
         settings = {name: _written(getattr(config, name)) for name in Config.model_fields}
-        self._begin = Begin(store.pool.segment.uuid, settings | {"pool": store.pool_name})
+        self._begin = Begin(store.pool_uuid, settings | {"pool": store.pool_name})
         self._late_s = LATE_S + 2 * config.lock_timeout_s
         self._wanted = channels
         self._changed = threading.Condition()

@@ -65,7 +65,7 @@ MEMBERS_TTL_S: Final = 86400
 
 
 class Changes(Protocol):
-    """Blocks that came and went, in order (:class:`kvplug.remote.feed.BlockChanges`)."""
+    """Blocks that came and went, in order (:class:`kvplug.shm.feed.BlockChanges`)."""
 
     @property
     def keys(self) -> U8:
@@ -81,7 +81,7 @@ class Changes(Protocol):
 
 
 class Feed(Protocol):
-    """What the publisher needs of a pool (:class:`kvplug.remote.feed.BlockFeed`)."""
+    """What the publisher needs of a pool (:class:`kvplug.shm.feed.BlockFeed`)."""
 
     def read(self) -> Changes:
         """Changes since the last call."""

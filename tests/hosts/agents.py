@@ -14,7 +14,6 @@ from kvplug.config import load
 from kvplug.errors import Code
 from kvplug.rdma.agent.agent import Agent
 from kvplug.rdma.reader.remote import Peer
-from kvplug.remote.feed import BlockFeed
 from kvplug.remote.pool_blocks import PoolExchange
 from kvplug.store import KvStore
 from tests.lab.env import ROOT, free_port
@@ -90,7 +89,7 @@ def move_blocks(source: str, target: str) -> int:
     """All blocks of one pool are in the other one afterwards, and not in the first. How many there were."""
     config = load(auth_key=KEY, agent_listen="127.0.0.1:0", agent_pin_share=1.0, peer_timeout_s=60.0)
     with KvStore(source, config=config, create=False) as there, KvStore(target, config=config, create=False) as here:
-        keys = BlockFeed(there).scan()
+        keys = there.feed().scan()
         agent = Agent(PoolExchange(there), config)
         peer = Peer(agent.start(), PoolExchange(here), config)
         try:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kvplug import KvStore
 from kvplug.shm import layout as lay
 from kvplug.shm.failpoints import arm
+from tests.inside import pool_of
 
 DEADLINE_S: Final = 30.0
 LIFE_S: Final = 120
@@ -65,7 +66,7 @@ def put(store: KvStore, of: U8, nbytes: int, batch: int = 32) -> npt.NDArray[np.
 
 def fill(store: KvStore, nbytes: int, seed: int) -> U8:
     """Fill the whole pool with blocks of one size; their keys."""
-    g = store.pool.geometry
+    g = pool_of(store).geometry
     of = keys(g.n_slabs * (g.slab_bytes // g.stride(nbytes, 1)), seed)
     codes = put(store, of, nbytes)
     assert (codes == 0).all(), codes.tolist()
@@ -74,14 +75,14 @@ def fill(store: KvStore, nbytes: int, seed: int) -> U8:
 
 def quiet(store: KvStore) -> KvStore:
     """Without its maintenance thread: what happens, the test does."""
-    store.pool._maintenance.stop()
+    pool_of(store)._maintenance.stop()
     return store
 
 
 def clients_of(store: KvStore) -> list[tuple[int, int, int]]:
     """(row, state, session) of each client row in use."""
-    g = store.pool.geometry
-    rows = store.pool.T[g.o_client : g.o_client + lay.MAX_CLIENTS * lay.CLIENT_WORDS].reshape(-1, lay.CLIENT_WORDS)
+    g = pool_of(store).geometry
+    rows = pool_of(store).T[g.o_client : g.o_client + lay.MAX_CLIENTS * lay.CLIENT_WORDS].reshape(-1, lay.CLIENT_WORDS)
     return [
         (int(c), int(rows[c, lay.C_STATE]), int(rows[c, lay.C_SESSION]))
         for c in np.flatnonzero(rows[:, lay.C_STATE] != lay.CLIENT_FREE)
@@ -90,9 +91,9 @@ def clients_of(store: KvStore) -> list[tuple[int, int, int]]:
 
 def settle(store: KvStore, grace_s: float = GRACE_S) -> None:
     """Reap the dead and wait their quarantine out."""
-    assert store.pool.reap() >= 0
+    assert pool_of(store).reap() >= 0
     time.sleep(grace_s * 1.2)
-    store.pool.release_expired()
+    pool_of(store).release_expired()
 
 
 def check_nothing_left(store: KvStore) -> None:
@@ -100,7 +101,7 @@ def check_nothing_left(store: KvStore) -> None:
     s = store.stats()
     left = (s.writing_slots, s.quarantined_slots, s.pinned_slots)
     assert left == (0, 0, 0), f"writing, quarantined, pinned slots left: {left}"
-    assert [c for c, _, _ in clients_of(store)] == [store.pool.client]
+    assert [c for c, _, _ in clients_of(store)] == [pool_of(store).client]
     store.check_integrity(deep=True)
 
 
@@ -256,7 +257,7 @@ def die_at(
 
     def body() -> None:
         own = quiet(another(store))
-        arm(own.pool.L, name, skip=skip, sig=sig)
+        arm(pool_of(own).L, name, skip=skip, sig=sig)
         operation(own)
 
     child = Child(body)

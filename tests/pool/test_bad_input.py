@@ -17,6 +17,7 @@ from kvplug import errors
 from kvplug.errors import Code
 from kvplug.shm import layout as lay
 from kvplug.store import KvStore
+from tests.inside import pool_of
 from tests.stress import calls
 
 BLOCK = 4000
@@ -25,7 +26,7 @@ KEYS = np.arange(3 * 32, dtype=np.uint8).reshape(3, 32)
 
 def digest(store: KvStore) -> tuple[Any, str]:
     """All figures, and a hash of header, slabs, classes, rows, parts, index and events."""
-    return dataclasses.astuple(store.stats()), hashlib.sha256(store.pool.T.tobytes()).hexdigest()
+    return dataclasses.astuple(store.stats()), hashlib.sha256(pool_of(store).T.tobytes()).hexdigest()
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def store(make_store: Callable[..., KvStore]) -> Iterator[KvStore]:
     """A store with one block, whose background thread is stopped so that only the calls can change anything."""
     made = make_store(size="8mib", prefault=False)
     made.put(KEYS[:1], np.ones((1, BLOCK), np.uint8))
-    made.pool._maintenance.stop()
+    pool_of(made)._maintenance.stop()
     yield made
     made.check_integrity()
 
@@ -164,11 +165,11 @@ def test_one_read_only_buffer_alone_is_refused_too(store: KvStore) -> None:
 
 
 def test_a_buffer_of_the_wrong_size_changes_nothing_but_the_count_of_misses(store: KvStore) -> None:
-    table = store.pool.T[lay.HEADER_WORDS :][store.pool.geometry.o_slab - lay.HEADER_WORDS :].copy()
+    table = pool_of(store).T[lay.HEADER_WORDS :][pool_of(store).geometry.o_slab - lay.HEADER_WORDS :].copy()
     out = np.full((1, BLOCK + 1), 9, np.uint8)
     assert store.get_into(KEYS[:1], out).tolist() == [Code.SIZE]
     assert (out == 9).all()
-    assert (table == store.pool.T[lay.HEADER_WORDS :][store.pool.geometry.o_slab - lay.HEADER_WORDS :]).all()
+    assert (table == pool_of(store).T[lay.HEADER_WORDS :][pool_of(store).geometry.o_slab - lay.HEADER_WORDS :]).all()
 
 
 @pytest.mark.parametrize("over", ["slab", "pool"])
@@ -248,7 +249,7 @@ def test_wrong_fragments_are_refused(store: KvStore) -> None:
 
 
 def test_slots_that_name_nothing_are_stale_and_harmless(store: KvStore) -> None:
-    far = np.array([-1, -5, 1 << 40, store.pool.geometry.n_rows], np.int64)
+    far = np.array([-1, -5, 1 << 40, pool_of(store).geometry.n_rows], np.int64)
     gens = np.zeros(4, np.int64)
     sums = np.zeros(4, np.uint64)
     assert (store.complete(far, gens, 0, sums) == Code.STALE).all()

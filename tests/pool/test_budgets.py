@@ -12,6 +12,7 @@ from kvplug import errors
 from kvplug.errors import Code
 from kvplug.shm import layout as lay
 from kvplug.store import KvStore
+from tests.inside import pool_of
 from tests.stopwatch import Stopwatch
 
 MakeStore = Callable[..., KvStore]
@@ -28,7 +29,7 @@ def some_blocks(n: int, nbytes: int = BLOCK) -> npt.NDArray[np.uint8]:
 
 
 def rows(store: KvStore) -> int:
-    return store.pool.geometry.n_rows
+    return pool_of(store).geometry.n_rows
 
 
 def fill(store: KvStore) -> npt.NDArray[np.uint8]:

@@ -20,6 +20,7 @@ from kvplug import KvStore
 from kvplug.shm import failpoints
 from kvplug.shm import layout as lay
 from kvplug.shm.slabs import drain_step
+from tests.inside import pool_of
 from tests.pool.children import (
     GRACE_S,
     U8,
@@ -101,12 +102,12 @@ def _remove_all(store: KvStore) -> None:
 
 
 def _set_dirty(store: KvStore) -> None:
-    store.pool.T[lay.H_DIRTY] = 1
+    pool_of(store).T[lay.H_DIRTY] = 1
     put(store, NEW, SMALL)
 
 
 def _reap(store: KvStore) -> None:
-    store.pool.reap()
+    pool_of(store).reap()
 
 
 def _attach(store: KvStore) -> None:
@@ -115,13 +116,13 @@ def _attach(store: KvStore) -> None:
 
 
 def _grow(store: KvStore) -> None:
-    while store.pool.grow():
+    while pool_of(store).grow():
         pass
 
 
 def fill_keys(store: KvStore) -> U8:
     """The keys that the test fills a pool with."""
-    g = store.pool.geometry
+    g = pool_of(store).geometry
     return keys(g.n_rows * g.min_block // SMALL, 1)
 
 
@@ -203,7 +204,7 @@ def kill_at(store: KvStore, name: str, death: Death) -> None:
         reaper = quiet(another(store))
         with Child(lambda: (before(quiet(another(store))), os.kill(os.getpid(), signal.SIGKILL))) as held:
             assert held.wait() == -signal.SIGKILL
-        failpoints.arm(reaper.pool.L, name, skip=death.skip)
+        failpoints.arm(pool_of(reaper).L, name, skip=death.skip)
         death.operation(reaper)
 
     assert Child(body).wait() == -signal.SIGKILL
@@ -220,7 +221,7 @@ def test_death_at(name: str, make_store: Callable[..., KvStore]) -> None:
     before = store.stats()
     kill_at(store, name, death)
 
-    assert bool(store.pool.T[lay.H_DIRTY]) == death.dirty
+    assert bool(pool_of(store).T[lay.H_DIRTY]) == death.dirty
     reads_alone = check_bytes(store, old, SMALL, may_miss=death.loses or name.startswith("rebuild"))
     watch = Stopwatch()
     others = keys(8, 5)
@@ -228,7 +229,7 @@ def test_death_at(name: str, make_store: Callable[..., KvStore]) -> None:
     assert watch.took_s() < 1.0
     assert (codes == 0).all(), codes.tolist()
     assert store.stats().rebuilds - before.rebuilds == int(death.dirty)
-    assert not store.pool.T[lay.H_DIRTY]
+    assert not pool_of(store).T[lay.H_DIRTY]
     check_bytes(store, others, SMALL)
     hits = check_bytes(store, old, SMALL, may_miss=death.loses)
     assert hits > 0
@@ -252,7 +253,7 @@ def test_death_at(name: str, make_store: Callable[..., KvStore]) -> None:
     check_bytes(store, NEW, SMALL)
     refilled = fill(store, SMALL, 6)
     check_bytes(store, refilled, SMALL, may_miss=True)
-    assert store.stats().sealed_blocks >= len(fill_keys(store)) - store.pool.geometry.rows_per_slab
+    assert store.stats().sealed_blocks >= len(fill_keys(store)) - pool_of(store).geometry.rows_per_slab
     check_nothing_left(store)
 
 
@@ -292,11 +293,11 @@ def test_a_dead_process_of_a_living_session_leaves_tables_that_pass(make_store: 
 
     def body() -> None:
         worker = quiet(KvStore.join(scheduler.token, config=store.config))
-        failpoints.arm(worker.pool.L, "pinned_bit", skip=5)
+        failpoints.arm(pool_of(worker).L, "pinned_bit", skip=5)
         worker.pin_batch(old)
 
     assert Child(body).wait() == -signal.SIGKILL
-    store.pool.reap()
+    pool_of(store).reap()
     assert store.stats().pinned_slots == 6
     store.check_integrity()
     scheduler.close()
@@ -310,8 +311,8 @@ def test_slots_of_the_dead_are_kept_for_the_grace(make_store: Callable[..., KvSt
     die_at(store, "write_copy", _put)
     began = time.monotonic()
     watch = Stopwatch()
-    store.pool.reap()
-    while store.pool.release_expired() == 0:
+    pool_of(store).reap()
+    while pool_of(store).release_expired() == 0:
         assert watch.took_s() < 5
         assert store.stats().quarantined_slots == len(NEW)
         time.sleep(0.01)
@@ -371,15 +372,15 @@ def test_a_slab_half_drained_by_a_dead_process_is_drained_to_the_end(make_store:
 
     def body() -> None:
         own = quiet(another(store))
-        assert int(drain_step(own.pool.T, own.pool.L, 1, LARGE)) == 2, "one section was to drain but a part"
+        assert int(drain_step(pool_of(own).T, pool_of(own).L, 1, LARGE)) == 2, "one section was to drain but a part"
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert Child(body).wait() == -signal.SIGKILL
-    assert int(store.pool.T[lay.H_DRAINING]) == 2
+    assert int(pool_of(store).T[lay.H_DRAINING]) == 2
     store.check_integrity()
     for _ in range(8):
-        store.pool.maintain()
-    assert int(store.pool.T[lay.H_DRAINING]) == 0
+        pool_of(store).maintain()
+    assert int(pool_of(store).T[lay.H_DRAINING]) == 0
     assert store.stats().slab_moves == moves + 1
     assert (put(store, NEW, LARGE) == 0).all(), "the slab is there for another size"
     check_bytes(store, NEW, LARGE)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvplug.errors import Code
 from kvplug.shm import layout as lay
 from kvplug.store import KvStore
+from tests.inside import pool_of
 
 MakeStore = Callable[..., KvStore]
 BLOCK = 16 * 1024
@@ -32,7 +33,7 @@ def test_a_reader_sees_what_happens_from_now_on_in_order(make_store: MakeStore) 
     store, other = make_store(size="8mib"), make_store(size="8mib")
     keys = some_keys(6)
     store.put(keys[:1], blocks(1))
-    reader = other.pool.events()
+    reader = pool_of(other).events()
     assert len(reader.read().kinds) == 0
     store.put(keys[1:4], blocks(3))
     other.put(keys[:5], blocks(5))
@@ -48,7 +49,7 @@ def test_a_reader_sees_what_happens_from_now_on_in_order(make_store: MakeStore) 
 
 def test_an_event_names_the_slot_and_generation_that_a_pin_would(make_store: MakeStore) -> None:
     store = make_store(size="8mib")
-    reader = store.pool.events()
+    reader = pool_of(store).events()
     keys = some_keys(3)
     store.put(keys, blocks(3))
     batch = reader.read()
@@ -60,7 +61,7 @@ def test_an_event_names_the_slot_and_generation_that_a_pin_would(make_store: Mak
 
 def test_what_is_in_writing_or_given_up_is_no_event(make_store: MakeStore) -> None:
     store = make_store(size="8mib")
-    reader = store.pool.events()
+    reader = pool_of(store).events()
     b = store.reserve_batch(some_keys(2), [100, 100])
     store.complete(b.slots, b.gens, 0, np.zeros(2, np.uint64))
     store.abort_batch(b.slots, b.gens, True)
@@ -71,7 +72,7 @@ def test_what_is_in_writing_or_given_up_is_no_event(make_store: MakeStore) -> No
 def test_replaying_the_events_gives_what_the_pool_has(make_store: MakeStore) -> None:
     """Also while blocks are evicted, and with a reader that takes a few at a time."""
     store = make_store(size="8mib")
-    reader = store.pool.events(max_events=7)
+    reader = pool_of(store).events(max_events=7)
     keys = some_keys(900)
     there: set[bytes] = set()
     kinds: list[int] = []
@@ -98,8 +99,8 @@ def test_replaying_the_events_gives_what_the_pool_has(make_store: MakeStore) -> 
 
 def test_a_reader_that_was_lapped_is_told_and_goes_on_from_now(make_store: MakeStore) -> None:
     store = make_store(size="8mib")
-    capacity = store.pool.geometry.event_cap
-    reader, exact = store.pool.events(), store.pool.events()
+    capacity = pool_of(store).geometry.event_cap
+    reader, exact = pool_of(store).events(), pool_of(store).events()
     key = some_keys(1)
     for _ in range(capacity // 2):
         store.put(key, blocks(1))
@@ -118,7 +119,7 @@ def test_a_reader_that_was_lapped_is_told_and_goes_on_from_now(make_store: MakeS
 
 def test_after_a_rebuild_every_reader_starts_over(make_store: MakeStore, pool_name: str) -> None:
     store = make_store(size="8mib")
-    reader = store.pool.events()
+    reader = pool_of(store).events()
     keys = some_keys(4)
     store.put(keys[:2], blocks(2))
     done = subprocess.run(
@@ -148,7 +149,8 @@ DIE_IN_A_SECTION = """
     from kvplug.config import Config
     from kvplug.shm import failpoints
     from kvplug.store import KvStore
+    from tests.inside import pool_of
     store = KvStore(config=Config(pool=sys.argv[1], size="8mib"))
-    failpoints.arm(store.pool.L, "sealed_word")
+    failpoints.arm(pool_of(store).L, "sealed_word")
     store.put([bytes(32)], [bytes(100)])
 """

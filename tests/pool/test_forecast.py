@@ -10,6 +10,7 @@ import pytest
 from kvplug import KvStore
 from kvplug.errors import Code
 from kvplug.shm.forecast import AtRisk, Forecast
+from tests.inside import pool_of
 from tests.pool.children import U8, another, check_bytes, die_at, fill, keys, put
 from tests.pool.sample import MakeStore
 from tests.pool.test_siblings import member, put_as, put_groups
@@ -20,7 +21,7 @@ MANY = 1 << 40
 
 def watch(store: KvStore) -> Forecast:
     """A forecast that has seen the pool as it is now, and gives nothing that comes later the benefit of the doubt."""
-    pool = store.pool
+    pool = pool_of(store)
     made = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
     made.look(MANY, 1)
     return made
@@ -45,7 +46,7 @@ def test_nothing_is_at_risk_while_there_is_room(make_store: MakeStore) -> None:
     put(store, of, BLOCK)
     forecast.look(MANY, 1024)
     assert not len(use(store, forecast, of).keys)
-    assert forecast.free_bytes() > store.pool.geometry.data_bytes / 2
+    assert forecast.free_bytes() > pool_of(store).geometry.data_bytes / 2
 
 
 @pytest.mark.parametrize("policy", ["tail_first", "lru"])
@@ -84,7 +85,7 @@ def test_blocks_that_were_never_used_again_are_not_named(make_store: MakeStore) 
 def test_what_was_there_before_is_given_the_benefit_of_the_doubt(make_store: MakeStore) -> None:
     store = make_store(size="32mib")
     of = fill(store, BLOCK, 1)
-    pool = store.pool
+    pool = pool_of(store)
     found = Forecast(pool.T, pool.L, pool.geometry, pool.policy).look(MANY, 1024)
     share = len(found.keys) * BLOCK / pool.geometry.data_bytes
     assert 0.1 < share < 0.2
@@ -130,7 +131,7 @@ def test_what_was_offered_is_named_again_only_after_another_use(make_store: Make
 def test_an_offer_of_a_block_that_was_stored_anew_meanwhile_marks_nothing(make_store: MakeStore) -> None:
     store = make_store(size="32mib")
     of = fill(store, BLOCK, 1)
-    pool = store.pool
+    pool = pool_of(store)
     forecast = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
     found = forecast.look(MANY, 1024)
     put(store, keys(len(found.keys), 2), BLOCK)  # takes their slots
@@ -145,7 +146,7 @@ def test_an_offer_of_a_block_that_was_stored_anew_meanwhile_marks_nothing(make_s
 def test_bounds_are_kept_and_one_block_is_always_named(make_store: MakeStore) -> None:
     store = make_store(size="32mib")
     fill(store, BLOCK, 1)
-    pool = store.pool
+    pool = pool_of(store)
     for most_bytes, most_blocks, n in ((MANY, 7, 7), (3 * BLOCK + 1, 1024, 3), (1, 1024, 1)):
         found = Forecast(pool.T, pool.L, pool.geometry, pool.policy).look(most_bytes, most_blocks)
         assert len(found.keys) == n
@@ -154,7 +155,7 @@ def test_bounds_are_kept_and_one_block_is_always_named(make_store: MakeStore) ->
 def test_one_look_is_named_piece_by_piece_without_what_has_gone(make_store: MakeStore) -> None:
     store = make_store(size="32mib")
     of = fill(store, BLOCK, 1)
-    pool = store.pool
+    pool = pool_of(store)
     all_at_once = Forecast(pool.T, pool.L, pool.geometry, pool.policy).look(MANY, 1024)
     forecast = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
     first = forecast.look(MANY, 10)
@@ -174,7 +175,7 @@ def test_siblings_are_named_together_or_not_at_all(make_store: MakeStore) -> Non
     put_groups(store, whole, BLOCK, 4)
     for index in range(3):
         put_as(store, half, BLOCK, 4, index)
-    pool = store.pool
+    pool = pool_of(store)
     forecast = Forecast(pool.T, pool.L, pool.geometry, pool.policy)
     put(store, keys(forecast.free_bytes() // BLOCK, 3), BLOCK)
     found = forecast.look(MANY, 1024)
@@ -191,6 +192,6 @@ def test_looking_takes_no_lock(make_store: MakeStore) -> None:
     store = make_store(size="32mib", lock_timeout_s=0.1)
     fill(store, BLOCK, 1)
     with die_at(store, "locked", lambda own: own.pin_batch(keys(1, 1)), sig=signal.SIGSTOP):
-        pool = store.pool
+        pool = pool_of(store)
         assert store.pin_batch(keys(1, 1)).codes[0] == Code.TIMEOUT
         assert len(Forecast(pool.T, pool.L, pool.geometry, pool.policy).look(MANY, 1024).keys) > 0

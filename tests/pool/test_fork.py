@@ -16,6 +16,7 @@ from kvplug.errors import Code
 from kvplug.shm import segment
 from kvplug.shm.layout import P_LIVE_OFFSET
 from kvplug.shm.liveness import is_locked
+from tests.inside import pool_of
 from tests.pool.children import (
     GRACE_S,
     Child,
@@ -103,11 +104,11 @@ def test_a_child_that_outlives_its_parent_does_not_keep_its_lock(store: KvStore)
 
     def parent() -> None:
         own = quiet(another(store))
-        arm(own.pool.L, "reserve_word", sig=signal.SIGSTOP)
+        arm(pool_of(own).L, "reserve_word", sig=signal.SIGSTOP)
 
         def fork_when_inside() -> None:
             # SIGSTOP stops this thread too: the child is forked after SIGCONT, while the section is held up again.
-            while not store.pool.T[66]:
+            while not pool_of(store).T[66]:
                 pass
             if os.fork() == 0:
                 os.close(hold)
@@ -138,26 +139,26 @@ def test_a_child_that_outlives_its_parent_does_not_keep_its_lock(store: KvStore)
 
 
 def test_a_store_used_after_a_fork_is_a_client_of_its_own(store: KvStore) -> None:
-    mine = (store.session_id, store.pool.client)
+    mine = (store.session_id, pool_of(store).client)
     held = store.pin_batch(OLD[:3])
 
     def session(own: KvStore) -> tuple[int, int, int]:
         check_bytes(own, OLD, SIZE)
-        return own.session_id, own.pool.client, len(clients_of(own))
+        return own.session_id, pool_of(own).client, len(clients_of(own))
 
     def body() -> None:
         check_bytes(store, OLD, SIZE)
         assert (put(store, NEW, SIZE) == 0).all()
         assert store.session_id != mine[0]
-        assert store.pool.client != mine[1]
-        assert store.pool.L is not None
+        assert pool_of(store).client != mine[1]
+        assert pool_of(store).L is not None
         with store.pin(OLD) as pinned:
             assert (pinned.codes == 0).all()
         assert store.stats().pinned_slots == len(held), "its unpin took the parent's pins"
         store.close()
 
     assert Child(body).wait() == 0
-    assert (store.session_id, store.pool.client) == mine
+    assert (store.session_id, pool_of(store).client) == mine
     check_bytes(store, NEW, SIZE)
     assert store.stats().pinned_slots == 3
     store.unpin(held.slots, held.gens)
@@ -180,7 +181,7 @@ def test_the_end_of_a_child_does_not_hurt_its_parent(store: KvStore, how: str) -
             os._exit(3)
 
     Child(body).wait()
-    store.pool.reap()
+    pool_of(store).reap()
     assert store.stats().pinned_slots == len(OLD)
     assert store.stats().writing_slots == len(NEW)
     for view, data in zip(reservation.views, blocks(NEW, SIZE), strict=True):
@@ -208,14 +209,14 @@ def test_handles_that_a_child_inherits_are_its_parents(store: KvStore) -> None:
         to_abort[0].abort()
         del to_abort[:]
         del reservation[:]
-        store.pool.maintain()
-        me = store.pool.client
-        bits = [int(store.pool.T[store.pool.geometry.o_row + int(s) * 12 + 9]) >> me & 1 for s in own.slots]
+        pool_of(store).maintain()
+        me = pool_of(store).client
+        bits = [int(pool_of(store).T[pool_of(store).geometry.o_row + int(s) * 12 + 9]) >> me & 1 for s in own.slots]
         assert bits == [1, 1, 1, 1], "releasing the parent's handle released this process's own pins"
         store.close()
 
     assert Child(body).wait() == 0
-    store.pool.reap()
+    pool_of(store).reap()
     s = store.stats()
     assert (s.writing_slots, s.quarantined_slots, s.pinned_slots) == (8, 0, 4)
     for view, data in zip(reservation[0].views, blocks(NEW[:4], SIZE), strict=True):
@@ -300,7 +301,7 @@ def test_fork_while_another_thread_attaches(store: KvStore) -> None:
     def work() -> None:
         while not stop.is_set():
             own = another(store)
-            short.append(own.pool.client)
+            short.append(pool_of(own).client)
             own.close()
 
     thread = threading.Thread(target=work)
@@ -315,9 +316,10 @@ def test_fork_while_another_thread_attaches(store: KvStore) -> None:
         thread.join(30)
     try:
         assert len(short) > 3
-        offset = int(store.pool.T[P_LIVE_OFFSET])
+        offset = int(pool_of(store).T[P_LIVE_OFFSET])
         end = time.monotonic() + LONG_S  # the last child may not have run yet
-        while held := [c for c in range(16) if c != store.pool.client and is_locked(store.pool.lock_fd, offset + c)]:
+        own, fd = pool_of(store).client, pool_of(store).lock_fd
+        while held := [c for c in range(16) if c != own and is_locked(fd, offset + c)]:
             if time.monotonic() > end:
                 break
             time.sleep(0.01)
@@ -333,14 +335,14 @@ def test_fork_while_another_thread_attaches(store: KvStore) -> None:
 
 def test_a_store_that_was_dropped_unclosed_is_not_kept_by_a_child(store: KvStore) -> None:
     forgotten = quiet(another(store))
-    client = forgotten.pool.client
+    client = pool_of(forgotten).client
     del forgotten
-    offset = int(store.pool.T[P_LIVE_OFFSET])
+    offset = int(pool_of(store).T[P_LIVE_OFFSET])
     with Child(signal.pause):
         deadline = time.monotonic() + LONG_S
-        while is_locked(store.pool.lock_fd, offset + client) and time.monotonic() < deadline:
+        while is_locked(pool_of(store).lock_fd, offset + client) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not is_locked(store.pool.lock_fd, offset + client)
+        assert not is_locked(pool_of(store).lock_fd, offset + client)
         settle(store)
         check_nothing_left(store)
 

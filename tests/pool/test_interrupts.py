@@ -11,6 +11,7 @@ import numpy as np
 
 from kvplug import KvStore
 from kvplug.errors import Code
+from tests.inside import pool_of
 from tests.stress import interrupts
 
 MakeStore = Callable[..., KvStore]
@@ -37,13 +38,13 @@ def test_a_batch_that_nobody_read_is_given_back_and_one_that_was_read_is_the_cal
     store.put(keys, interrupts.blocks(keys))
     assert (store.pin_batch(keys).codes == Code.OK).all()
     assert (store.reserve_batch(interrupts.keys(2, 2), [100]).codes == Code.OK).all()
-    store.pool.maintain()
+    pool_of(store).maintain()
     assert (store.stats().pinned_slots, store.stats().writing_slots) == (0, 0)
     pinned = store.pin_batch(keys).slots.copy()
     reserved = store.reserve_batch(interrupts.keys(2, 2), [100])
     slots, gens = reserved.slots.copy(), reserved.gens.copy()
     del reserved
-    store.pool.maintain()
+    pool_of(store).maintain()
     assert (store.stats().pinned_slots, store.stats().writing_slots) == (4, 2)
     store.unpin(pinned)
     assert (store.abort_batch(slots, gens, True) == Code.OK).all()
@@ -60,7 +61,7 @@ def test_a_view_keeps_its_block_when_its_store_was_dropped(make_store: MakeStore
     del held, store
     gc.collect()
     for _ in range(3):
-        onlooker.pool.maintain()
+        pool_of(onlooker).maintain()
         assert onlooker.remove(keys).tolist() == [Code.PINNED]
     assert view is not None
     assert bytes(view) == interrupts.blocks(keys).tobytes()
@@ -73,7 +74,7 @@ def test_memory_is_reserved_under_a_profilers_timer(make_store: MakeStore) -> No
     before = signal.signal(signal.SIGALRM, lambda *_: struck.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
     try:
-        assert store.pool.grow()
+        assert pool_of(store).grow()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

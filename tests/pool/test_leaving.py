@@ -23,6 +23,7 @@ from kvplug.shm import layout as lay
 from kvplug.shm import maintenance, segment
 from kvplug.shm.local import L_SHUT, L_THREAD
 from kvplug.shm.slabs import DRAIN_CALLED_OFF, NOT_BEGUN, drain_step
+from tests.inside import pool_of
 from tests.pool.children import DEADLINE_S, Child, another, blocks, check_bytes, check_nothing_left, keys, put, quiet
 
 SIZE = 16 << 10
@@ -75,7 +76,7 @@ def test_a_view_outlives_close_and_keeps_its_pin(make_store: Make) -> None:
     held.release()
     assert other.remove(of[:1]).tolist() == [-10]
     del array, held
-    until(lambda: other.pool.reap() >= 0 and other.remove(of[:1]).tolist() == [0])
+    until(lambda: pool_of(other).reap() >= 0 and other.remove(of[:1]).tolist() == [0])
     check_nothing_left(other)
 
 
@@ -98,7 +99,7 @@ def test_a_store_that_was_dropped_is_no_client_any_more(make_store: Make) -> Non
     assert store.stats().clients == 2
     del dropped
     gc.collect()
-    until(lambda: store.pool.reap() >= 0 and store.stats().clients == 1)
+    until(lambda: pool_of(store).reap() >= 0 and store.stats().clients == 1)
     check_nothing_left(store)
 
 
@@ -116,12 +117,12 @@ def test_a_call_that_waited_for_a_thread_that_closed_is_told_so(make_store: Make
         except StoreClosedError as e:
             answers.append(type(e))
 
-    store.pool._maintenance.stop()
-    words = store.pool.L
+    pool_of(store)._maintenance.stop()
+    words = pool_of(store).L
     words[L_THREAD] = 1  # as a thread that is in a section
     waiting = threading.Thread(target=call)
     waiting.start()
-    while not store.pool._holdings.all:  # it is about to wait, or waits
+    while not pool_of(store)._holdings.all:  # it is about to wait, or waits
         time.sleep(0.001)
     words[L_SHUT] = 1  # as the thread that closes, whose turn comes first
     words[L_THREAD] = 0
@@ -143,7 +144,7 @@ def test_calls_go_on_while_memory_is_being_reserved(make_store: Make, monkeypatc
 
     monkeypatch.setattr(maintenance.segment, "reserve", slow)
     watermark = store.stats().reserved_slabs
-    growing = threading.Thread(target=store.pool.grow)
+    growing = threading.Thread(target=pool_of(store).grow)
     growing.start()
     assert began.wait(DEADLINE_S)
     pinned = store.pin_batch(of)
@@ -158,22 +159,22 @@ def test_upkeep_of_a_drain_waits_for_the_stores_other_threads(make_store: Make) 
     store = quiet(make_store(lock_timeout_s=0.02))
     put(store, keys(4, 7), SIZE)
     slab = 0
-    at = store.pool.geometry.o_slab + slab * lay.SLAB_WORDS + lay.S_STATE
-    store.pool.T[at], store.pool.T[lay.H_DRAINING] = lay.SLAB_DRAINING, slab + 1
-    store.pool.L[L_THREAD] = 1  # as a thread that is in a section
-    upkeep = threading.Thread(target=store.pool.maintain)
+    at = pool_of(store).geometry.o_slab + slab * lay.SLAB_WORDS + lay.S_STATE
+    pool_of(store).T[at], pool_of(store).T[lay.H_DRAINING] = lay.SLAB_DRAINING, slab + 1
+    pool_of(store).L[L_THREAD] = 1  # as a thread that is in a section
+    upkeep = threading.Thread(target=pool_of(store).maintain)
     upkeep.start()
     upkeep.join(DEADLINE_S)
-    assert int(store.pool.T[lay.H_DRAINING]) == slab + 1
-    store.pool.L[L_THREAD] = 0
-    store.pool.maintain()
-    assert int(store.pool.T[lay.H_DRAINING]) == 0
+    assert int(pool_of(store).T[lay.H_DRAINING]) == slab + 1
+    pool_of(store).L[L_THREAD] = 0
+    pool_of(store).maintain()
+    assert int(pool_of(store).T[lay.H_DRAINING]) == 0
 
 
 def test_upkeep_begins_no_drain_of_its_own(make_store: Make) -> None:
     store, of = quiet(make_store()), keys(4, 8)
     put(store, of, SIZE)
-    assert drain_step(store.pool.T, store.pool.L, NOT_BEGUN, -1) == DRAIN_CALLED_OFF
+    assert drain_step(pool_of(store).T, pool_of(store).L, NOT_BEGUN, -1) == DRAIN_CALLED_OFF
     assert store.exists(of).all()
     store.check_integrity()
 
@@ -199,7 +200,7 @@ def test_copies_of_handles_in_a_forked_child_do_nothing(make_store: Make) -> Non
 
     with Child(child) as forked:
         assert forked.wait() == 0
-    store.pool.reap()
+    pool_of(store).reap()
     assert store.stats().pinned_slots == 2
     assert reservation.views[0] is not None
     reservation.views[0][:] = blocks(of[2:3], SIZE)[0].tobytes()
@@ -251,7 +252,7 @@ def test_a_removed_pool_answers_retired_and_queues_nothing(make_store: Make) -> 
     assert store.remove(of).tolist() == [-9] * 4
     assert store.complete(reserved.slots, reserved.gens, 0, np.zeros(1, np.uint64)).tolist() == [-9]
     assert store.abort_batch(reserved.slots, reserved.gens, True).tolist() == [-9]
-    assert not store.pool._due
+    assert not pool_of(store)._due
     assert check_bytes(store, of, SIZE) == 4, "what is still mapped is still right"
     made_anew = make_store()
     assert made_anew.token.split(":")[1] != store.token.split(":")[1]

@@ -15,6 +15,7 @@ from kvplug import KvStore
 from kvplug.errors import Code, LockTimeoutError
 from kvplug.shm import layout as lay
 from kvplug.shm.local import L_DOWN, L_TIMEOUTS
+from tests.inside import pool_of
 from tests.pool.children import (
     GRACE_S,
     Child,
@@ -73,13 +74,13 @@ def timed(call: Callable[[], object]) -> tuple[object, float]:
 
 
 def test_others_answer_in_time_and_fail_fast_until_it_goes_on(store: KvStore, stopped: Child) -> None:
-    assert int(store.pool.T[lay.H_HOLDER]) == stopped.pid
+    assert int(pool_of(store).T[lay.H_HOLDER]) == stopped.pid
     watch = Stopwatch()
     codes = put(store, NEW, SIZE)
     assert set(codes.tolist()) == {Code.TIMEOUT}
     assert watch.wall_s() >= TIMEOUT_S * 0.9
     assert watch.took_s() <= TIMEOUT_S + MARGIN_S
-    assert store.pool.L[L_DOWN] == 1
+    assert pool_of(store).L[L_DOWN] == 1
 
     watch = Stopwatch()
     for _ in range(50):
@@ -87,14 +88,14 @@ def test_others_answer_in_time_and_fail_fast_until_it_goes_on(store: KvStore, st
         assert set(store.remove(OLD[:4]).tolist()) == {Code.TIMEOUT}
         assert set(store.reserve(NEW, SIZE).codes.tolist()) == {Code.TIMEOUT}
     assert watch.took_s() < 50 * 3 * TIMEOUT_S / 5, "calls after the first time-out wait again"
-    assert int(store.pool.L[L_TIMEOUTS]) >= 151
+    assert int(pool_of(store).L[L_TIMEOUTS]) >= 151
     with pytest.raises(LockTimeoutError):
         store.check_integrity()
 
     stopped.signal(signal.SIGCONT)
     assert stopped.wait() == 0, "the holder goes on as if nothing had been"
     assert (put(store, NEW, SIZE) == 0).all(), "the first call that finds the lock free goes through"
-    assert store.pool.L[L_DOWN] == 0
+    assert pool_of(store).L[L_DOWN] == 0
     for of in (OLD, NEW, THEIRS):
         check_bytes(store, of, SIZE)
     assert store.stats().rebuilds == 0, "a section that was only late left nothing half-done"
@@ -109,7 +110,7 @@ def test_reads_go_on_while_it_is_stopped(store: KvStore, stopped: Child) -> None
         assert hits == len(OLD)
         fastest = min(fastest, took)
     assert fastest < TIMEOUT_S / 2, "reads wait for the lock"
-    assert store.pool.L[L_TIMEOUTS] == store.pool.L[L_DOWN] == 0, "reads try to take the lock"
+    assert pool_of(store).L[L_TIMEOUTS] == pool_of(store).L[L_DOWN] == 0, "reads try to take the lock"
     assert store.exists(OLD).all()
     assert store.match_prefix(OLD) == len(OLD)
     assert not store.exists(THEIRS).any()
@@ -158,7 +159,7 @@ def test_what_must_happen_is_queued_and_done_when_it_goes_on(store: KvStore, poi
         holder.signal(signal.SIGCONT)
         assert holder.wait() == 0
 
-    store.pool.maintain()
+    pool_of(store).maintain()
     assert store.exists(NEW[:2]).all(), "the queued seal was done"
     check_bytes(store, NEW[:2], SIZE)
     assert not store.exists(NEW[2:]).any()

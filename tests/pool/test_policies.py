@@ -13,6 +13,7 @@ from kvplug.config import Config
 from kvplug.errors import Code
 from kvplug.shm.policies import by_name, by_number
 from kvplug.store import KvStore
+from tests.inside import pool_of
 
 MakeStore = Callable[..., KvStore]
 Keys = npt.NDArray[np.uint8]
@@ -31,7 +32,7 @@ def blocks(n: int) -> npt.NDArray[np.uint8]:
 def full_pool(make_store: MakeStore, policy: str, n: int = 64) -> tuple[KvStore, list[Keys]]:
     """A pool full of four prefixes of ``n`` blocks, stored one after another, and then of odd blocks."""
     store = make_store(size="8mib", policy=policy, prefault=False, reserve_budget_share=1.0)
-    odd = store.pool.geometry.n_rows - 4 * n
+    odd = pool_of(store).geometry.n_rows - 4 * n
     assert odd >= 0
     prefixes = [some_keys(n, seed) for seed in range(4)]
     for keys in prefixes:
@@ -102,7 +103,7 @@ def test_pinned_blocks_are_passed_over(make_store: MakeStore, policy: str) -> No
     pins = store.pin_batch(a[::2])
     for keys in (a[1::2], b, c, d):  # pinning dates them; let these be younger
         store.touch(keys)
-    evict(store, store.pool.geometry.n_rows - len(pins), 50)
+    evict(store, pool_of(store).geometry.n_rows - len(pins), 50)
     assert store.exists(a).tolist() == [True, False] * (len(a) // 2)
     store.unpin(pins.slots)
     evict(store, len(pins), 51)

@@ -15,6 +15,7 @@ from kvplug.errors import Code
 from kvplug.identity.keys import fold
 from kvplug.shm import layout as lay
 from kvplug.shm.index import key_hash
+from tests.inside import pool_of
 from tests.pool.sample import BLOCK, MakeStore, flip_a_byte, some_blocks, some_keys
 
 
@@ -170,7 +171,7 @@ def test_keys_mean_the_same_in_every_form(make_store: MakeStore, form: str) -> N
 
 def test_keys_that_collide_in_the_index_stay_apart(make_store: MakeStore) -> None:
     store = make_store(size="8mib")
-    mask = int(store.pool.T[lay.H_INDEX_CAP]) - 1
+    mask = int(pool_of(store).T[lay.H_INDEX_CAP]) - 1
     rng = np.random.default_rng(5)
     same_home: list[npt.NDArray[np.uint8]] = []
     while len(same_home) < 24:

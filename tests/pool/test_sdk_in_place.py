@@ -13,6 +13,7 @@ import torch
 from kvplug import errors
 from kvplug.errors import Code
 from kvplug.store import KvStore
+from tests.inside import pool_of
 from tests.pool.sample import BLOCK, MakeStore, flip_a_byte, some_blocks, some_keys
 
 # ---- in place ------------------------------------------------------------------------------------------------------
@@ -21,7 +22,7 @@ from tests.pool.sample import BLOCK, MakeStore, flip_a_byte, some_blocks, some_k
 def pinned(store: KvStore) -> int:
     """Slots under a pin, after queued releases were done."""
     gc.collect()
-    store.pool.maintain()
+    pool_of(store).maintain()
     return store.stats().pinned_slots
 
 
@@ -124,11 +125,11 @@ def test_a_reservation_given_up_is_free_once_nobody_can_write_to_it(make_store: 
         r.abort()
     del r
     gc.collect()
-    store.pool.maintain()
+    pool_of(store).maintain()
     assert store.stats().quarantined_slots == 1
     kept[:] = b"stray"  # into a slot that nobody else has
     del kept
-    store.pool.maintain()
+    pool_of(store).maintain()
     stats = store.stats()
     assert (stats.quarantined_slots, stats.writing_slots, stats.sealed_blocks) == (0, 0, 0)
     assert (store.put(keys, some_blocks(2)) == Code.OK).all()

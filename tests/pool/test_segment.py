@@ -23,6 +23,7 @@ from kvplug.shm import layout as lay
 from kvplug.shm import segment
 from kvplug.sizes import format_size, parse_size
 from kvplug.store import KvStore
+from tests.inside import pool_of
 
 MakeStore = Callable[..., KvStore]
 KEYS = np.arange(64, dtype=np.uint8).reshape(2, 32)
@@ -304,8 +305,8 @@ def test_clients_of_a_removed_pool_get_retired_and_new_ones_a_new_pool(
     assert old.remove(KEYS).tolist() == [Code.RETIRED] * 2
     assert old.complete(reserved.slots, reserved.gens, 0, np.zeros(1, np.uint64)).tolist() == [Code.RETIRED]
     out = np.zeros_like(BLOCKS)
-    old.pool.maintain()
-    old.pool.maintain()
+    pool_of(old).maintain()
+    pool_of(old).maintain()
     assert [r.getMessage() for r in caplog.records if "was removed: nothing is stored" in r.getMessage()] == [
         f"kvplug: pool {pool_name!r} was removed: nothing is stored any more until a restart"
     ], "said once, by the client that stores nothing more"
@@ -326,7 +327,7 @@ def test_clients_of_a_removed_pool_get_retired_and_new_ones_a_new_pool(
 def test_a_file_that_was_simply_deleted_is_noticed(make_store: MakeStore, pool_name: str) -> None:
     store = make_store(size="8mib")
     os.unlink(segment.segment_path(pool_name))
-    store.pool.maintain()
+    pool_of(store).maintain()
     assert store.put(KEYS, BLOCKS).tolist() == [Code.RETIRED] * 2
 
 

@@ -17,6 +17,7 @@ from kvplug.config import Config
 from kvplug.shm import layout as lay
 from kvplug.shm import liveness, segment
 from kvplug.shm.liveness import close_private, count_listed, count_locks, open_private, try_lock_byte
+from tests.inside import pool_of
 from tests.pool.children import Peer, blocks, keys, put, quiet
 
 Make = Callable[..., KvStore]
@@ -164,7 +165,7 @@ def test_the_dead_are_told_from_the_living_though_the_header_lies(make_store: Ma
     put(a, of, SIZE)
     pinned = b.pin_batch(of)
     write(Path(segment.segment_path(pool_name)), lay.P_LIVE_OFFSET * 8, struct.pack("<q", 1 << 30))
-    assert a.pool.reap() == 0
+    assert pool_of(a).reap() == 0
     assert a.remove(of).tolist() == [-10, -10]
     b.unpin(pinned.slots)
     assert a.remove(of).tolist() == [0, 0]
@@ -191,7 +192,7 @@ def test_a_link_under_the_name_ends_no_maintenance(make_store: Make, pool_name: 
     store = quiet(make_store(size="8mib"))
     path.unlink()
     path.symlink_to(path)
-    store.pool.maintain()
+    pool_of(store).maintain()
     of = keys(1, 2)
     assert store.put(of, list(blocks(of, SIZE))).tolist() == [errors.Code.RETIRED]
 

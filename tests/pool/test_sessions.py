@@ -14,6 +14,7 @@ from kvplug import KvStore
 from kvplug.errors import Code, ConfigError, PoolError, PoolNotFoundError
 from kvplug.shm import copy as copies
 from kvplug.shm import layout as lay
+from tests.inside import pool_of
 from tests.pool.children import (
     GRACE_S,
     U8,
@@ -146,7 +147,7 @@ def test_everything_goes_with_the_last_of_a_session_whoever_that_is(store: KvSto
                 assert (s.writing_slots, s.quarantined_slots, s.pinned_slots) == (6, 0, 24)
                 assert s.sessions == 2
             members[(first + 2) % 3].kill()
-            assert store.pool.reap() == 3
+            assert pool_of(store).reap() == 3
             s = store.stats()
             assert (s.writing_slots, s.quarantined_slots, s.pinned_slots) == (0, 6, 0)
             settle(store)
@@ -191,7 +192,7 @@ def test_a_dead_session_cannot_be_joined(store: KvStore, reaped: bool) -> None:
         of = scheduler.call(token)
         scheduler.kill()
     if reaped:
-        store.pool.reap()
+        pool_of(store).reap()
     with pytest.raises(PoolError, match="no living process"):
         joined(store, of)
     settle(store)
@@ -229,8 +230,8 @@ def test_session_numbers_are_never_used_again(store: KvStore) -> None:
             assert peer.session_id not in seen
             seen.add(peer.session_id)
             peer.kill()
-        store.pool.T[lay.H_DIRTY] = 1  # nor after a rebuild
-        store.pool.reap()
+        pool_of(store).T[lay.H_DIRTY] = 1  # nor after a rebuild
+        pool_of(store).reap()
     assert sorted(seen) == list(range(min(seen), min(seen) + len(seen)))
 
 
@@ -241,7 +242,7 @@ def test_a_client_row_goes_to_others_without_its_pins(store: KvStore) -> None:
         first.kill()
     with Peer(lambda: another(store)) as second:  # who attaches reaps
         assert [c for c, _, session in clients_of(store) if session == second.session_id] != []
-        store.pool.reap()
+        pool_of(store).reap()
         assert store.stats().pinned_slots == 0
         with Peer(lambda: another(store)) as third:
             rows = {c for c, _, session in clients_of(store) if session in (second.session_id, third.session_id)}

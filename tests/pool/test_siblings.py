@@ -12,6 +12,7 @@ from kvplug.shm import copy as copies
 from kvplug.shm import failpoints
 from kvplug.shm import layout as lay
 from kvplug.shm.evict import SIBLINGS_A_SECTION
+from tests.inside import pool_of
 from tests.pool.children import GRACE_S, U8, another, blocks, check_nothing_left, die_at, keys, put, quiet, settle
 from tests.pool.sample import MakeStore
 
@@ -171,9 +172,9 @@ def test_large_groups_are_done_in_several_sections(make_store: MakeStore) -> Non
     count = lay.MAX_SIBLINGS
     of = keys(3 * SIBLINGS_A_SECTION // count, 1)
     put_groups(store, of, 4096, count)
-    sections = store.pool.hold_times_ns().size
+    sections = pool_of(store).hold_times_ns().size
     assert (store.remove(of) == Code.OK).all()
-    assert store.pool.hold_times_ns().size - sections >= 3
+    assert pool_of(store).hold_times_ns().size - sections >= 3
     assert not there(store, of, count).any()
     put_groups(store, of, 4096, count)
     codes = store.put(keys(7000, 9), blocks(keys(7000, 9), 4096))
@@ -219,7 +220,7 @@ def test_death_while_a_group_leaves(name: str, skip: int, operation: object, mak
     assert broken(store, of, 3) == 0
     before = there(store, of, 3).sum()
     die_at(store, name, operation, skip=skip)  # type: ignore[arg-type]
-    assert store.pool.T[lay.H_DIRTY]
+    assert pool_of(store).T[lay.H_DIRTY]
     others = keys(1, 5)
     assert (put(store, others, SMALL) == 0).all()
     assert broken(store, of, 3) <= 1

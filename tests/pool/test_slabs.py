@@ -16,6 +16,7 @@ from kvplug.errors import BlockTooLargeError, Code
 from kvplug.shm import layout as lay
 from kvplug.shm import maintenance
 from kvplug.shm.slabs import DRAIN_CALLED_OFF, DRAIN_DONE, DRAIN_GOES_ON, drain_step
+from tests.inside import pool_of
 from tests.pool.children import (
     GRACE_S,
     U8,
@@ -44,8 +45,8 @@ def store(make_store: Callable[..., KvStore]) -> KvStore:
 
 def words(store: KvStore) -> I64:
     """The word of every row, used or not."""
-    g = store.pool.geometry
-    rows = store.pool.T[g.o_row : g.o_row + g.n_rows * lay.ROW_WORDS].reshape(-1, lay.ROW_WORDS)
+    g = pool_of(store).geometry
+    rows = pool_of(store).T[g.o_row : g.o_row + g.n_rows * lay.ROW_WORDS].reshape(-1, lay.ROW_WORDS)
     return rows[:, lay.R_WORD].copy()
 
 
@@ -54,26 +55,26 @@ def generations(store: KvStore) -> I64:
 
 
 def slab_states(store: KvStore) -> list[int]:
-    g = store.pool.geometry
-    table = store.pool.T[g.o_slab : g.o_slab + g.n_slabs * lay.SLAB_WORDS].reshape(-1, lay.SLAB_WORDS)
+    g = pool_of(store).geometry
+    table = pool_of(store).T[g.o_slab : g.o_slab + g.n_slabs * lay.SLAB_WORDS].reshape(-1, lay.SLAB_WORDS)
     return [int(s) for s in table[:, lay.S_STATE]]
 
 
 def slabs_of(store: KvStore, stride: int) -> list[int]:
     """Slabs that are cut into slots of this stride."""
-    g = store.pool.geometry
-    table = store.pool.T[g.o_slab : g.o_slab + g.n_slabs * lay.SLAB_WORDS].reshape(-1, lay.SLAB_WORDS)
+    g = pool_of(store).geometry
+    table = pool_of(store).T[g.o_slab : g.o_slab + g.n_slabs * lay.SLAB_WORDS].reshape(-1, lay.SLAB_WORDS)
     return [
         int(s) for s in np.flatnonzero((table[:, lay.S_STRIDE] == stride) & (table[:, lay.S_STATE] >= lay.SLAB_OWNED))
     ]
 
 
 def drain(store: KvStore, slab: int, stride: int = LARGE) -> int:
-    return int(drain_step(store.pool.T, store.pool.L, slab, stride))
+    return int(drain_step(pool_of(store).T, pool_of(store).L, slab, stride))
 
 
 def test_a_new_size_gets_room_in_a_pool_that_an_old_one_filled(store: KvStore) -> None:
-    n = store.pool.geometry.n_slabs
+    n = pool_of(store).geometry.n_slabs
     old = fill(store, SMALL, 1)
     assert len(slabs_of(store, SMALL)) == n
     seen = generations(store)
@@ -93,7 +94,7 @@ def test_a_new_size_gets_room_in_a_pool_that_an_old_one_filled(store: KvStore) -
 
 
 def test_a_block_as_large_as_a_slab_fits_and_a_larger_one_is_refused(store: KvStore) -> None:
-    slab = store.pool.geometry.slab_bytes
+    slab = pool_of(store).geometry.slab_bytes
     mine = keys(2, 1)
     assert (put(store, mine, slab) == 0).all()
     check_bytes(store, mine, slab)
@@ -107,7 +108,7 @@ def test_a_block_as_large_as_a_slab_fits_and_a_larger_one_is_refused(store: KvSt
 @pytest.mark.parametrize("size", [SMALL, MIDDLE, 20_000, 100_000, 350_000, LARGE])
 def test_slots_of_a_size_lie_apart_and_inside_the_pool(store: KvStore, size: int) -> None:
     """Also of sizes that do not divide a slab."""
-    g = store.pool.geometry
+    g = pool_of(store).geometry
     taken: list[tuple[int, int]] = []
     while True:
         b = store.reserve_batch(keys(4, len(taken) + 9), [size])
@@ -124,12 +125,12 @@ def test_slots_of_a_size_lie_apart_and_inside_the_pool(store: KvStore, size: int
 def test_a_drain_is_called_off_by_a_pin_and_its_slots_come_back(store: KvStore) -> None:
     fill(store, SMALL, 1)
     slab = 3
-    rps = store.pool.geometry.rows_per_slab
+    rps = pool_of(store).geometry.rows_per_slab
     pinned = _pin_in_slab(store, slab)
     sealed = store.stats().sealed_blocks
     assert drain(store, slab) == DRAIN_CALLED_OFF
     assert slab_states(store)[slab] == lay.SLAB_OWNED
-    assert store.pool.T[lay.H_DRAINING] == 0
+    assert pool_of(store).T[lay.H_DRAINING] == 0
     check_bytes(store, pinned[1], SMALL)
     store.check_integrity(deep=True)
     freed = sealed - store.stats().sealed_blocks
@@ -146,10 +147,10 @@ def test_a_drain_is_called_off_by_a_pin_and_its_slots_come_back(store: KvStore) 
 
 def _pin_in_slab(store: KvStore, slab: int) -> tuple[I64, U8]:
     """Pin the block in the middle of a slab; its slot, its key."""
-    g = store.pool.geometry
+    g = pool_of(store).geometry
     row = slab * g.rows_per_slab + g.rows_per_slab // 2
     at = g.o_row + row * lay.ROW_WORDS + lay.R_KEY
-    key = store.pool.T[at : at + 4].copy().view(np.uint8).reshape(1, 32)
+    key = pool_of(store).T[at : at + 4].copy().view(np.uint8).reshape(1, 32)
     b = store.pin_batch(key)
     assert b.slots.tolist() == [row]
     return b.slots.copy(), key
@@ -159,7 +160,7 @@ def test_a_drain_is_called_off_by_a_writer(store: KvStore) -> None:
     fill(store, SMALL, 1)
     mine = keys(1, 9)
     b = store.reserve_batch(mine, [SMALL])
-    slab = int(b.slots[0]) // store.pool.geometry.rows_per_slab
+    slab = int(b.slots[0]) // pool_of(store).geometry.rows_per_slab
     assert drain(store, slab) == DRAIN_CALLED_OFF
     assert store.still_writing(b.slots, b.gens).all()
     store.check_integrity()
@@ -195,7 +196,7 @@ def test_a_drain_of_several_sections_goes_on_with_whoever_comes(make_store: Call
     assert (put(other, keys(20, 2), 4096) == 0).all(), "others store meanwhile"
     assert drain(other, 0) in (DRAIN_DONE, DRAIN_CALLED_OFF), "the one that was begun goes on, not another one"
     assert slab_states(store)[0] == lay.SLAB_OWNED
-    assert store.pool.T[lay.H_DRAINING] == 0
+    assert pool_of(store).T[lay.H_DRAINING] == 0
     other.close()
     check_nothing_left(store)
 
@@ -232,8 +233,8 @@ def test_generations_go_on_when_everybody_left_and_came_back(make_store: Callabl
 
 def test_the_same_word_is_never_seen_with_two_contents(store: KvStore) -> None:
     """What the readers without a lock stand on: (slot, sealed word) names one key for ever."""
-    g = store.pool.geometry
-    rows = store.pool.T[g.o_row : g.o_row + g.n_rows * lay.ROW_WORDS].reshape(-1, lay.ROW_WORDS)
+    g = pool_of(store).geometry
+    rows = pool_of(store).T[g.o_row : g.o_row + g.n_rows * lay.ROW_WORDS].reshape(-1, lay.ROW_WORDS)
     named: dict[tuple[int, int], bytes] = {}
     rng = np.random.default_rng(1)
     for i in range(40):
@@ -251,7 +252,7 @@ def test_the_same_word_is_never_seen_with_two_contents(store: KvStore) -> None:
 
 def test_many_growers_at_once_take_each_slab_once(make_store: Callable[..., KvStore]) -> None:
     store = quiet(make_store("40mib", slab="1mib", prefault=False))
-    n = store.pool.geometry.n_slabs
+    n = pool_of(store).geometry.n_slabs
     start = time.monotonic() + 0.5
 
     def body() -> None:
@@ -268,7 +269,7 @@ def test_many_growers_at_once_take_each_slab_once(make_store: Callable[..., KvSt
     _grow_all(store)
     for child in children:
         assert child.wait() == 0
-    assert int(store.pool.T[lay.H_WATERMARK]) == n
+    assert int(pool_of(store).T[lay.H_WATERMARK]) == n
     assert sum(s in (lay.SLAB_FREE, lay.SLAB_OWNED) for s in slab_states(store)) == n
     settle(store)
     check_nothing_left(store)
@@ -278,8 +279,8 @@ def test_many_growers_at_once_take_each_slab_once(make_store: Callable[..., KvSt
 
 def _grow_all(store: KvStore) -> None:
     deadline = time.monotonic() + LONG_S
-    while int(store.pool.T[lay.H_WATERMARK]) < store.pool.geometry.n_slabs and time.monotonic() < deadline:
-        store.pool.grow()
+    while int(pool_of(store).T[lay.H_WATERMARK]) < pool_of(store).geometry.n_slabs and time.monotonic() < deadline:
+        pool_of(store).grow()
 
 
 def test_writers_of_several_sizes_at_once_keep_their_bytes(store: KvStore) -> None:
@@ -332,7 +333,7 @@ def test_a_pool_that_found_memory_short_grows_again_when_there_is_some(
     store = make_store("8mib", slab="1mib", prefault=False)
     limit["bytes"] = 1 << 20
     for _ in range(3):
-        assert not store.pool.grow()
+        assert not pool_of(store).grow()
         time.sleep(0.05)
     said = [r.getMessage() for r in caplog.records if "can't grow" in r.getMessage()]
     assert len(said) == 1, said
@@ -340,20 +341,20 @@ def test_a_pool_that_found_memory_short_grows_again_when_there_is_some(
         assert part in said[0], (part, said[0])
     limit["bytes"] = 1 << 40
     deadline = time.monotonic() + 30
-    while not store.pool.grow():
+    while not pool_of(store).grow():
         assert time.monotonic() < deadline, "it does not try again"
         time.sleep(0.01)
     assert any("grows again" in r.getMessage() for r in caplog.records)
-    while store.pool.grow():
+    while pool_of(store).grow():
         pass
-    assert store.stats().reserved_slabs == store.pool.geometry.n_slabs
+    assert store.stats().reserved_slabs == pool_of(store).geometry.n_slabs
 
 
 def test_a_pause_grows_and_ends_with_the_shortage(
     make_store: Callable[..., KvStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = _short(monkeypatch)
-    growth = maintenance.Growth(make_store("8mib", slab="1mib", prefault=False).pool.segment)
+    growth = maintenance.Growth(pool_of(make_store("8mib", slab="1mib", prefault=False)).segment)
     limit["bytes"] = 1 << 20
     pauses = []
     for _ in range(8):
@@ -374,14 +375,14 @@ def test_a_block_is_not_refused_for_room_that_another_process_makes_just_then(
 ) -> None:
     """The last slab is reserved by somebody else between the section that found no room and the look for more."""
     store, other = (make_store("8mib", slab="1mib", prefault=False) for _ in range(2))
-    plain = store.pool.grow
+    plain = pool_of(store).grow
 
     def late() -> bool:
-        while other.pool.grow():
+        while pool_of(other).grow():
             pass
         return plain()
 
-    monkeypatch.setattr(store.pool, "grow", late)
-    n = store.pool.geometry.n_rows // 2
+    monkeypatch.setattr(pool_of(store), "grow", late)
+    n = pool_of(store).geometry.n_rows // 2
     batch = store.reserve_batch(keys(n, 5), [16 << 10])
     assert (batch.codes == 0).all(), batch.codes

@@ -33,6 +33,7 @@ from kvplug.shm import copy as copies
 from kvplug.shm.failpoints import NAMES, arm
 from kvplug.shm.jit import warm_up
 from kvplug.shm.segment import remove_pool
+from tests.inside import pool_of
 from tests.pool.children import Child, Peer, another, blocks, keys, quiet
 
 SIZES: Final = (4096, 3 * 4096, 8 * 4096)
@@ -351,7 +352,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(size=st.sampled_from(SIZES), seed=st.integers(0, 1 << 20))
     def pressure(self, size: int, seed: int) -> None:
         """Blocks nobody asks for again: others are evicted, and slabs move to this size."""
-        g = self.store.pool.geometry
+        g = pool_of(self.store).geometry
         of = keys(3 * (g.slab_bytes // size), 1 << 32 | seed)
         codes = self.store.put(of, list(blocks(of, size)))
         assert set(codes.tolist()) <= {Code.OK, Code.EXISTS} | OPEN_CODES, codes.tolist()
@@ -408,7 +409,7 @@ class PoolMachine(RuleBasedStateMachine):
 
         def body() -> None:
             own = quiet(another(store))
-            arm(own.pool.L, point, skip=skip)
+            arm(pool_of(own).L, point, skip=skip)
             everything(own, names, version)
 
         status = Child(body).wait()
@@ -423,9 +424,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def upkeep(self) -> None:
         """The dead are reaped, their quarantine runs out; then there is exactly what the model says."""
-        assert self.store.pool.reap() >= 0
+        assert pool_of(self.store).reap() >= 0
         time.sleep(GRACE_S * 1.5)
-        self.store.pool.release_expired()
+        pool_of(self.store).release_expired()
         self.limbo.clear()
         s = self.store.stats()
         assert s.clients == 1 + (self.peer is not None)

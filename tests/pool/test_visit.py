@@ -22,6 +22,7 @@ from kvplug.shm import segment
 from kvplug.shm.reap import find_dead
 from kvplug.shm.visit import visit
 from kvplug.store import KvStore
+from tests.inside import pool_of
 from tests.pool.children import quiet
 from tests.pool.conftest import leave_nothing
 
@@ -45,14 +46,14 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[KvStore]:
 @pytest.fixture
 def full(store: KvStore) -> Iterator[KvStore]:
     """All places are taken, as 127 other processes would take them: a row and its lock each."""
-    table, offset = store.pool.T, int(store.pool.T[lay.P_LIVE_OFFSET])
+    table, offset = pool_of(store).T, int(pool_of(store).T[lay.P_LIVE_OFFSET])
     from kvplug.shm.liveness import byte_lock_path_fd, close_private, try_lock_byte
 
     fds = []
     for client in range(lay.MAX_CLIENTS):
-        at = store.pool.geometry.o_client + client * lay.CLIENT_WORDS
-        if client != store.pool.client:
-            fds.append(byte_lock_path_fd(store.pool.segment.path))
+        at = pool_of(store).geometry.o_client + client * lay.CLIENT_WORDS
+        if client != pool_of(store).client:
+            fds.append(byte_lock_path_fd(pool_of(store).segment.path))
             assert try_lock_byte(fds[-1], offset + client)
             table[at + lay.C_PID], table[at + lay.C_SESSION] = os.getpid(), 1000 + client
             table[at + lay.C_STATE] = lay.CLIENT_LIVE
@@ -60,8 +61,8 @@ def full(store: KvStore) -> Iterator[KvStore]:
         KvStore(NAME, create=False)
     yield store
     for client in range(lay.MAX_CLIENTS):
-        if client != store.pool.client:
-            table[store.pool.geometry.o_client + client * lay.CLIENT_WORDS + lay.C_STATE] = lay.CLIENT_FREE
+        if client != pool_of(store).client:
+            table[pool_of(store).geometry.o_client + client * lay.CLIENT_WORDS + lay.C_STATE] = lay.CLIENT_FREE
     for fd in fds:
         close_private(fd)
 
@@ -99,7 +100,7 @@ def test_rm_says_who_is_attached_and_force_removes(full: KvStore) -> None:
 
 
 def test_who_looks_is_not_counted_and_changes_nothing(store: KvStore) -> None:
-    before = store.pool.T[: lay.HEADER_WORDS].copy(), os.stat(store.pool.segment.path).st_mtime_ns
+    before = pool_of(store).T[: lay.HEADER_WORDS].copy(), os.stat(pool_of(store).segment.path).st_mtime_ns
     with visit(NAME) as seen:
         assert (seen.stats().clients, seen.stats().sessions) == (1, 1)
         assert not seen.is_full
@@ -107,25 +108,25 @@ def test_who_looks_is_not_counted_and_changes_nothing(store: KvStore) -> None:
         store.put([b"\x01" * 32], [np.ones(5000, np.uint8)])
         assert seen.stats().sealed_blocks == 2, "what is seen is the pool as it is, not a copy of it"
         seen.T[lay.H_RETIRED] = 1
-    assert not int(store.pool.T[lay.H_RETIRED]), "and nothing of what is written there gets into it"
-    assert (store.pool.T[lay.P_MAGIC], len(before)) == (before[0][lay.P_MAGIC], 2)
+    assert not int(pool_of(store).T[lay.H_RETIRED]), "and nothing of what is written there gets into it"
+    assert (pool_of(store).T[lay.P_MAGIC], len(before)) == (before[0][lay.P_MAGIC], 2)
     (found,) = findings()
     assert found.status is doctor.Status.OK
 
 
 def test_the_dead_are_not_counted(store: KvStore) -> None:
-    at = store.pool.geometry.o_client + (lay.MAX_CLIENTS - 1) * lay.CLIENT_WORDS
+    at = pool_of(store).geometry.o_client + (lay.MAX_CLIENTS - 1) * lay.CLIENT_WORDS
     quiet(store)  # its own thread does not reap meanwhile
-    store.pool.T[at + lay.C_STATE] = lay.CLIENT_LIVE
+    pool_of(store).T[at + lay.C_STATE] = lay.CLIENT_LIVE
     with visit(NAME) as seen:
         assert seen.stats().clients == 1
-    store.pool.T[at + lay.C_STATE] = lay.CLIENT_FREE
+    pool_of(store).T[at + lay.C_STATE] = lay.CLIENT_FREE
 
 
 def test_errors_in_threads_are_shown(store: KvStore) -> None:
-    at = store.pool.geometry.o_client + store.pool.client * lay.CLIENT_WORDS
+    at = pool_of(store).geometry.o_client + pool_of(store).client * lay.CLIENT_WORDS
     quiet(store)  # its own thread does not count anew meanwhile
-    store.pool.T[at + lay.C_THREAD_ERRORS] = 3
+    pool_of(store).T[at + lay.C_THREAD_ERRORS] = 3
     figures = json.loads(command("stat", "--json").stdout)
     assert (figures["thread_errors"], figures["dead_threads"]) == (3, 0)
     assert "an error in thread" in command("stat").output
@@ -138,7 +139,7 @@ def test_errors_in_threads_are_shown(store: KvStore) -> None:
 def test_no_process_hides_the_errors_of_another_with_its_pid(store: KvStore, counts: tuple[int, int]) -> None:
     """In containers most engines are process 1."""
     with KvStore(NAME, create=False) as other:
-        for one, n in zip((store.pool, other.pool), counts, strict=True):
+        for one, n in zip((pool_of(store), pool_of(other)), counts, strict=True):
             one._maintenance.stop(WAIT_S)
             one.T[one.geometry.o_client + one.client * lay.CLIENT_WORDS + lay.C_THREAD_ERRORS] = n
         assert store.stats().thread_errors == 3
@@ -147,7 +148,7 @@ def test_no_process_hides_the_errors_of_another_with_its_pid(store: KvStore, cou
 def test_no_client_is_looked_for_behind_the_table_of_clients(store: KvStore) -> None:
     """Whatever becomes of the header under a client."""
     store.put([bytes([i]) * 32 for i in range(1, 64)], [np.ones(5000, np.uint8)] * 63)
-    pool = store.pool
+    pool = pool_of(store)
     pool._maintenance.stop(WAIT_S)
     dead, started = np.empty((2, lay.MAX_CLIENTS), np.int64)
     pool.T[lay.H_MAX_CLIENTS] = 8 * lay.MAX_CLIENTS
@@ -170,7 +171,7 @@ def test_a_maintenance_that_could_not_be_started_is_shown(store: KvStore, monkey
         without = KvStore(NAME, create=False)
     try:
         with visit(NAME) as seen:
-            at = seen.geometry.o_client + without.pool.client * lay.CLIENT_WORDS
+            at = seen.geometry.o_client + pool_of(without).client * lay.CLIENT_WORDS
             assert int(seen.T[at + lay.C_DEAD_THREADS]) == 1
             assert seen.stats().dead_threads == 1
         (found,) = findings()
@@ -181,8 +182,8 @@ def test_a_maintenance_that_could_not_be_started_is_shown(store: KvStore, monkey
 
 
 def test_a_pool_that_evicts_in_an_unknown_way_is_no_pool_of_this_version(store: KvStore) -> None:
-    before = int(store.pool.T[lay.H_POLICY])
-    store.pool.T[lay.H_POLICY] = 77
+    before = int(pool_of(store).T[lay.H_POLICY])
+    pool_of(store).T[lay.H_POLICY] = 77
     try:
         with pytest.raises(PoolFormatError, match="eviction policy number 77"), visit(NAME):
             pass
@@ -192,18 +193,18 @@ def test_a_pool_that_evicts_in_an_unknown_way_is_no_pool_of_this_version(store: 
         assert found.status is doctor.Status.FAULT
         assert "eviction policy number 77" in found.found
     finally:
-        store.pool.T[lay.H_POLICY] = before
+        pool_of(store).T[lay.H_POLICY] = before
 
 
 def test_what_is_not_there_or_no_pool_is_refused(store: KvStore) -> None:
     with pytest.raises(PoolNotFoundError), visit(NAME + "-none"):
         pass
     assert not Path(segment.lock_path(NAME + "-none")).exists()
-    with open(store.pool.segment.path, "r+b") as file:
+    with open(pool_of(store).segment.path, "r+b") as file:
         file.write(b"X")
     try:
         with pytest.raises(PoolFormatError), visit(NAME):
             pass
     finally:
-        with open(store.pool.segment.path, "r+b") as file:
+        with open(pool_of(store).segment.path, "r+b") as file:
             file.write(lay.MAGIC)

@@ -17,7 +17,6 @@ from kvplug.rdma.directory.directory import Directory, Hits
 from kvplug.rdma.directory.names import BUCKETS, Names
 from kvplug.rdma.directory.publisher import Publisher
 from kvplug.rdma.directory.resp import Endpoint
-from kvplug.remote.feed import BlockFeed
 from kvplug.shm import segment
 from kvplug.shm.jit import warm_up
 from kvplug.store import KvStore
@@ -84,7 +83,7 @@ def a_pool(size: str = "16mib") -> Iterator[KvStore]:
 def publisher(server: RedisServer, store: KvStore, host_id: str, *, ttl_s: float = TTL_S) -> Publisher:
     """A host that publishes what ``store`` has; started."""
     made = Publisher(
-        BlockFeed(store),
+        store.feed(),
         Endpoint.parse(server.url),
         Names(SECRET),
         host_id=host_id,
@@ -137,4 +136,4 @@ def is_settled(store: KvStore, told: Publisher, server: RedisServer) -> bool:
     there: set[bytes] = set()
     for bucket in range(BUCKETS):
         there |= witness.smembers(names.has(told.me.id, told.me.epoch, bucket))  # type: ignore[arg-type]
-    return there == {name.tobytes() for name in names.of(BlockFeed(store).scan())}
+    return there == {name.tobytes() for name in names.of(store.feed().scan())}

@@ -19,6 +19,7 @@ from kvplug import KvStore
 from kvplug.errors import Code
 from kvplug.rdma.agent.agent import Agent
 from kvplug.remote.pool_blocks import PoolExchange
+from tests.inside import pool_of
 from tests.rdma.hosts import BLOCK, Child, Host, Proxy, blocks, keys, put, until
 from tests.stopwatch import LONG_S
 
@@ -112,7 +113,7 @@ def test_no_wrong_byte_while_slots_are_reused_and_agents_die(make_host: Callable
             proxy.taking.clear()  # what the agent sends now stays in its sockets, by reference
             time.sleep(0.1)
             agents.kill()
-            owner.store.pool.reap()
+            pool_of(owner.store).reap()
             time.sleep(0.15)  # its slots are other blocks'
             proxy.taking.set()
             proxy.upstream = agents.next()
@@ -124,7 +125,7 @@ def test_no_wrong_byte_while_slots_are_reused_and_agents_die(make_host: Callable
     assert not wrong, f"seed {SEED}: {wrong[:3]}"
     assert not churning.is_alive()
     assert not fetching.is_alive()
-    owner.store.pool.reap()
+    pool_of(owner.store).reap()
     until(lambda: owner.store.stats().pinned_slots == 0)
     for host in (owner, reader):
         until(lambda host=host: host.store.stats().writing_slots + host.store.stats().quarantined_slots == 0)

@@ -18,7 +18,7 @@ from kvplug.rdma.directory import directory as reading
 from kvplug.rdma.directory.names import BUCKETS, Names
 from kvplug.rdma.directory.publisher import Publisher
 from kvplug.rdma.directory.resp import Endpoint
-from kvplug.remote.feed import BlockFeed
+from tests.inside import pool_of
 from tests.rdma.directory_parts import (
     SECRET,
     TTL_S,
@@ -131,7 +131,7 @@ def test_of_a_block_that_comes_and_goes_between_two_looks_the_last_counts(server
 def test_a_publisher_that_was_lapped_is_right_again(server: RedisServer) -> None:
     with a_host(server, "lapped", size="2mib") as (store, told):
         wait_for(lambda: told.stats().reconciled >= BUCKETS)
-        ring = store.pool.geometry.event_cap
+        ring = pool_of(store).geometry.event_cap
         some, others = keys(64, 4), keys(64, 5)
         put(store, others)
         while told.stats().laps == 0:
@@ -165,8 +165,9 @@ DIE_IN_A_SECTION = """
     from kvplug.config import Config
     from kvplug.shm import failpoints
     from kvplug.store import KvStore
+    from tests.inside import pool_of
     store = KvStore(config=Config(pool=sys.argv[1], size="16mib", min_block=4096, lock_timeout_s=5))
-    failpoints.arm(store.pool.L, "sealed_word")
+    failpoints.arm(pool_of(store).L, "sealed_word")
     store.put([bytes(32)], [bytes(100)])
 """
 
@@ -175,9 +176,8 @@ PUBLISH_AND_WAIT = """
     import sys, time
     from kvplug.rdma.directory.publisher import Publisher
     from tests.rdma.directory_parts import *
-    from kvplug.remote.feed import BlockFeed
     store = open_pool(sys.argv[2])
-    made = Publisher(BlockFeed(store), Endpoint.parse(sys.argv[1]), Names(SECRET), host_id="mortal",
+    made = Publisher(store.feed(), Endpoint.parse(sys.argv[1]), Names(SECRET), host_id="mortal",
                      address="mortal.test:1", ttl_s=float(sys.argv[3]))
     made.start()
     wait_for(lambda: made.stats().reconciled >= 16)
@@ -364,9 +364,7 @@ def test_hosts_with_another_secret_see_nothing_of_each_other(server: RedisServer
         put(store, wanted)
         put(other, wanted)
         endpoint = Endpoint.parse(server.url)
-        theirs = Publisher(
-            BlockFeed(other), endpoint, Names(b"another secret"), host_id="ours", address="x:1", ttl_s=TTL_S
-        )
+        theirs = Publisher(other.feed(), endpoint, Names(b"another secret"), host_id="ours", address="x:1", ttl_s=TTL_S)
         theirs.start()
         reader = reading.Directory(endpoint, Names(b"another secret"), ttl_s=TTL_S, timeout_s=5.0)
         try:

@@ -17,8 +17,8 @@ from kvplug.rdma.directory.names import BUCKETS, Names
 from kvplug.rdma.directory.peers import PeerInfo, to_record
 from kvplug.rdma.directory.publisher import Publisher
 from kvplug.rdma.directory.resp import Endpoint
-from kvplug.remote.feed import BlockFeed
 from kvplug.store import KvStore
+from tests.inside import pool_of
 from tests.rdma.directory_parts import (
     SECRET,
     U8,
@@ -265,7 +265,7 @@ def test_a_pool_that_was_removed_is_left(server: RedisServer) -> None:
     with a_host(server, "host") as (store, told), a_reader(server) as reader:
         put(store, keys(10, 12))
         wait_for(lambda: ids(reader) == {"host"})
-        os.unlink(store.pool.segment.path)
+        os.unlink(pool_of(store).segment.path)
         wait_for(lambda: not told.is_alive, "the publisher ends with its pool")
         assert not server.witness().exists(NAMES.host("host"))
 
@@ -341,7 +341,7 @@ def test_a_user_with_the_rights_that_the_faq_names_is_enough(server: RedisServer
     endpoint = Endpoint.parse(f"redis://limited:pw@127.0.0.1:{server.port}/0")
     known = keys(30, 13)
     with a_pool() as store:
-        told = Publisher(BlockFeed(store), endpoint, NAMES, host_id="host", address="h:1", ttl_s=1.5)
+        told = Publisher(store.feed(), endpoint, NAMES, host_id="host", address="h:1", ttl_s=1.5)
         reader = Directory(endpoint, NAMES, ttl_s=0.9, timeout_s=5.0)
         try:
             told.start()

@@ -266,11 +266,9 @@ def test_a_publisher_lives_whatever_the_server_answers(what: str, monkeypatch: p
     monkeypatch.setattr("kvplug.rdma.directory.publisher.READ_BACK_S", 0.3)
     strange = Answering(WRONG[what])
     with a_pool() as store:
-        from kvplug.remote.feed import BlockFeed
-
         put(store, keys(5, 1))
         where = Endpoint.parse(strange.url)
-        told = Publisher(BlockFeed(store), where, NAMES, host_id="h", address="h.test:1", ttl_s=0.3)
+        told = Publisher(store.feed(), where, NAMES, host_id="h", address="h.test:1", ttl_s=0.3)
         told.start()
         wait_for(lambda: strange.asked >= 6)
         assert told.is_alive

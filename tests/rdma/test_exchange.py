@@ -13,9 +13,10 @@ import pytest
 
 from kvplug import KvStore
 from kvplug.errors import BufferError, Code
-from kvplug.remote import pool_blocks
 from kvplug.remote.pool_blocks import PoolExchange
+from kvplug.shm import pool as shm_pool
 from kvplug.shm.local import L_THREAD
+from tests.inside import pool_of
 from tests.pool.children import check_nothing_left, die_at, put, settle
 from tests.rdma.hosts import Host, checksums, keys
 
@@ -94,7 +95,7 @@ def test_while_the_lock_is_held_what_is_right_is_queued_and_what_is_wrong_is_sai
         assert not host.store.exists(OF).any()
         held.signal(signal.SIGCONT)
         assert held.wait() == 0
-    host.store.pool.maintain()
+    pool_of(host.store).maintain()
     assert host.store.exists(OF).tolist() == [False] + [True] * (N - 1)
     host.store.check_integrity(deep=True)
 
@@ -113,16 +114,16 @@ def test_a_reader_that_dies_while_it_seals_leaves_whole_blocks_or_none(
 def _is_free(host: Host) -> bool:
     """Whether a thread of this process can enter a section: upkeep is in one for moments."""
     deadline = time.monotonic() + TURN_S
-    while int(host.store.pool.L[L_THREAD]) and time.monotonic() < deadline:
+    while int(pool_of(host.store).L[L_THREAD]) and time.monotonic() < deadline:
         time.sleep(0.001)
-    return int(host.store.pool.L[L_THREAD]) == 0
+    return int(pool_of(host.store).L[L_THREAD]) == 0
 
 
 def test_nobody_waits_for_the_checking(make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's scheduler uses the same store: while bytes are checked, the process's turn at the pool is free."""
     host = make_host()
     free: list[bool] = []
-    plain = pool_blocks.check_parts
+    plain = shm_pool.check_parts
 
     def watched(*args: object) -> None:
         other = threading.Thread(target=lambda: free.append(_is_free(host)))
@@ -130,6 +131,6 @@ def test_nobody_waits_for_the_checking(make_host: MakeHost, monkeypatch: pytest.
         other.join()
         plain(*args)
 
-    monkeypatch.setattr(pool_blocks, "check_parts", watched)
+    monkeypatch.setattr(shm_pool, "check_parts", watched)
     assert host.exchange.complete(*arrive(host.store)).tolist() == [Code.OK] * N
     assert free == [True]

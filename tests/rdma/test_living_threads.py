@@ -21,11 +21,12 @@ from kvplug.rdma.directory.directory import Directory
 from kvplug.rdma.reader.remote import Peer
 from kvplug.rdma.verbs.regions import Regions
 from kvplug.remote import fetcher as fetching
-from kvplug.remote.feed import BlockFeed
 from kvplug.remote.process import FetchProcess, _Running
 from kvplug.shm import layout as lay
+from kvplug.shm.feed import BlockFeed
 from kvplug.shm.pool import Pool
 from kvplug.threads import troubles
+from tests.inside import pool_of
 from tests.rdma.directory_parts import a_host, a_pool, a_reader, ids, is_settled, wait_for
 from tests.rdma.directory_parts import put as put_blocks
 from tests.rdma.hosts import BLOCK, Host, keys, put
@@ -105,8 +106,8 @@ def test_the_upkeep_of_a_pool(raising: Any) -> None:
         calls = raising(Pool, "release_expired")
         wait_for(lambda: len(calls) >= 3, timeout_s=WAIT_S)
         assert noted("kvplug-maintenance", before)
-        at = store.pool.geometry.o_client + store.pool.client * lay.CLIENT_WORDS + lay.C_THREAD_ERRORS
-        wait_for(lambda: int(store.pool.T[at]) == sum(troubles().errors.values()), timeout_s=WAIT_S)
+        at = pool_of(store).geometry.o_client + pool_of(store).client * lay.CLIENT_WORDS + lay.C_THREAD_ERRORS
+        wait_for(lambda: int(pool_of(store).T[at]) == sum(troubles().errors.values()), timeout_s=WAIT_S)
 
 
 def test_the_acceptor_and_the_readers_of_an_agent(make_host: MakeHost, raising: Any) -> None:

@@ -22,6 +22,7 @@ from sglang.srt.observability.metrics_collector import StorageMetrics
 
 from kvplug.adapters.sglang.engine import Shard
 from kvplug.shm.local import L_FD
+from tests.inside import pool_of
 from tests.sglang import host_pools
 from tests.sglang.host_pools import (
     PAGE,
@@ -303,7 +304,7 @@ def a_lock_that_somebody_holds_is_waited_for_within_a_bound() -> None:
     names = hashes("locked", 40)
     assert made.batch_set_v1(names[:2], indices(pool, [0, 1])) == [True] * 2
     # A file description of its own: flock knows no other owner.
-    held = os.open(f"/proc/self/fd/{int(made._engine.store.pool.L[L_FD])}", os.O_RDWR)
+    held = os.open(f"/proc/self/fd/{int(pool_of(made._engine.store).L[L_FD])}", os.O_RDWR)
     fcntl.flock(held, fcntl.LOCK_EX)
     watch = Stopwatch()
     try:

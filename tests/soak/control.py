@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from kvplug.config import Config
 from kvplug.errors import IntegrityError, LockTimeoutError
 from kvplug.store import KvStore
+from tests.inside import pool_of
 from tests.lab.env import temporary_pool
 from tests.lab.models import LLAMA, LLAMA_OTHER, model_dir
 from tests.lab.process import BOOT_S
@@ -286,7 +287,7 @@ class _Run:
 
     def _quiet(self, when: str, *, clients: int | None) -> None:
         """Nothing is pinned, half-written or given up; and, if that is given, so many clients are attached."""
-        pool, deadline = self.store.pool, time.monotonic() + QUIET_S
+        pool, deadline = pool_of(self.store), time.monotonic() + QUIET_S
         while True:
             pool.reap()
             pool.release_expired()

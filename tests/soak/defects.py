@@ -8,6 +8,7 @@ import numpy as np
 
 from kvplug.errors import Code
 from kvplug.store import KvStore
+from tests.inside import pool_of
 from tests.soak.findings import Findings
 
 __all__ = ["DEFECTS", "Defect", "Zeros"]
@@ -24,7 +25,7 @@ class Zeros:
 
     def __init__(self, store: KvStore, findings: Findings) -> None:
         self._store, self._findings = store, findings
-        self._events = store.pool.events(max_events=1 << 14)
+        self._events = pool_of(store).events(max_events=1 << 14)
 
     def some(self) -> None:
         """Every block that was sealed since the last time and is still there."""

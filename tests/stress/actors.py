@@ -15,6 +15,7 @@ from kvplug.errors import Code, KvplugError, PoolError
 from kvplug.shm import copy as copies
 from kvplug.shm import failpoints
 from kvplug.shm import layout as lay
+from tests.inside import pool_of
 from tests.stress import content
 from tests.stress.board import CHILD, HITS, Board
 
@@ -205,7 +206,7 @@ class Actor:
 
     def mark_dirty(self) -> None:
         """As if somebody had died: the next one in rebuilds. Harmless at any time, since a rebuild changes nothing."""
-        self.store.pool.T[lay.H_DIRTY] = 1
+        pool_of(self.store).T[lay.H_DIRTY] = 1
         self.store.exists(self.names(self.size(), 1))
         self.remove()
 
@@ -221,10 +222,10 @@ class Actor:
             finally:
                 os._exit(0)
         os.waitpid(pid, 0)
-        self.store.pool.reap()
+        pool_of(self.store).reap()
 
     def grow(self) -> None:
-        self.store.pool.grow()
+        pool_of(self.store).grow()
 
     def orphan(self) -> None:
         """A child that keeps the mapping and all descriptions it was not made to close, and outlives this process."""
@@ -347,7 +348,7 @@ def run(
     try:
         actor = Actor(pool, config, board, row, seed)
         if armed is not None and armed[0] != "attach_locked":
-            failpoints.arm(actor.store.pool.L, armed[0], skip=armed[1], sig=armed[2])
+            failpoints.arm(pool_of(actor.store).L, armed[0], skip=armed[1], sig=armed[2])
             mix = [
                 getattr(actor, name)
                 for name in _FITTING.get(armed[0], ("put", "put_group", "get", "pin", "slow_write"))

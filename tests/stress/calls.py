@@ -21,6 +21,7 @@ from kvplug import KvStore
 from kvplug.config import Config
 from kvplug.errors import KvplugError
 from kvplug.shm import segment
+from tests.inside import pool_of
 
 BLOCK: Final = 4096
 CALLS_AN_EXAMPLE: Final = 20
@@ -234,11 +235,11 @@ class Subject:
         )
         self.store.put(KEYS[:3], SCRATCH[:3])
         self.store.register_buffer(AT, SCRATCH.nbytes)
-        self.store.pool._maintenance.stop()
+        pool_of(self.store)._maintenance.stop()
 
     def words(self) -> np.ndarray:
         """All tables, as they are now."""
-        pool = self.store.pool
+        pool = pool_of(self.store)
         return pool.T[: pool.geometry.data_offset // 8].copy()
 
     def one(self, tally: Tally, name: str, given: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -271,7 +272,7 @@ class Subject:
 
     def check(self) -> None:
         """The tables are whole, and nothing is held."""
-        self.store.pool.maintain()
+        pool_of(self.store).maintain()
         self.store.check_integrity()
         s = self.store.stats()
         assert (s.pinned_slots, s.writing_slots) == (0, 0), s

@@ -23,6 +23,7 @@ from kvplug.shm import failpoints
 from kvplug.shm import layout as lay
 from kvplug.shm.batch import SlotBatch
 from kvplug.shm.segment import remove_pool
+from tests.inside import pool_of
 from tests.stress import actors, content
 from tests.stress.board import CALLS, CHILD, HITS, MAX_ACTORS, SINCE_NS, SLOWEST_NS, Board
 from tests.stress.groups import KeptGroups
@@ -198,7 +199,7 @@ class Controller:
         os.kill(child.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child.pid, 0)
-        inside = int(self.checker.pool.T[lay.H_HOLDER]) == child.pid
+        inside = int(pool_of(self.checker).T[lay.H_HOLDER]) == child.pid
         self._buried(child, None, inside)
 
     def _buried(self, child: Child, failpoint: str | None, inside: bool) -> None:
@@ -281,7 +282,7 @@ class Controller:
                 self.board.violation("broken_tables", f"{when}: {e}")
             return
         self.board.violation(
-            "hung", f"the pool lock was not to be had {when}, holder {int(self.checker.pool.T[lay.H_HOLDER])}"
+            "hung", f"the pool lock was not to be had {when}, holder {int(pool_of(self.checker).T[lay.H_HOLDER])}"
         )
 
     def _watch_paused(self) -> None:
@@ -297,7 +298,7 @@ class Controller:
             if self.report.kills < self.wanted:
                 self._kill(child)
         self._kill_everybody()
-        pool = self.checker.pool
+        pool = pool_of(self.checker)
         deadline = time.monotonic() + QUIET_S
         while True:  # workers that outlive their scheduler end by themselves
             pool.reap()
@@ -404,7 +405,7 @@ class Controller:
 
     def _queue_is_drained(self, pinned: int, sealed: SlotBatch, point: str) -> None:
         """A release and a seal that found the lock stopped are done without another call."""
-        pool = self.checker.pool
+        pool = pool_of(self.checker)
         word = pool.geometry.o_row + pinned * lay.ROW_WORDS + lay.R_PIN + (pool.client >> 6)
         deadline = time.monotonic() + QUIET_S
         while time.monotonic() < deadline:

@@ -33,6 +33,7 @@ from kvplug.config import Config
 from kvplug.errors import Code, KvplugError
 from kvplug.shm import copy as copies
 from kvplug.shm import segment
+from tests.inside import pool_of
 
 BLOCK: Final = 4096
 POOL_BYTES: Final = 4 << 20
@@ -164,8 +165,8 @@ class Calls:
 
     def upkeep(self) -> None:
         self.store.stats()
-        self.store.pool.maintain()
-        self.store.pool.grow()
+        pool_of(self.store).maintain()
+        pool_of(self.store).grow()
 
     @property
     def steps(self) -> list[Callable[[], None]]:
@@ -238,7 +239,7 @@ class Watch:
         deadline = time.monotonic() + SETTLED_S
         while time.monotonic() < deadline:
             gc.collect()
-            self.onlooker.pool.maintain()
+            pool_of(self.onlooker).maintain()
             s = self.onlooker.stats()
             if (s.pinned_slots, s.writing_slots, s.quarantined_slots, s.clients) == (0, 0, 0, clients):
                 return True
@@ -260,15 +261,16 @@ class Watch:
         if not answers or Code.TIMEOUT in answers[0] or answers[1:] != [[Code.OK, Code.OK]]:
             self.tally.note(f"{where}: another thread was answered {answers}")
         gc.collect()
-        self.store.pool.maintain()
+        pool_of(self.store).maintain()
         s = self.store.stats()
         if s.pinned_slots or s.writing_slots or s.quarantined_slots:
             self.tally.leaked += 1
             self.tally.note(
                 f"{where}: {s.pinned_slots} pinned, {s.writing_slots} writing, {s.quarantined_slots} waiting"
             )
-        if self.store.pool._due or self.store.pool._holdings.all:
-            self.tally.note(f"{where}: {len(self.store.pool._due)} queued, {len(self.store.pool._holdings.all)} held")
+        pool = pool_of(self.store)
+        if pool._due or pool._holdings.all:
+            self.tally.note(f"{where}: {len(pool._due)} queued, {len(pool._holdings.all)} held")
         if deep:
             self.onlooker.check_integrity()
 

@@ -12,6 +12,7 @@ import pytest
 from kvplug import KvStore
 from kvplug.errors import Code, PoolNotFoundError
 from kvplug.shm import layout, segment
+from tests.inside import pool_of
 from tests.pool.children import die_at, quiet
 from tests.upstream import dropin, dropin_calls
 
@@ -80,7 +81,7 @@ def test_what_can_not_be_said_after_a_death_is_no_no(store: KvStore) -> None:
     quiet(store)  # no thread of this store makes the index anew before it was looked at
 
     def remake(own: KvStore) -> None:
-        own.pool.T[layout.H_DIRTY] = 1
+        pool_of(own).T[layout.H_DIRTY] = 1
         own.remove(np.zeros((1, 32), np.uint8))
 
     die_at(store, "rebuild_half", remake)
@@ -94,6 +95,6 @@ def test_nobody_says_no_for_a_pool_that_was_removed(store: KvStore) -> None:
     store.register_buffer(source.ctypes.data, BLOCK)
     store.batch_put_from_multi_buffers(["a"], [[source.ctypes.data]], [[BLOCK]])
     segment.remove_pool(store.pool_name, force=True)
-    store.pool.maintain()
+    pool_of(store).maintain()
     assert store.batch_is_exist(["a", "b"]) == [1, -1]
     assert store.batch_put_from_multi_buffers(["b"], [[source.ctypes.data]], [[BLOCK]]) == [Code.RETIRED]

@@ -52,7 +52,7 @@ ROOMS = {
     "directory": room("rdma.directory", "helpers identity control"),
     "reader": room("rdma.reader", "helpers blocks control data verbs"),
     "agent": room("rdma.agent", "helpers blocks control data verbs directory reader"),
-    "remote": room("remote", "helpers shm store blocks directory reader"),
+    "remote": room("remote", "helpers store blocks directory reader"),
     "names": Room(("kvplug", "kvplug.keys"), frozenset({"helpers", "identity", "store"})),
     "command": room("cli doctor", "helpers shm store verbs directory agent remote"),
     "common": room("adapters adapters.common", "helpers identity"),
@@ -268,6 +268,73 @@ def test_an_import_that_turns_round_is_found(module: str, line: str, tmp_path: P
     path = tmp_path / f"{module.rpartition('.')[2]}.py"
     path.write_text(line)
     assert turned_round([(module, path)])
+
+
+INSIDE = {
+    "kvplug.store": {"copy", "layout.MAX_PARTS", "layout.sibling_bits", "self._pool.geometry"},
+    "kvplug.handles": {"copy"},
+    "kvplug.buffers": {"layout.SIZE_MASK"},
+    "kvplug.adapters.devices.streams": {"copy.copy_batch", "copy.copy_hash_batch", "copy.hash_batch"},
+    "kvplug.adapters.devices.cpu": {"copy.gather_runs", "copy.scatter_runs"},
+    "kvplug.adapters.devices.cuda_check": {"copy.gather_runs", "copy.scatter_runs"},
+}
+"""What modules outside of shm/ have of `kvplug.shm.layout`, of `kvplug.shm.copy` and of a pool's tables: limits of what
+a caller hands to the store, kernels that move bytes between addresses, sizes. No word of a table."""
+TABLES = ("client", "slab", "class", "row", "part", "index", "event")
+TABLE_NAMES = {"T", "geometry"} | {f"o_{table}" for table in TABLES}
+POOL_NAMES = {"pool", "_pool"}
+
+
+def last_name(node: ast.expr) -> str | None:
+    """The name that an expression ends with: `b` of `a.b`."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+
+
+def reached_inside(module: str, path: Path) -> Iterator[str]:
+    """Where a module takes hold of the tables, or of a pool that is not its own attribute."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Attribute):
+            owner = last_name(node.value)
+            of_table = node.attr in TABLE_NAMES and (node.attr != "T" or owner in POOL_NAMES)
+            others = node.attr == "_pool" and owner != "self"
+            if of_table or others:
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Subscript) and last_name(node.value) == "T":
+            yield ast.unparse(node)
+    imports = imports_of(module, path)
+    for name in imports:
+        inside = name.removeprefix("kvplug.shm.")
+        is_longer = any(below(other, name) and other != name for other in imports)  # `from x import y` names x, too
+        if inside != name and inside.partition(".")[0] in ("layout", "copy") and not is_longer:
+            yield inside
+
+
+def test_the_table_layout_stays_inside_of_shm() -> None:
+    """Who needs more than a name of INSIDE asks the store, which asks shm/: rows are decoded in one place."""
+    outside = [(module, path) for module, path in package_sources() if not below(module, "kvplug.shm")]
+    found = {module: set(reached_inside(module, path)) for module, path in outside}
+    assert {module: names for module, names in found.items() if names} == INSIDE
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("n = store.pool.T[65]", "store.pool.T"),
+        ("n = self._pool.T[65]", "self._pool.T[65]"),
+        ("T = table\nn = T[3]", "T[3]"),
+        ("n = store._pool.session", "store._pool"),
+        ("g = self.store.something.geometry", "geometry"),
+        ("at = g.o_row", "g.o_row"),
+        ("from kvplug.shm import layout as lay", "layout"),
+        ("def late():\n    from kvplug.shm.layout import H_RETIRED", "layout.H_RETIRED"),
+        ("import kvplug.shm.copy", "copy"),
+    ],
+)
+def test_a_reach_into_the_tables_is_found(line: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(line)
+    found = list(reached_inside("kvplug.remote.wrong", path))
+    assert any(what in one for one in found), found
 
 
 def test_only_the_adapters_import_engines() -> None:

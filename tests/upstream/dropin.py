@@ -21,6 +21,7 @@ import numpy as np
 
 from kvplug import KvStore
 from kvplug.shm import layout, segment
+from tests.inside import pool_of
 from tests.rdma.redis_server import binaries
 from tests.upstream import dropin_calls
 
@@ -62,9 +63,9 @@ def of_kvplug() -> dict[str, str]:
         with KvStore(pool, POOL_BYTES) as store:
             store.register_buffer(buffer.ctypes.data, buffer.nbytes)
             told = dropin_calls.answers(store, buffer, list(dropin_calls.CASES))
-            store.pool.T[layout.H_INDEX_SEQ] += 1  # as a process leaves it that dies while it moves entries
+            pool_of(store).T[layout.H_INDEX_SEQ] += 1  # as a process leaves it that dies while it moves entries
             told[dropin_calls.LAST_CASE] = {"codes": store.batch_is_exist(["b", "c"])}
-            store.pool.T[layout.H_INDEX_SEQ] += 1
+            pool_of(store).T[layout.H_INDEX_SEQ] += 1
     finally:
         segment.remove_pool(pool, force=True)
     return {case: said(answer) for case, answer in told.items()}
