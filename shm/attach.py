@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvplug.errors import ClientLimitError, Code, LockTimeoutError, PoolError, PoolNotFoundError
 from kvplug.shm import failpoints, segment
 from kvplug.shm import layout as lay
+from kvplug.shm.codes import NO_SESSION, ROW_TAKEN
 from kvplug.shm.jit import warm_up
 from kvplug.shm.layout import DEFAULT_MIN_BLOCK_BYTES, Geometry
 from kvplug.shm.liveness import close_private, count_locks, try_lock_byte, unlock_byte
@@ -30,10 +31,14 @@ from kvplug.shm.local import (
     LOCAL_WORDS,
 )
 from kvplug.shm.policies import by_name, by_number
-from kvplug.shm.reap import NO_SESSION, ROW_TAKEN, find_dead, free_clients, mark_dead, publish, reap_rows
+from kvplug.shm.policies.base import Touch
+from kvplug.shm.reap import find_dead, free_clients, mark_dead, publish, reap_rows
 from kvplug.shm.segment import Segment
+from kvplug.shm.write import TOUCH_HEAD_FIRST, TOUCH_NONE, TOUCH_TAIL_FIRST
 
 ATTEMPTS: Final = 3
+
+assert (Touch.NONE, Touch.HEAD_FIRST, Touch.TAIL_FIRST) == (TOUCH_NONE, TOUCH_HEAD_FIRST, TOUCH_TAIL_FIRST)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

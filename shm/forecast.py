@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.shm import layout as lay
+from kvplug.shm.bits import bit_of, word_of
 from kvplug.shm.jit import entry
 from kvplug.shm.layout import (
     GEN_SHIFT,
@@ -58,6 +59,10 @@ SEEN_GEN_SHIFT = 3
 SEEN_TICK_SHIFT = 24
 TICK_MASK = (1 << 39) - 1
 
+assert MOST_USES | OFFERED == (1 << SEEN_GEN_SHIFT) - 1
+assert (GEN_MASK + 1) << SEEN_GEN_SHIFT == 1 << SEEN_TICK_SHIFT
+assert (TICK_MASK + 1) << SEEN_TICK_SHIFT == 1 << 63
+
 
 class AtRisk(NamedTuple):
     """Blocks worth keeping that go soon, the most worth first, siblings side by side."""
@@ -85,8 +90,8 @@ def survey(
     ``first_uses``: what counts as seen of a block that was not there at the last look. ``sizes``: whole size words.
     """
     rps = T[H_ROWS_PER_SLAB]
-    mine = 1 << (L[L_CLIENT] & 63) if (L[L_CLIENT] & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
-    my_word = L[L_CLIENT] >> 6
+    mine = bit_of(L[L_CLIENT])
+    my_word = word_of(L[L_CLIENT])
     n = 0
     for slab in range(begin, end):
         s = slab_at(T, slab)

@@ -158,7 +158,9 @@ MAX_SIBLINGS: Final = 1 << SIBLING_BITS
 PART_ALIGN_BYTES: Final = 64
 
 # ---- parts, index, events --------------------------------------------------------------------------------------------
-PART_WORDS: Final = 2  # length, XXH3
+PART_WORDS: Final = 2
+PART_NBYTES: Final = 0
+PART_XXH3: Final = 1  # bits of the checksum
 INDEX_WORDS: Final = 1  # row + 1 in the low 32 bits, tag above; 0 = empty
 EVENT_WORDS: Final = 8  # sequence number (written last), kind, row, generation, key
 E_SEALED: Final = 1
@@ -172,10 +174,28 @@ SLAB_MAX_BYTES: Final = 256 << 20
 SLABS_WANTED: Final = 32
 
 
+NAMED_LATER: Final = frozenset({"PART_NBYTES", "PART_XXH3"})
+"""Names that segments of this format were made without: in no hash until the next format."""
+
+assert (FORMAT, PART_NBYTES, PART_XXH3) == (3, 0, 1), "NAMED_LATER is of format 3"
+assert R_KEY + 4 == R_SIZE
+assert R_PIN + PIN_WORDS == R_NEXT == ROW_WORDS - 1
+assert max(FREE, WRITING, SEALED, QUARANTINED) <= STATE_MASK == (1 << GEN_SHIFT) - 1
+assert SIZE_MASK == (1 << SIZE_BITS) - 1
+assert SIZE_BITS + PARTS_MASK.bit_length() == SIBLING_SHIFT
+assert min(PARTS_MASK, 62) >= MAX_PARTS, "a part's bit in R_DONE is never the sign"
+assert SIBLING_SHIFT + 2 * SIBLING_BITS <= 63, "nor is a sibling's in R_SIZE"
+assert MAX_SIBLINGS == SIBLING_MASK + 1 <= 1 << 16, "a sibling's number has two bytes of the key"
+assert max(PART_NBYTES, PART_XXH3) < PART_WORDS
+assert max(H_O_EVENT, H_C_FULL) < HEADER_WORDS <= PAGE_BYTES // 8
+
+
 def layout_hash() -> int:
     """64 bits over the name and value of every constant above: two builds that disagree on any refuse each other."""
     names = sorted(
-        k for k, v in globals().items() if k.isupper() and isinstance(v, int) and not k.startswith("DEFAULT")
+        k
+        for k, v in globals().items()
+        if k.isupper() and isinstance(v, int) and not k.startswith("DEFAULT") and k not in NAMED_LATER
     )
     text = ";".join(f"{n}={globals()[n]}" for n in names)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from kvplug.shm.atomics import compare_exchange, cpu_pause, fence, flock, now_ns, store_release, usleep
+from kvplug.shm.codes import IS_SHUT, RETIRED, TIMEOUT
 from kvplug.shm.failpoints import LOCKED, UNLOCKING, fail
 from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import H_DIRTY, H_HOLDER, H_RETIRED
@@ -57,9 +58,6 @@ PAUSES_A_SPIN: Final = 32
 SLEEP_US: Final = 20
 
 ENTERED: Final = 0
-TIMED_OUT: Final = -4  # Code.TIMEOUT
-IS_RETIRED: Final = -9  # Code.RETIRED
-IS_SHUT: Final = -11  # this store was closed; callers raise StoreClosedError
 
 
 @kernel
@@ -76,7 +74,7 @@ def take_turn(L: Any, deadline: int) -> int:
         if deadline == 0:
             deadline = now_ns() + L[L_TIMEOUT_NS]
         elif now_ns() >= deadline:
-            return TIMED_OUT
+            return TIMEOUT
         usleep(SLEEP_US)
     if L[L_SHUT] != 0:
         end_turn(L)
@@ -94,7 +92,7 @@ def end_turn(L: Any) -> None:
 def shut(L: Any, timeout_ns: int) -> int:
     """No section begins any more, and none is under way: the description may be closed. 0 or Code.TIMEOUT."""
     turn = take_turn(L, now_ns() + timeout_ns)
-    if turn == TIMED_OUT:
+    if turn == TIMEOUT:
         return turn
     if turn == ENTERED:
         L[L_SHUT] = 1
@@ -107,7 +105,7 @@ def enter(T: Any, L: Any) -> int:
     """Take the lock: 0, or Code.TIMEOUT, Code.RETIRED or IS_SHUT (then it is not held). Rebuilds a dirty pool."""
     turn = take_turn(L, 0)
     if turn < 0:
-        if turn == TIMED_OUT:
+        if turn == TIMEOUT:
             L[L_TIMEOUTS] += 1
         return turn
     fd = L[L_FD]
@@ -126,13 +124,13 @@ def enter(T: Any, L: Any) -> int:
             L[L_DOWN] = 1
             L[L_TIMEOUTS] += 1
             end_turn(L)
-            return TIMED_OUT
+            return TIMEOUT
         usleep(SLEEP_US)
     L[L_DOWN] = 0
     if T[H_RETIRED] != 0:
         flock(fd, LOCK_UN)
         end_turn(L)
-        return IS_RETIRED
+        return RETIRED
     T[H_HOLDER] = L[L_PID]
     L[L_T0] = now_ns()
     fail(L, LOCKED)
@@ -168,3 +166,14 @@ def dirty(T: Any, L: Any) -> None:
 def clean(T: Any, L: Any) -> None:
     """They are whole again: on normal completion only."""
     store_release(L[L_BASE] + 8 * H_DIRTY, 0)
+
+
+@kernel
+def give_way(T: Any, L: Any) -> int:
+    """In the middle of a dirty section: end it, let others in, and begin another. 0, or why it is not held any more."""
+    clean(T, L)
+    leave(T, L)
+    lock = enter(T, L)
+    if lock == ENTERED:
+        dirty(T, L)
+    return lock

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.shm.atomics import load_acquire
+from kvplug.shm.bits import bit_of, word_of
+from kvplug.shm.codes import BUDGET, MISSING, OK
 from kvplug.shm.failpoints import PINNED_BIT, UNPINNED_BIT, fail
 from kvplug.shm.index import ANNOUNCE_KEYS, announce, announce_rows, find, find_sealed
 from kvplug.shm.jit import entry
@@ -34,7 +36,7 @@ from kvplug.shm.layout import (
 from kvplug.shm.lists import row_at, slab_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_PIN_BUDGET, L_TOUCH
 from kvplug.shm.lock import clean, dirty, enter, leave
-from kvplug.shm.write import BUDGET, DONE, MISSING, OK, TOUCH_NONE, tick_of
+from kvplug.shm.write import DONE, TOUCH_NONE, tick_of
 
 SECTION_KEYS = 512
 
@@ -60,8 +62,8 @@ def pin(
         if row < 0 and prefix:
             warm = i
             break
-    bit = 1 << (L[L_CLIENT] & 63) if (L[L_CLIENT] & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
-    w = R_PIN + (L[L_CLIENT] >> 6)
+    bit = bit_of(L[L_CLIENT])
+    w = R_PIN + word_of(L[L_CLIENT])
     mine = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS + C_PINS
     first = T[H_TICK] + 1
     T[H_TICK] += n
@@ -117,8 +119,8 @@ def unpin(T: Any, L: Any, counts: Any, rows: Any, which: Any) -> int:
     0 or a lock code. Those that were released are DONE, so that none is released twice.
     """
     n = rows.shape[0]
-    bit = 1 << (L[L_CLIENT] & 63) if (L[L_CLIENT] & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
-    w = R_PIN + (L[L_CLIENT] >> 6)
+    bit = bit_of(L[L_CLIENT])
+    w = R_PIN + word_of(L[L_CLIENT])
     mine = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS + C_PINS
     begin = 0
     while begin < n:

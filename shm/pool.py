@@ -32,6 +32,7 @@ from kvplug.shm import pins, read, reap, segment, write
 from kvplug.shm.arrival import check_parts, complete_whole
 from kvplug.shm.attach import PoolOptions, attach, reap_dead
 from kvplug.shm.batch import I8, I64, Holding, Holdings, SlotBatch, part_offsets, part_sizes
+from kvplug.shm.codes import IS_SHUT
 from kvplug.shm.events import EventReader
 from kvplug.shm.forecast import Forecast
 from kvplug.shm.integrity import findings, prepare, raise_findings
@@ -48,7 +49,7 @@ from kvplug.shm.local import (
     L_SHUT,
     L_THREAD,
 )
-from kvplug.shm.lock import IS_SHUT, shut
+from kvplug.shm.lock import shut
 from kvplug.shm.maintenance import Growth, Maintenance
 from kvplug.shm.policies import by_number
 from kvplug.shm.rows import BlockParts, block_parts

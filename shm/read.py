@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.shm.atomics import fence_acquire, load_acquire
+from kvplug.shm.codes import CORRUPT, MISSING, OK, SIZE, STALE
 from kvplug.shm.copy import STREAM_BYTES, copy_out
 from kvplug.shm.index import ANNOUNCE_KEYS, announce, find_sealed
 from kvplug.shm.jit import entry, kernel
@@ -27,7 +28,9 @@ from kvplug.shm.layout import (
     H_SEGMENT_BYTES,
     H_TICK,
     PART_ALIGN_BYTES,
+    PART_NBYTES,
     PART_WORDS,
+    PART_XXH3,
     R_SIZE,
     R_TICK,
     R_WORD,
@@ -36,11 +39,8 @@ from kvplug.shm.layout import (
 )
 from kvplug.shm.lists import parts_of, row_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_TOUCH, L_VERIFY
-from kvplug.shm.write import MISSING, OK, STALE, TOUCH_NONE, tick_of
+from kvplug.shm.write import TOUCH_NONE, tick_of
 from kvplug.shm.xxh3 import xxh3_64
-
-SIZE = -6
-CORRUPT = -5
 
 
 @entry("v(I, I, K, B)")
@@ -89,10 +89,10 @@ def bytes_match(T: Any, row: int, addr: int, size: int) -> bool:
     p0 = T[H_O_PART] + row * PART_WORDS
     at = 0
     for p in range(n_parts):
-        nbytes = T[p0 + p * PART_WORDS]
+        nbytes = T[p0 + p * PART_WORDS + PART_NBYTES]
         if nbytes < 0 or at + nbytes > size:
             return False
-        if xxh3_64(addr + at, nbytes) != T[p0 + p * PART_WORDS + 1]:
+        if xxh3_64(addr + at, nbytes) != T[p0 + p * PART_WORDS + PART_XXH3]:
             return False
         at += (nbytes + PART_ALIGN_BYTES - 1) // PART_ALIGN_BYTES * PART_ALIGN_BYTES
     return True
@@ -201,11 +201,11 @@ def verify_part(T: Any, L: Any, rows: Any, gens: Any, part: int, codes: Any) -> 
         p0 = T[H_O_PART] + row * PART_WORDS
         at = slot_offset(T, row)
         for p in range(part):
-            at += (T[p0 + p * PART_WORDS] + PART_ALIGN_BYTES - 1) // PART_ALIGN_BYTES * PART_ALIGN_BYTES
-        nbytes = T[p0 + part * PART_WORDS]
+            at += (T[p0 + p * PART_WORDS + PART_NBYTES] + PART_ALIGN_BYTES - 1) // PART_ALIGN_BYTES * PART_ALIGN_BYTES
+        nbytes = T[p0 + part * PART_WORDS + PART_NBYTES]
         if at <= 0 or at + nbytes > T[H_SEGMENT_BYTES]:
             continue
-        same = xxh3_64(base + at, nbytes) == T[p0 + part * PART_WORDS + 1]
+        same = xxh3_64(base + at, nbytes) == T[p0 + part * PART_WORDS + PART_XXH3]
         fence_acquire()
         if load_acquire(base + 8 * (r + R_WORD)) == word:
             codes[i] = OK if same else CORRUPT

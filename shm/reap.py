@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from kvplug.shm.atomics import fcntl, fence
+from kvplug.shm.bits import bit_of, has_bit, word_of
+from kvplug.shm.codes import NO_SESSION, ROW_TAKEN
 from kvplug.shm.failpoints import ATTACH_LOCKED, REAP_HALF, fail
 from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
@@ -46,8 +48,6 @@ from kvplug.shm.lock import clean, dirty, end_turn, enter, leave, take_turn
 from kvplug.shm.write import grace_end, quarantine
 
 REAP_ROWS_A_SECTION = 8192
-NO_SESSION = -20
-ROW_TAKEN = -21
 F_OFD_GETLK: Final = 36  # of <fcntl.h>, the same on both machines
 F_WRLCK: Final = 1
 F_UNLCK: Final = 2
@@ -158,7 +158,7 @@ def mark_dead(T: Any, L: Any, dead: Any, dead_started: Any, bits: Any, started: 
             if T[client_at(T, o) + C_STATE] == CLIENT_LIVE and T[client_at(T, o) + C_SESSION] == session:
                 alive = True
         if not alive:
-            bits[c >> 6] |= 1 << (c & 63) if (c & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1
+            bits[word_of(c)] |= bit_of(c)
             started[c] = T[client_at(T, c) + C_STARTED_NS]
             n += 1
     leave(T, L)
@@ -171,13 +171,7 @@ def still_theirs(T: Any, bits: Any, started: Any) -> None:
     for c in range(T[H_MAX_CLIENTS]):
         at = client_at(T, c)
         if has_bit(bits, c) and (T[at + C_STATE] != CLIENT_DEAD or T[at + C_STARTED_NS] != started[c]):
-            bits[c >> 6] &= ~(1 << (c & 63) if (c & 63) != 63 else -0x7FFFFFFFFFFFFFFF - 1)
-
-
-@kernel
-def has_bit(bits: Any, c: int) -> bool:
-    """Whether client ``c`` is in the set."""
-    return (bits[c >> 6] >> (c & 63)) & 1 != 0
+            bits[word_of(c)] &= ~bit_of(c)
 
 
 @entry("i(I, I, I, I, i)")

@@ -56,7 +56,7 @@ def block_parts(T: I64, geometry: Geometry, slots: I64) -> BlockParts:
     starts = np.cumsum(counts) - counts
     which = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
     words = geometry.o_part + (np.repeat(slots, counts) + which) * lay.PART_WORDS
-    return BlockParts(size_words >> lay.SIBLING_SHIFT, counts, T[words], T[words + 1])
+    return BlockParts(size_words >> lay.SIBLING_SHIFT, counts, T[words + lay.PART_NBYTES], T[words + lay.PART_XXH3])
 
 
 def sealed_keys(T: I64, geometry: Geometry, wanted: Callable[[U8], Bools] | None = None) -> U8:

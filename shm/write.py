@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.shm.atomics import fence_release, load_acquire, now_ns, store_release
+from kvplug.shm.codes import BUDGET, EXISTS, IN_PROGRESS, MISSING, OK, PENDING, PINNED, STALE
 from kvplug.shm.events import emit
 from kvplug.shm.evict import SIBLINGS_A_SECTION, announce_siblings, evict, is_pinned
 from kvplug.shm.failpoints import (
@@ -45,7 +46,9 @@ from kvplug.shm.layout import (
     H_O_CLIENT,
     H_O_PART,
     MAX_CLASSES,
+    PART_NBYTES,
     PART_WORDS,
+    PART_XXH3,
     PIN_WORDS,
     QUARANTINED,
     R_DONE,
@@ -73,17 +76,7 @@ from kvplug.shm.lists import (
     take_free_slab,
 )
 from kvplug.shm.local import L_BASE, L_CLIENT, L_RESERVE_BUDGET, L_SESSION, L_TOUCH
-from kvplug.shm.lock import clean, dirty, enter, leave
-
-OK = 0
-EXISTS = 1
-PENDING = 2
-MISSING = -1
-IN_PROGRESS = -2
-FULL = -3
-BUDGET = -7
-STALE = -8
-PINNED = -10
+from kvplug.shm.lock import clean, dirty, enter, give_way, leave
 
 DONE = -1
 """What :func:`complete`, :func:`abort`, :func:`acknowledge` and pins.unpin leave in their array of rows: an entry was
@@ -161,8 +154,8 @@ def begin_writing(T: Any, L: Any, row: int, keys: Any, i: int, size_word: int, t
     T[r + R_NEXT] = L[L_CLIENT]
     p0 = T[H_O_PART] + row * PART_WORDS
     for p in range(part_nbytes.shape[0]):
-        T[p0 + p * PART_WORDS] = part_nbytes[p]
-        T[p0 + p * PART_WORDS + 1] = 0
+        T[p0 + p * PART_WORDS + PART_NBYTES] = part_nbytes[p]
+        T[p0 + p * PART_WORDS + PART_XXH3] = 0
     fail(L, RESERVE_FIELDS)
     gen = set_word(T, L, row, WRITING)
     fail(L, RESERVE_WORD)
@@ -198,11 +191,8 @@ def reserve(
     i = begin
     while i < end:
         if at[1] >= SIBLINGS_A_SECTION:
-            clean(T, L)
-            leave(T, L)
-            if enter(T, L) < 0:
+            if give_way(T, L) < 0:
                 return i  # the caller asks again, and is told
-            dirty(T, L)
             cls = class_of(T, stride)
             at[1] = 0
         tick = tick_of(first, total, before + i, L[L_TOUCH])
@@ -277,7 +267,7 @@ def complete(T: Any, L: Any, rows: Any, gens: Any, part: int, sums: Any, codes: 
 @kernel
 def record_part(T: Any, L: Any, row: int, part: int, checksum: int) -> None:
     """Within a section: a part of a slot that is being written is there."""
-    T[T[H_O_PART] + (row + part) * PART_WORDS + 1] = checksum
+    T[T[H_O_PART] + (row + part) * PART_WORDS + PART_XXH3] = checksum
     fail(L, PART_RECORDED)
     fence_release()
     T[row_at(T, row) + R_DONE] |= 1 << part
@@ -398,11 +388,8 @@ def remove(T: Any, L: Any, keys: Any, codes: Any) -> int:
     looked = 0
     for i in range(keys.shape[0]):
         if looked >= SIBLINGS_A_SECTION:
-            clean(T, L)
-            leave(T, L)
-            if enter(T, L) < 0:
+            if give_way(T, L) < 0:
                 return i
-            dirty(T, L)
             looked = 0
         row = find(T, keys[i, 0], keys[i, 1], keys[i, 2], keys[i, 3])
         if row < 0:
@@ -431,11 +418,8 @@ def drop_corrupt(T: Any, L: Any, rows: Any, words: Any) -> int:
     looked = 0
     for i in range(rows.shape[0]):
         if looked >= SIBLINGS_A_SECTION:
-            clean(T, L)
-            leave(T, L)
-            if enter(T, L) < 0:
+            if give_way(T, L) < 0:
                 return i
-            dirty(T, L)
             looked = 0
         row = rows[i]
         if row >= 0 and T[row_at(T, row) + R_WORD] == words[i] and not is_pinned(T, row):

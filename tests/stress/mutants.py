@@ -113,8 +113,8 @@ MUTANTS: Final[dict[str, Mutant]] = {
     ),
     "no_checksum": Mutant(
         "shm/write.py",
-        "(row + part) * PART_WORDS + 1] = checksum",
-        "(row + part) * PART_WORDS + 1] = 0",
+        "(row + part) * PART_WORDS + PART_XXH3] = checksum",
+        "(row + part) * PART_WORDS + PART_XXH3] = 0",
         "the checksum is not kept",
     ),
     "rebuild_forgets": Mutant(
