@@ -54,7 +54,7 @@ class SupportedReleases:
 
 
 SUPPORTED = {
-    "vllm": SupportedReleases(("0.30.0", "0.31.0", "0.32.0"), numbers=2),
+    "vllm": SupportedReleases(("0.30.0", "0.31.0", "0.32.0", "0.33.0"), numbers=2, mixed=frozenset({"0.33.0"})),
     "sglang": SupportedReleases(("0.5.20", "0.5.21", "0.5.22", "0.5.23"), numbers=3),
 }
 """Read, tested and run: engines' interfaces move with every release."""

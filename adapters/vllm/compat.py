@@ -49,6 +49,8 @@ _CHANGING_RPCS = frozenset({
 """Worker calls that change weights. After any other, weights are compared with what they were before it."""
 
 NEW_VERSION = "a new weight version"
+_HISPARSE = "HiSparse keeps KV outside the device's cache"
+_HOLDS_A_DRAFT = "cache group {} holds a draft model's state"
 CHANGES_OF_A_CALL = 2
 """A worker counts one change before and one after each call that changes weights."""
 _WORKER_WEIGHT_METHODS = (
@@ -194,13 +196,23 @@ def config_problem(config: Any) -> str | None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} is not 1"
+    if getattr(parallel, "enable_fault_tolerance", False) or getattr(parallel, "all2all_backend", "") == "nixl_ep":
+        return (
+            "--enable-fault-tolerance or --all2all-backend nixl_ep: a step in which a rank does not answer is computed "
+            "without its experts, and its blocks are stored before that is known"
+        )
     speculative = config.speculative_config
     if speculative is not None and str(speculative.method) not in ("ngram", "ngram_gpu", "suffix"):
         return f"speculative decoding by {speculative.method} keeps a draft model's state beside the model's own"
     if getattr(config.attention_config, "hisparse_config", None) is not None:
-        return "HiSparse keeps KV outside the device's cache"
+        return _HISPARSE
     if getattr(config, "diffusion_config", None) is not None:
         return "diffusion language models: a block's KV depends on more than the tokens up to its end"
+    foreign = _dtype_of_a_plugin(config)
+    if foreign is not None:
+        return (
+            f"--kv-cache-dtype {foreign} comes from a plugin, so that vLLM's release does not say what its bytes mean"
+        )
     if returns_routed_experts(config):
         return (
             "--enable-return-routed-experts: answers list the experts of each prompt token, which vLLM keeps beside "
@@ -211,6 +223,15 @@ def config_problem(config: Any) -> str | None:
     ):
         return "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True moves the cache's memory"
     return None
+
+
+def _dtype_of_a_plugin(config: Any) -> str | None:
+    """The cache's dtype where a platform's plugin has brought it, as one may from 0.33 on."""
+    from vllm.config import cache
+
+    handler_of = getattr(cache, "get_kv_cache_dtype_handler", None)
+    name = str(config.cache_config.cache_dtype)
+    return name if handler_of is not None and handler_of(name) is not None else None
 
 
 def uses_modelscope() -> bool:
@@ -264,11 +285,13 @@ def host_hit_source() -> Any:
 def group_rules(kv_cache_config: KVCacheConfig) -> list[GroupRule]:
     """One rule per cache group; UnsupportedEngineError, for the whole model, if any group is not understood."""
     rules = []
+    if getattr(kv_cache_config, "hisparse_host_num_blocks", None) is not None:  # it tells of loads' blocks later (0.33)
+        raise UnsupportedEngineError(_HISPARSE)
     for index, group in enumerate(kv_cache_config.kv_cache_groups):
         if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
             raise UnsupportedEngineError(f"cache group {index} is not kept in the device's block pool")
         if getattr(group, "is_eagle_group", False):
-            raise UnsupportedEngineError(f"cache group {index} holds a draft model's state")
+            raise UnsupportedEngineError(_HOLDS_A_DRAFT.format(index))
         rules.append(_rule_of(index, group.kv_cache_spec))
     if not rules:
         raise UnsupportedEngineError("the model keeps no KV cache")
@@ -293,6 +316,8 @@ def _rule_of(index: int, spec: Any) -> GroupRule:
     }
     if type(spec) not in kinds:
         raise UnsupportedEngineError(f"cache group {index} is a {type(spec).__name__}, which kvplug does not know")
+    if getattr(spec, "is_draft", False):  # from 0.33 on groups are marked only where vLLM drops blocks for the draft
+        raise UnsupportedEngineError(_HOLDS_A_DRAFT.format(index))
     if getattr(spec, "non_causal", False):  # vLLM turns its own prefix caching off, after the configuration was seen
         raise UnsupportedEngineError(f"cache group {index} attends to later tokens, which decide a prefix's KV with it")
     if getattr(spec, "tokens_per_state", 1) != 1 or getattr(spec, "compress_ratio", 1) != 1:

@@ -1,4 +1,4 @@
-"""Which environment variables decide a block's bytes in vLLM 0.30 to 0.33, and which do not.
+"""Which environment variables decide a block's bytes in vLLM, and which do not.
 
 Taken from the register of variables of each release and from what its sources read besides; what is new there fails
 ``tests/unit/test_environment.py``, which says what to do. What counts is listed beside that test.

@@ -270,6 +270,8 @@ def test_readmes_table_and_the_engines_page_name_the_supported_releases(engine: 
     (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {words}, CPU |")]
     used = ".".join(map(str, release(table.built[-1])[: table.numbers]))
     assert f"most tests use {used}" in row
+    for version in table.mixed:
+        assert f"{'.'.join(map(str, release(version)[: table.numbers]))} is run mixed" in row
     assert words in (ROOT / "docs" / f"{engine.lower()}.md").read_text()
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,20 +183,66 @@ def _with_diffusion(config: VllmConfig) -> None:
     config.diffusion_config = DiffusionConfig(canvas_length=32)
 
 
+def _that_goes_on_without_a_rank(config: VllmConfig) -> None:
+    config.parallel_config.enable_fault_tolerance = True
+
+
+def _whose_experts_may_be_missing(config: VllmConfig) -> None:
+    config.parallel_config.all2all_backend = "nixl_ep"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (_with_outputs, "--enable-return-routed-experts"),
         (_with_outputs_of_older_releases, "--enable-return-routed-experts"),
         (_with_diffusion, "diffusion"),
+        (_that_goes_on_without_a_rank, "--enable-fault-tolerance"),
+        (_whose_experts_may_be_missing, "nixl_ep"),
     ],
 )
-def test_what_a_hit_does_not_bring_along_is_refused(change: Any, words: str) -> None:
+def test_what_blocks_do_not_hold_or_bring_along_is_refused(change: Any, words: str) -> None:
     """Its release for CPUs refuses these settings itself, so they are made on a configuration that is complete."""
     config = make()
     assert plugin.against(config) is None
     change(config)
     assert words in (plugin.against(config) or "")
+
+
+def test_a_cache_dtype_that_a_plugin_brings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As platforms may register one from 0.33 on, under any name."""
+    config = make()
+    assert plugin.against(config) is None
+    monkeypatch.setattr("vllm.config.cache.get_kv_cache_dtype_handler", {"auto": object()}.get, raising=False)
+    assert "--kv-cache-dtype auto comes from a plugin" in (plugin.against(config) or "")
+
+
+def _groups(spec: Any, **more: Any) -> Any:
+    """A configuration of caches with one group."""
+    return SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, is_eagle_group=False)],
+        prefix_cacheable_group_ids=(0,),
+        **more,
+    )
+
+
+def _full() -> Any:
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+
+
+def test_caches_that_later_releases_keep_elsewhere_or_for_drafts_are_refused() -> None:
+    """What vLLM 0.33 marks them by; releases before it have other marks, which count as well."""
+    assert compat.group_rules(_groups(_full())) == [GroupRule("full", 16)]
+    drafting = _full()
+    object.__setattr__(drafting, "is_draft", True)
+    with pytest.raises(UnsupportedEngineError, match="draft"):
+        compat.group_rules(_groups(drafting))
+    assert compat.group_rules(_groups(_full(), hisparse_host_num_blocks=None)) == [GroupRule("full", 16)]
+    with pytest.raises(UnsupportedEngineError, match="HiSparse"):
+        compat.group_rules(_groups(_full(), hisparse_host_num_blocks=64))
 
 
 def page(layer: str, nbytes: int, shape: str = "float32 (2, 128, 64) (8192, 64, 1)") -> LayerPage:

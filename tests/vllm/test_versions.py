@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from kvplug.engines import SUPPORTED
+from kvplug.engines import SUPPORTED, release
 from kvplug.remote.fetcher import MISS_FOR_S
 from tests.hosts.agents import OtherHost, move_blocks
 from tests.lab.env import EngineError
 from tests.lab.releases import outside
 from tests.vllm.common import BLOCK, Control, agree, attached, eventually, make_prompts, requests, storable
 from tests.vllm_lab.engine import InProcess, matrix_path
+from tests.vllm_lab.env import RELEASE
 
+pytestmark = pytest.mark.skipif(RELEASE in os.environ, reason="runs every release anyway")
 VERSIONS = SUPPORTED["vllm"].tested
 TOO_OLD = outside("vllm")[0]
 
@@ -79,6 +82,32 @@ def test_each_supported_version_stores_hits_and_answers_right(
         agree(cases[:1], engine.do("wait", names=out["names"]))
     with attached(pool) as store:
         eventually("no pin is left", lambda: store.stats().pinned_slots == 0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_waking_up_changes_nothing(engines: dict[str, InProcess], control: Control, pool: str, version: str) -> None:
+    """Twenty times, while a request runs. From 0.33 on the workers' layouts are told again each time."""
+    done, running = [[case] for case in control.pick(make_prompts(4, 62), 2)]
+    engine = engines[version].ready()
+    agree(done, engine.each(requests(done)))
+    names = engine.do("add", requests=requests(running))
+    engine.do("step")
+    first = engine.do("sleep_and_wake_up")
+    assert first["told"] == (1 if release(version) >= (0, 33) else 0)
+    with attached(pool) as store:
+        pinned = store.stats().pinned_slots
+        for _ in range(19):
+            again = engine.do("sleep_and_wake_up")
+            assert again.pop("threads") <= first["threads"]
+            assert again == {name: value for name, value in first.items() if name != "threads"}
+            assert store.stats().pinned_slots <= pinned
+        agree(running, engine.do("wait", names=names))
+        eventually("all is sealed", lambda: store.stats().writing_slots == 0)
+    assert engine.do("reset")
+    assert engine.do("free_blocks") == engine.info["num_blocks"] - 1
+    records = engine.each(requests([*done, *running]))
+    agree([*done, *running], records)
+    assert [r["external"] for r in records] == [storable(len(case.prompt)) for case in (*done, *running)]
 
 
 @pytest.fixture(scope="module")

@@ -289,9 +289,30 @@ class Driver:
         metadata = {}
         for one in core.model_executor.get_kv_connector_handshake_metadata():
             metadata.update(one or {})
-        connector = core.scheduler.connector
-        connector.set_xfer_handshake_metadata_pp_aware(metadata)
-        side = connector._scheduler
+        core.scheduler.connector.set_xfer_handshake_metadata_pp_aware(metadata)
+        return self._scheduler_side()
+
+    def sleep_and_wake_up(self) -> dict[str, Any]:
+        """Sleeps at level 0, keeping requests, and wakes up; ``told``: how often the connector got layouts."""
+        connector, told = self.core().scheduler.connector, 0
+        plain = connector.set_xfer_handshake_metadata_pp_aware
+
+        def counted(metadata: Any) -> None:
+            nonlocal told
+            told += 1
+            plain(metadata)
+
+        connector.set_xfer_handshake_metadata_pp_aware = counted
+        try:
+            self.core().sleep(0, "keep")
+            self.core().wake_up()
+        finally:
+            del connector.set_xfer_handshake_metadata_pp_aware
+        return {"told": told, **self._scheduler_side()}
+
+    def _scheduler_side(self) -> dict[str, Any]:
+        """What must not differ after something that changes nothing."""
+        side = self.core().scheduler.connector._scheduler
         return {
             "side": id(side),
             "threads": threading.active_count(),

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from tests.lab.env import ROOT, EngineError, core_split
 
-__all__ = ["base_env", "matrix_path"]
+__all__ = ["RELEASE", "base_env", "matrix_path"]
+
+RELEASE = "LAB_VLLM"
+"""Variable that names a release of the version matrix, for every engine that is not started with one of its own."""
 
 
 def matrix_path(version: str) -> Path | None:
@@ -33,6 +36,7 @@ def base_env(
     """
     out = {k: v for k, v in os.environ.items() if not k.startswith(("KVPLUG_", "VLLM_"))}
     path = [str(ROOT)]
+    matrix = matrix or os.environ.get(RELEASE)
     if matrix is not None:
         folder = matrix_path(matrix)
         if folder is None:
