@@ -318,11 +318,12 @@ def at_random(name: str, interrupts: int, seed: int) -> Tally:
 def is_ours(frame: FrameType) -> bool:
     """Whether this is Python code of the SDK, at whose every instruction an exception may come.
 
-    Not of liveness.py: it does little else than `with` blocks of a lock that is written in C. CPython looks for signals
-    neither between taking such a lock and its block, nor between the block and releasing it; a trace function does.
+    Not of liveness.py and threads.py: they do little else than `with` blocks of a lock that is written in C. CPython
+    looks for signals neither between taking such a lock and its block, nor between the block and releasing it; a trace
+    function does.
     """
     name = frame.f_code.co_filename
-    return name.startswith(OURS) and not name.endswith("liveness.py")
+    return name.startswith(OURS) and not name.endswith(("liveness.py", "threads.py"))
 
 
 class _Countdown:
