@@ -23,7 +23,7 @@ from kvplug.shm import layout as lay
 from kvplug.shm.failpoints import arm
 from tests.inside import pool_of
 
-DEADLINE_S: Final = 30.0
+DEADLINE_S: Final = 120.0
 LIFE_S: Final = 120
 GRACE_S: Final = 0.05
 """Quarantine that these tests configure: long enough to be seen, short enough to be waited out."""

@@ -28,7 +28,7 @@ BLOCK: Final = 4096
 TTL_S: Final = 6.0
 POLL_TTL_S: Final = 0.9
 """Readers look for members three times in this."""
-WAIT_S: Final = 30.0
+WAIT_S: Final = 120.0
 """Longer than a busy machine starves anybody."""
 _numbers = itertools.count()
 

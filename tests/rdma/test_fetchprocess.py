@@ -29,6 +29,12 @@ from tests.stopwatch import Stopwatch
 MakeReader = Callable[..., Fetcher]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions wait for the first process as long as these tests do: on a busy machine it takes a while to begin."""
+    monkeypatch.setattr(fetch_process, "FIRST_S", END_S)
+
+
 @pytest.fixture
 def make_reader() -> Iterator[MakeReader]:
     """``make_reader(host, *addresses, **settings)``: a fetcher as an engine has it; its process must be gone after."""

@@ -25,7 +25,7 @@ from tests.rdma.redis_server import RedisServer
 
 MakeHost = Callable[..., Host]
 OTHER_KEY: Final = "another key for the tests of kvplug"
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 60.0
 RAW: Final = ("Errno", "endpoint is not connected", "SSL:", "_ssl.c", "ALERT_")
 """Words of the system's that no user can do anything with."""
 

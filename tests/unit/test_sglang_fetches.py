@@ -17,7 +17,7 @@ from kvplug.adapters.sglang.wants import Part, wanted
 from kvplug.remote.fetcher import Fetch, Outcome, Plan, Wanted
 
 PAGES = 6
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 def part(seed: int, nbytes: int = 100, **more: object) -> Part:
