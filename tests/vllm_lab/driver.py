@@ -312,7 +312,7 @@ class Driver:
 
     def _scheduler_side(self) -> dict[str, Any]:
         """What must not differ after something that changes nothing."""
-        side = self.core().scheduler.connector._scheduler
+        side = self.core().scheduler.connector._scheduler.side
         return {
             "side": id(side),
             "threads": threading.active_count(),
@@ -400,12 +400,12 @@ class Driver:
     def _sides(self) -> dict[str, Any]:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        scheduler = self.core().scheduler.connector._scheduler
+        scheduler = self.core().scheduler.connector._scheduler.side
         return {
             "scheduler": scheduler,
             "loads": scheduler.loads,
             "stores": scheduler.stores,
-            "worker": get_kv_transfer_group()._worker,
+            "worker": get_kv_transfer_group()._worker.side,
         }
 
     # -- figures ------------------------------------------------------------------------------------------------
