@@ -130,6 +130,9 @@ class WorkerHalf:
                 time.sleep(EMPTY_STEP_S)
             if loaded is None:
                 self.shield("a load's end", self._give_up_loads, None, side)
+            for result in loaded or ():
+                if not self.shield("a load's end", self._look_again, False, side, result):
+                    result.ok, result.failed_blocks = False, set()  # whether it was spoilt can't be told
         ended = self._ends.tell(loaded or (), self._by_block)
         self._invalid = ended.invalid
         if side is not None and side.adapters is not None:
@@ -139,10 +142,11 @@ class WorkerHalf:
         return KVConnectorTransferResults(finished_recving=ended.finished, failed_recving=ended.failed)
 
     def _take_loaded(self, side: WorkerSide, wait: bool) -> list[LoadResult]:
-        loaded = self._ends.take(side.take_loaded(wait))
-        for result in loaded:
-            side.look_again(result)
-        return loaded
+        return self._ends.take(side.take_loaded(wait))
+
+    def _look_again(self, side: WorkerSide, result: LoadResult) -> bool:
+        side.look_again(result)
+        return True
 
     def _give_up_loads(self, side: WorkerSide) -> None:
         """Results can't be had; once no copy runs any more the requests may go on without their loads."""

@@ -484,6 +484,22 @@ def test_results_that_can_not_be_had_are_given_up_once_no_copy_runs(caplog: pyte
     assert run(half, step(4))[:2] == (set(), set()), "a second end would stand for another rank's"
 
 
+def test_a_load_that_can_not_be_looked_at_again_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """It is over all the same, and so are those that ended with it."""
+    side = Worker()
+    half = worker_of(side)
+    meta = step(1, "a", "b")
+    run(half, meta)
+    side.over = [LoadResult(job, ok=True) for job in meta.loads]
+
+    def look_again(result: LoadResult) -> None:
+        if result.job.request_id == "a":
+            broken()
+
+    side.look_again = look_again  # type: ignore[method-assign]
+    assert run(half, step(2))[:3] == ({"a", "b"}, {"a"}, set())
+
+
 def test_a_report_that_can_not_be_had_is_not_the_end(caplog: pytest.LogCaptureFixture) -> None:
     side = Worker()
     half = worker_of(side)
