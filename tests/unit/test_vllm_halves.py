@@ -167,6 +167,40 @@ def test_a_load_that_an_error_loses_is_sent_to_fail(method: str, caplog: pytest.
     assert ended.finished_recving == {"a"}
 
 
+def test_a_load_that_is_lost_takes_no_other_along() -> None:
+    """Each keeps its own job, and those that the step has are as they were."""
+    side = Scheduler()
+    half = half_of(side)
+    admit(half, "a", "b", "c")
+    del side.loads.queued[1]
+    meta = half.build({})
+    assert [(job.request_id, job.job_id, job.hopeless) for job in meta.loads] == [
+        ("a", 1, False),
+        ("c", 3, False),
+        ("b", 2, True),
+    ]
+
+
+def test_counts_of_the_side_and_of_the_shield_are_told_once() -> None:
+    side = Scheduler()
+    half = half_of(side)
+    side.state.counts.update(lookups=2, hook_errors=1)
+    side.matched_tokens = broken  # type: ignore[method-assign]
+    assert half.matched_tokens(request("a"), 0) == (0, False)
+    assert half.take_counts() == {"lookups": 2, "hook_errors": 2}
+    assert half.take_counts() == {}
+
+
+def test_workers_that_have_nothing_to_say_of_adapters_are_passed_over() -> None:
+    side = Scheduler()
+    told: list[WorkerReport] = []
+    side.adapters_reported = told.append
+    report = WorkerReport()
+    half_of(side).adapters_loaded([None, report])
+    half_of(None).adapters_loaded([report])
+    assert told == [report]
+
+
 def test_a_side_that_is_off_is_told_of_loads_that_were_promised_and_of_nothing_else() -> None:
     side = Scheduler()
     half = half_of(side)
@@ -286,6 +320,7 @@ def test_a_cache_that_is_emptied_by_no_call_lets_go_of_what_is_held_and_of_no_lo
     half.build({})
     empty_cache(half, None)
     assert side.events[-1] == "before reset"
+    assert not side.off
     ended = output("a")
     half.output(ended)
     assert ended.finished_recving == {"a"}
@@ -490,7 +525,7 @@ def test_a_load_that_can_not_be_looked_at_again_has_failed(caplog: pytest.LogCap
     half = worker_of(side)
     meta = step(1, "a", "b")
     run(half, meta)
-    side.over = [LoadResult(job, ok=True) for job in meta.loads]
+    side.over = [LoadResult(job, ok=True, failed_blocks={int(job.job_id)}) for job in meta.loads]
 
     def look_again(result: LoadResult) -> None:
         if result.job.request_id == "a":
@@ -498,6 +533,41 @@ def test_a_load_that_can_not_be_looked_at_again_has_failed(caplog: pytest.LogCap
 
     side.look_again = look_again  # type: ignore[method-assign]
     assert run(half, step(2))[:3] == ({"a", "b"}, {"a"}, set())
+
+
+def test_nothing_is_waited_for_where_nothing_is_loaded(caplog: pytest.LogCaptureFixture) -> None:
+    side = Worker()
+    side.take_loaded = broken  # type: ignore[method-assign]
+    assert run(worker_of(side), step(1)) == (set(), set(), set(), None)
+    assert side.events == []
+
+
+def test_a_load_that_began_before_an_error_lost_its_step_ends_once(caplog: pytest.LogCaptureFixture) -> None:
+    side = Worker()
+    half = worker_of(side)
+    side.submit_loads = broken  # type: ignore[method-assign]
+    meta = step(1, "a")
+    assert run(half, meta)[:2] == ({"a"}, {"a"})
+    side.over = [LoadResult(meta.loads[0], ok=True)]
+    assert run(half, step(2))[:2] == (set(), set())
+
+
+def test_a_step_that_runs_no_model_is_not_over_at_once_while_requests_wait_for_other_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless a load has ended, which the engine had better hear of."""
+    slept: list[float] = []
+    monkeypatch.setattr(worker_half, "time", SimpleNamespace(sleep=slept.append))
+    side = Worker()
+    half = worker_of(side)
+    meta = step(1, "a", runs_model=False, waits=True)
+    run(half, meta)
+    assert slept == [worker_half.EMPTY_STEP_S]
+    side.over = [LoadResult(meta.loads[0], ok=True)]
+    run(half, step(2, runs_model=False, waits=True))
+    run(half, step(3, runs_model=False))
+    run(half, step(4, waits=True))
+    assert len(slept) == 1
 
 
 def test_a_report_that_can_not_be_had_is_not_the_end(caplog: pytest.LogCaptureFixture) -> None:
@@ -532,6 +602,18 @@ def test_blocks_that_vllm_has_not_asked_for_are_told_once_the_step_is_its_engine
     assert half.take_invalid() == set()
     half.step_begins(step(3))
     assert half.take_invalid() == {7}
+
+
+def test_blocks_are_told_with_their_own_step_or_not_at_all() -> None:
+    """Later they may be others'."""
+    side = Worker()
+    half = worker_of(side)
+    meta = step(1, "a")
+    run(half, meta)
+    side.over = [LoadResult(meta.loads[0], ok=False, failed_blocks={7})]
+    half.results(meta, set())
+    half.results(step(2), set())
+    assert half.take_invalid() == set()
 
 
 def test_blocks_of_an_adapter_that_became_another_are_told_as_not_loaded() -> None:
@@ -606,6 +688,19 @@ def test_a_second_engine_in_the_process_is_refused_and_the_first_goes_on(alone: 
     assert calls == [{"layer": 1}]
     run(half, step(1, "a"))
     assert side.events == [("loads", [1])]
+
+
+def test_a_worker_that_was_closed_begins_no_copy() -> None:
+    """And tells that its loads have failed."""
+    side = Worker()
+    closed: list[int] = []
+    side.close = lambda: closed.append(1)  # type: ignore[attr-defined]
+    half = worker_of(side)
+    for _ in range(2):
+        half.close()
+    assert closed == [1]
+    assert run(half, step(1, "a"))[:2] == ({"a"}, {"a"})
+    assert side.events == []
 
 
 def test_beside_other_connectors_a_worker_does_nothing(
