@@ -47,7 +47,9 @@ __all__ = [
 
 ENV_PREFIX = "KVPLUG_"
 PATH_ENV = "KVPLUG_CONFIG"
-RESERVED_ENV = frozenset({PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT", "KVPLUG_PEER_FAULT"})
+RESERVED_ENV = frozenset(
+    {PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_KERNELS", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT", "KVPLUG_PEER_FAULT"}
+)
 """Variables that are read elsewhere and are not settings of the schema."""
 SECRETS = frozenset({"auth_key", "directory_url"})
 UNQUOTED = {

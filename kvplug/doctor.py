@@ -282,7 +282,7 @@ def _pools(around: _Surroundings) -> Iterator[Finding]:
             "pools",
             Status.FAULT,
             f"the pool's code can't be loaded: {first_line}",
-            "fix the findings on packages and numba cache",
+            "fix the findings on packages, kernels and numba cache",
         )
         return
     pools = list_pools()
@@ -331,7 +331,23 @@ def _usable_pool(name: str, text: str, *, is_ours: bool) -> Iterator[Finding]:
         yield Finding("pools", Status.OK, text)
 
 
-def _numba_cache(_: _Surroundings) -> Iterator[Finding]:
+def _kernels(_: _Surroundings) -> Iterator[Finding]:
+    """Which machine code the pool's kernels are: the package's, or numba's, which a process makes or loads."""
+    from kvplug.shm import native
+
+    try:
+        kernels = native.choose(native.sources_stamp()[0])
+    except ConfigError as error:
+        yield Finding("kernels", Status.FAULT, str(error), f"unset {native.ENV}")
+        return
+    if kernels.library is not None:
+        yield Finding("kernels", Status.OK, f"compiled: {kernels.why}")
+        return
+    yield Finding("kernels", Status.NOTE, kernels.why)
+    yield from _numba_cache()
+
+
+def _numba_cache() -> Iterator[Finding]:
     """Where numba keeps what it compiled, in its own order of places. With none, each process compiles it anew."""
     fix = "NUMBA_CACHE_DIR=... with a folder of this user's"
     asked = os.environ.get("NUMBA_CACHE_DIR")
@@ -483,7 +499,7 @@ _CHECKS: tuple[Callable[[_Surroundings], Iterator[Finding]], ...] = (
     _limits,
     _files_and_locks,
     _pools,
-    _numba_cache,
+    _kernels,
     _huge_pages,
     _engines,
     _vllm_plugin,

@@ -13,12 +13,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import cgutils, intrinsic, ir, kernel, types
 
 __all__ = [
     "clock_gettime",

@@ -61,6 +61,15 @@ _copy_streamed = block_walker(store="stream", hashed=False)
 
 
 @kernel
+def sum_of(nbytes: Any, begin: int, end: int) -> int:
+    """The sum of ``nbytes[begin:end]``. Not numpy's: that counts references, which the compiled library has none of."""
+    n = 0
+    for i in range(begin, end):
+        n += nbytes[i]
+    return n
+
+
+@kernel
 def copy(dst: int, src: int, nbytes: int) -> None:
     """memcpy: the way out of the pool for a little that is read at once."""
     memcpy(dst, src, nbytes)
@@ -150,7 +159,7 @@ def _append(state: int, part: int, at: int, total: int, src: int, nbytes: int, a
 def copy_batch(dst_addrs: Any, src_addrs: Any, nbytes: Any) -> None:
     """Copy N ranges. dst_addrs, src_addrs, nbytes: int64[N]."""
     n = len(nbytes)
-    stream = nbytes.sum() >= STREAM_BYTES
+    stream = sum_of(nbytes, 0, len(nbytes)) >= STREAM_BYTES
     for i in range(n):
         copy_out(dst_addrs[i], src_addrs[i], nbytes[i], src_addrs[min(i + 1, n - 1)], stream)
 
@@ -179,7 +188,7 @@ def gather_runs(block_ids: Any, dst_addrs: Any, run_base: Any, run_stride: Any, 
     whole part.
     """
     state = lanes_on_stack()
-    total = run_nbytes.sum()
+    total = sum_of(run_nbytes, 0, len(run_nbytes))
     n, runs = len(block_ids), len(run_base)
     for i in range(n):
         xxh3_start(state)
@@ -199,7 +208,7 @@ def gather_runs(block_ids: Any, dst_addrs: Any, run_base: Any, run_stride: Any, 
 def scatter_runs(block_ids: Any, src_addrs: Any, run_base: Any, run_stride: Any, run_nbytes: Any) -> None:
     """Slots to an engine's blocks, the way back of :func:`gather_runs`; src_addrs: int64[N], the parts."""
     n = len(block_ids)
-    total = run_nbytes.sum()
+    total = sum_of(run_nbytes, 0, len(run_nbytes))
     stream = n * total >= STREAM_BYTES
     for i in range(n):
         src = src_addrs[i]
@@ -222,7 +231,7 @@ def gather_multi(offsets: Any, frag_addrs: Any, frag_nbytes: Any, dst_addrs: Any
     state = lanes_on_stack()
     last = len(frag_addrs) - 1
     for i in range(len(dst_addrs)):
-        total = frag_nbytes[offsets[i] : offsets[i + 1]].sum()
+        total = sum_of(frag_nbytes, offsets[i], offsets[i + 1])
         xxh3_start(state)
         at = 0
         for f in range(offsets[i], offsets[i + 1]):

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvplug.shm.atomics import fence_acquire, load_acquire, prefetch, store_release
 from kvplug.shm.failpoints import INDEX_SHIFT, fail
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     H_INDEX_CAP,
     H_INDEX_SEQ,
@@ -37,7 +37,7 @@ ANNOUNCE_KEYS = 64
 ANNOUNCE_PROBES = 8
 
 
-@kernel
+@entry("i(i, i, i, i)", late=True)
 def key_hash(k0: int, k1: int, k2: int, k3: int) -> int:
     """Mix a key's four words into 63 bits. Keys are digests, but a caller may bring any 32 bytes."""
     # Multiplied and added modulo 2**64 on purpose: numba's own signed operators promise LLVM that nothing overflows.

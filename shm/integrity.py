@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.errors import Code, IntegrityError, LockTimeoutError, PoolError
+from kvplug.shm import jit
 from kvplug.shm.index import find
-from kvplug.shm.jit import compile_entry, kernel
+from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
     C_PINS,
     C_SESSION,
@@ -172,7 +173,7 @@ def _check_slab(T: Any, L: Any, slab: int, deep: bool, pins: Any, seen: Any, fou
     return n
 
 
-@kernel
+@entry("i(I, I, b, I, I8, K)", late=True)
 def check(T: Any, L: Any, deep: bool, pins: Any, seen: Any, found: Any) -> int:
     """Fill ``found`` (M, 2) with (finding, where); their number (may be more than M), or a lock code."""
     lock = enter(T, L)
@@ -220,7 +221,7 @@ def check(T: Any, L: Any, deep: bool, pins: Any, seen: Any, found: Any) -> int:
 
 def prepare() -> None:
     """Compile or load the check, which no ordinary call needs, before anybody waits for it."""
-    compile_entry(check, "i(I, I, b, I, I8, K)")
+    jit.prepare(check)
 
 
 def raise_findings(pool: str, answer: int, sentences: list[str], lock_timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvplug.shm.atomics import fence_acquire, load_acquire
 from kvplug.shm.codes import CORRUPT, MISSING, OK, SIZE, STALE
-from kvplug.shm.copy import STREAM_BYTES, copy_out
+from kvplug.shm.copy import STREAM_BYTES, copy_out, sum_of
 from kvplug.shm.index import ANNOUNCE_KEYS, announce, find_sealed
 from kvplug.shm.jit import entry, kernel
 from kvplug.shm.layout import (
@@ -135,7 +135,7 @@ def get_into(
     me = T[H_O_CLIENT] + L[L_CLIENT] * CLIENT_WORDS
     first = T[H_TICK] + 1
     T[H_TICK] += n
-    stream = dst_nbytes.sum() >= STREAM_BYTES
+    stream = sum_of(dst_nbytes, 0, len(dst_nbytes)) >= STREAM_BYTES
     hits, total = 0, 0
     for i in range(n):
         if i % ANNOUNCE_KEYS == 0:

@@ -20,12 +20,8 @@ import platform
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from kvplug.shm.jit import kernel
+from kvplug.shm.jit import cgutils, intrinsic, ir, kernel, types
 
 __all__ = [
     "BLOCK_BYTES",
