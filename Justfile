@@ -21,13 +21,13 @@ demo *ARGS:
     {{ py }} bench/demo.py {{ ARGS }}
 
 # unit tests, the pool under fire, real vLLM, real SGLang; with --full also long tests that repeat shorter ones
-test *ARGS: engines
+test *ARGS: engines kernels
     @bash tests/devices/install.sh .venv
     @[ "$(id -u)" != 0 ] || bash tests/hosts/install.sh || true
     {{ py }} -m pytest tests {{ two_files }} {{ ARGS }}
 
 # unit tests only: no engine, a few minutes at most
-test-fast *ARGS: install
+test-fast *ARGS: install kernels
     {{ py }} -m pytest tests/unit {{ two_files }} {{ ARGS }}
 
 # real RDMA verbs, in emulated machines that this boots; Debian on x86-64, and root once, for QEMU: just test-rdma --guests two
@@ -59,6 +59,17 @@ stress *ARGS: install
 soak *ARGS: setup
     {{ py }} tests/soak/run.py {{ ARGS }}
 
+# the pool's kernels compiled for every level of this machine's processors, beside the sources: just native --machine aarch64
+native *ARGS: install
+    {{ py }} -m kvplug.shm.build {{ ARGS }}
+
+# a wheel with the compiled kernels of one machine, and a list of what is in it: just wheels aarch64
+wheels machine=arch(): install
+    {{ py }} -m kvplug.shm.build --machine {{ machine }}
+    rm -rf build/lib build/bdist.*
+    SOURCE_DATE_EPOCH="$(git log -1 --format=%ct)" KVPLUG_WHEEL={{ machine }} {{ py }} -m build --wheel --no-isolation
+    {{ py }} -m zipfile -l dist/kvplug-*_{{ machine }}.whl
+
 # draw the documentation's pictures from their texts: docs/images
 pictures:
     @python3 docs/images/make.py
@@ -78,6 +89,11 @@ fmt: install
 api: install
     @{{ py }} -c 'import pdoc' 2>/dev/null || {{ py }} -m pip install -q --disable-pip-version-check -e '.[docs]'
     {{ py }} -m pdoc --docformat restructuredtext --no-show-source -o build/api kvplug {{ api_modules }}
+
+# the compiled kernels for this processor; where they can't be made, numba compiles in each process, and that is said
+[private]
+kernels: install
+    @{{ py }} -m kvplug.shm.build --level best || true
 
 # kvplug with its development tools, and the newest of the test engines (vLLM and SGLang for the CPU, about 4 GB)
 setup:

@@ -237,6 +237,7 @@ def link(emitted: bytes, machine: str, folder: pathlib.Path, to: pathlib.Path) -
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     if run.returncode:
         raise BuildError(f"{shlex.join(command)} failed:\n{run.stderr}")
+    to.parent.mkdir(exist_ok=True)
     # Beside its place first: a process that has the old one mapped keeps it.
     beside = to.with_name(f".{to.name}.{os.getpid()}.tmp")
     shutil.copyfile(made, beside)

@@ -25,6 +25,7 @@ ENV: Final = "KVPLUG_KERNELS"
 CHOICES: Final = ("auto", "native", "numba")
 FOLDER: Final = pathlib.Path(__file__).parent / "native"
 MODULE: Final = "kvplug.shm.kernels"
+CPUINFO: Final = "/proc/cpuinfo"
 CPUINFO_BYTES: Final = 16384
 """The first processor's lines are enough, and a file of hundreds of processors takes long to read."""
 
@@ -59,7 +60,7 @@ def sources_stamp() -> tuple[str, int]:
 def levels_here() -> list[str]:
     """Levels that this machine's processor has, best first."""
     try:
-        with open("/proc/cpuinfo", "rb", buffering=0) as file:
+        with open(CPUINFO, "rb", buffering=0) as file:
             lines = file.read(CPUINFO_BYTES).decode("ascii", "replace").splitlines()
     except OSError:
         return []
@@ -69,7 +70,8 @@ def levels_here() -> list[str]:
 
 def library_path(level: str) -> pathlib.Path:
     """Where the library of a level lies, if there is one."""
-    return FOLDER / f"kernels-{level}.abi3.so"
+    machine = next(name for name, levels in LEVELS.items() if level in levels)
+    return FOLDER / machine / f"{level}.abi3.so"
 
 
 def load(stamp: str) -> Kernels:

@@ -1,7 +1,7 @@
 """Bugs put in on purpose: each breaks one promise, and the stress run has to notice every one of them.
 
 The packages are copied, one piece of text is replaced, and the run is started on the copy. A mutant that survives says
-that the run is blind there.
+that the run is blind there. numba compiles the copies; with ``KVPLUG_KERNELS=native`` a library is made of each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Final
+
+from kvplug.shm import native
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 RUN_TIMEOUT_S: Final = 420
@@ -147,7 +149,7 @@ MUTANTS: Final[dict[str, Mutant]] = {
 
 def build(mutant: Mutant, into: Path) -> None:
     """A copy of the packages, as they are installed, with the bug in it."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.nb?")
+    ignore = shutil.ignore_patterns("__pycache__", "*.nb?", "*.so")
     shutil.copytree(ROOT / "kvplug", into / "kvplug", ignore=ignore)  # follows its links: shm and all
     path = into / "kvplug" / mutant.file
     text = path.read_text()
@@ -160,6 +162,9 @@ def hunt(name: str, *, kills: int, seed: int, actors: int) -> tuple[bool, str, f
     """(found, the first thing that was noticed, seconds) of a run on a mutant."""
     with tempfile.TemporaryDirectory(prefix=f"kvplug-mutant-{name}-") as folder:
         build(MUTANTS[name], Path(folder))
+        environment = {native.ENV: "numba", **os.environ, "PYTHONPATH": folder, "KVPLUG_TEST_EXPECT": folder}
+        if environment[native.ENV] == "native":
+            subprocess.run([sys.executable, "-m", "kvplug.shm.build", "--level=best"], env=environment, check=True)
         began = time.monotonic()
         command = [
             sys.executable,
@@ -172,7 +177,7 @@ def hunt(name: str, *, kills: int, seed: int, actors: int) -> tuple[bool, str, f
         try:
             done = subprocess.run(
                 command,
-                env={**os.environ, "PYTHONPATH": folder, "KVPLUG_TEST_EXPECT": folder},
+                env=environment,
                 capture_output=True,
                 text=True,
                 timeout=RUN_TIMEOUT_S,

@@ -16,10 +16,9 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit
 
 from kvplug.shm import copy as kernels
-from kvplug.shm.atomics import load_acquire
+from tests.kernels import HAS_LIBRARY, NUMBA_ONLY
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.int64]
@@ -68,6 +67,7 @@ def source() -> Bytes:
     return np.random.default_rng(SEED).integers(0, 256, 1 << 20, dtype=np.uint8)
 
 
+@NUMBA_ONLY
 @pytest.mark.parametrize("dst_offset", [0, 1, 8, 63])
 @pytest.mark.parametrize("src_offset", [0, 3, 64])
 def test_copy_hash_stores_the_bytes_and_returns_their_hash(source: Bytes, dst_offset: int, src_offset: int) -> None:
@@ -79,6 +79,7 @@ def test_copy_hash_stores_the_bytes_and_returns_their_hash(source: Bytes, dst_of
         assert got == reference(expected), n
 
 
+@NUMBA_ONLY
 @pytest.mark.parametrize("dst_offset", [0, 1, 16, 63])
 def test_copy_and_copy_stream_store_the_bytes(source: Bytes, dst_offset: int) -> None:
     src = source.ctypes.data + 5
@@ -204,12 +205,12 @@ def test_fragments_gather_into_parts(items: list[list[tuple[int, int]]], offset:
     assert out.tolist() == [reference(content) for content in expected]
 
 
-@njit(nogil=True)
-def keep_writing(source: Bytes, stop_addr: int) -> None:
-    value = 0
-    while load_acquire(stop_addr) == 0:
+def keep_writing(source: Bytes, stop: threading.Event) -> None:
+    """Without the GIL for most of the time: it is memset that writes."""
+    value, address, nbytes = 0, source.ctypes.data, source.nbytes
+    while not stop.is_set():
         value += 1
-        source[:] = value & 0xFF
+        ctypes.memset(address, value & 0xFF, nbytes)
 
 
 @pytest.mark.parametrize("nbytes", [200, 1000, 5000])
@@ -221,10 +222,8 @@ def test_the_hash_is_of_the_stored_bytes_while_somebody_still_writes_the_source(
     run_base, run_nbytes = words(source.ctypes.data, source.ctypes.data + 150), words(150, nbytes - 150)
     ids, stride = np.zeros(copies, np.int64), words(0, 0)
     lengths, got, there = np.full(copies, nbytes), np.zeros(copies, np.int64), np.zeros(copies, np.int64)
-    stop = np.ones(1, np.int64)
-    keep_writing(source, stop.ctypes.data)  # returns at once: compiled before the thread starts
-    stop[0] = 0
-    writer = threading.Thread(target=keep_writing, args=(source, stop.ctypes.data))
+    stop = threading.Event()
+    writer = threading.Thread(target=keep_writing, args=(source, stop))
     writer.start()
     try:
         mixed, deadline = 0, time.monotonic() + 60
@@ -237,7 +236,7 @@ def test_the_hash_is_of_the_stored_bytes_while_somebody_still_writes_the_source(
             assert np.array_equal(got, there)
             mixed += int((parts[:, :nbytes].min(axis=1) != parts[:, :nbytes].max(axis=1)).sum())
     finally:
-        stop[0] = 1
+        stop.set()
         writer.join(timeout=60)
     assert mixed > 0, "the source never changed during a copy: nothing was tested"
 
@@ -261,9 +260,15 @@ def test_nothing_behind_the_source_is_read_though_prefetching_runs_ahead(page_be
     for n in (*range(1, 1100), 2048, 4096):
         src = source[source.nbytes - n :]
         arena = Arena([n])
-        assert kernels.copy_hash(int(arena.addrs[0]), src.ctypes.data, n) == reference(src.tobytes())
-        assert kernels.xxh3_64(src.ctypes.data, n) == reference(src.tobytes())
-        kernels.copy_stream(int(arena.addrs[0]), src.ctypes.data, n, src.ctypes.data)
+        out, at, of = words(0), words(src.ctypes.data), words(n)
+        kernels.copy_hash_batch(arena.addrs, at, of, out)
+        assert out[0] == reference(src.tobytes())
+        kernels.hash_batch(at, of, out)
+        assert out[0] == reference(src.tobytes())
+        if HAS_LIBRARY:
+            kernels.copy_batch(arena.addrs, at, of)
+        else:  # so little is streamed only if it is asked for
+            kernels.copy_stream(int(arena.addrs[0]), src.ctypes.data, n, src.ctypes.data)
         assert arena.contents() == [src.tobytes()]
 
 

@@ -11,6 +11,9 @@ import pytest
 from numba import njit
 
 from kvplug.shm import jit
+from tests.kernels import NUMBA_ONLY
+
+pytestmark = NUMBA_ONLY
 
 
 def plain_njit(*, nogil: bool, cache: bool = False) -> Any:

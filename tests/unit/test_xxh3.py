@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from numba import njit
 
 from kvplug.shm.xxh3 import BLOCK_BYTES, wrap_add, wrap_mul, xxh3_64
+from tests.kernels import NUMBA_ONLY
 
+pytestmark = NUMBA_ONLY
 MASK = (1 << 64) - 1
 SEED = 20261124
 
