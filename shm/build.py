@@ -147,7 +147,7 @@ def _lower(machine: str, folder: pathlib.Path) -> None:
         dispatcher.compile(spelled)
         texts.append(_wrap(name, dispatcher.overloads[tuple(arguments)], tuple(arguments)))
         letters = "".join(LETTERS[t] for t in argument_types)
-        table.append(f'KERNEL({name}, "{letters}", \'{LETTERS[result]}\')')
+        table.append(f"KERNEL({name}, \"{letters}\", '{LETTERS[result]}')")
     whole = llvm.parse_assembly(texts[0])
     for text in texts[1:]:
         whole.link_in(llvm.parse_assembly(text))
@@ -278,7 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command's exit status: 1 where nothing could be made, which is said."""
     parser = argparse.ArgumentParser(prog="python -m kvplug.shm.build", description=__doc__)
     parser.add_argument("--machine", choices=list(native.LEVELS), default=platform.machine())
-    parser.add_argument("--level", action="append", help="by default all of the machine; `best`: the best that runs here")
+    parser.add_argument(
+        "--level", action="append", help="by default all of the machine; `best`: the best that runs here"
+    )
     parser.add_argument("--lower", nargs=2, metavar=("MACHINE", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.lower:

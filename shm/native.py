@@ -64,7 +64,9 @@ def levels_here() -> list[str]:
             lines = file.read(CPUINFO_BYTES).decode("ascii", "replace").splitlines()
     except OSError:
         return []
-    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    flags = next(
+        (set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set()
+    )
     return [name for name, needed in LEVELS.get(platform.machine(), {}).items() if needed <= flags]
 
 
@@ -106,7 +108,9 @@ def choose(stamp: str) -> Kernels:
     found = load(stamp)
     if found.library is None:
         if asked == "native":
-            raise ConfigError(f"{ENV}=native, but {found.why}; set it to auto, or build with `python -m kvplug.shm.build`")
+            raise ConfigError(
+                f"KVPLUG_KERNELS=native, but {found.why}; set it to auto, or build with `python -m kvplug.shm.build`"
+            )
         if any(library_path(level).exists() for level in levels_here()):
             log.warning("the pool's compiled library is not used; %s", found.why)
     return found

@@ -2,6 +2,7 @@
 
 Where output can't be written (a full disk) the command says so in one line and ends with status 1; where nobody reads
 it any more (`| head -1`) it ends without a word, as commands do. A stream that was closed from the start takes nothing.
+rich is imported where a table is made: most calls in scripts make none.
 """
 
 from __future__ import annotations
@@ -11,16 +12,28 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from kvplug.errors import KvplugError
 
-__all__ = ["CLOSED_PIPE_STATUS", "OutputError", "complain", "emit_json", "mention", "prepare", "say", "show", "table"]
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+__all__ = [
+    "CLOSED_PIPE_STATUS",
+    "OutputError",
+    "cell",
+    "complain",
+    "emit_json",
+    "mention",
+    "prepare",
+    "say",
+    "show",
+    "table",
+]
 
 PIPE_WIDTH = 100_000
 LAST_COLUMN = 14
@@ -94,6 +107,9 @@ def show(renderable: Any) -> None:
 
     In a pipe, and on a terminal too narrow for it: without colours, and without the blanks that pad a column.
     """
+    from rich.console import Console
+    from rich.measure import Measurement
+
     with _written():
         if sys.stdout is not None and sys.stdout.isatty():
             terminal = Console(highlight=False, emoji=False)
@@ -113,8 +129,17 @@ def emit_json(value: Any) -> None:
         _write(json.dumps(value, indent=2) + "\n")
 
 
+def cell(text: str, style: str = "") -> Text:
+    """What stands in a table as it is, whatever rich would make of its brackets."""
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     """A table without lines; the columns in *right* are numbers, and the last one is the one that may be folded."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for at, column in enumerate(columns, start=1):
         last = at == len(columns)

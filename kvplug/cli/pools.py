@@ -8,7 +8,6 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from kvplug.cli import output
 from kvplug.sizes import format_size
@@ -71,15 +70,15 @@ def pools(as_json: Json = False) -> None:
         if not pool.usable:
             state = f"{state}; {pool.problem}" if pool.clients_alive else pool.problem
         table.add_row(
-            Text(pool.name),
+            output.cell(pool.name),
             str(pool.format),
             format_size(pool.size_bytes),
             format_size(pool.reserved_bytes),
-            Text(_owner(pool.uid)),
+            output.cell(_owner(pool.uid)),
             f"{pool.mode:04o}",
             _age(pool.created_unix_s),
             str(pool.clients_alive) if pool.clients_alive >= 0 else "?",
-            Text(state, style="" if pool.usable else "yellow"),
+            output.cell(state, style="" if pool.usable else "yellow"),
         )
     output.show(table)
 
@@ -98,7 +97,7 @@ def stat(pool: PoolName = None, as_json: Json = False) -> None:
     for name, value in figures.items():
         if name not in parts:
             meaning = format_size(value) if name.endswith("_bytes") and isinstance(value, int) else ""
-            table.add_row(Text(name), Text(_number(value)), meaning)
+            table.add_row(output.cell(name), output.cell(_number(value)), meaning)
     output.show(table)
     for name, entries in parts.items():
         if entries:

@@ -6,7 +6,6 @@ import os
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from kvplug.cli import output
 
@@ -28,10 +27,12 @@ def doctor(as_json: Json = False) -> None:
     else:
         table = output.table("check", "", "found")
         for finding in findings:
-            found = Text(finding.found)
+            found = output.cell(finding.found)
             if finding.fix:
                 found.append(f"\n-> {finding.fix}", style="cyan")
-            table.add_row(Text(finding.name), Text(finding.status.value, style=_STYLES[finding.status.value]), found)
+            table.add_row(
+                output.cell(finding.name), output.cell(finding.status.value, style=_STYLES[finding.status.value]), found
+            )
         output.show(table)
         faults = sum(finding.status.value == "fault" for finding in findings)
         output.say("")
@@ -56,7 +57,11 @@ def config(as_json: Json = False) -> None:
         raise typer.Exit(bool(wrong))
     table = output.table("setting", "value", "from")
     for one in settings:
-        table.add_row(Text(one.name), Text(one.text), Text(one.source, style="dim" if one.source == "default" else ""))
+        table.add_row(
+            output.cell(one.name),
+            output.cell(one.text),
+            output.cell(one.source, style="dim" if one.source == "default" else ""),
+        )
     output.show(table)
     path, named = config_path()
     output.say("")

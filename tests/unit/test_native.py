@@ -244,7 +244,9 @@ def test_a_kernel_that_needs_more_than_the_c_library_is_not_emitted() -> None:
         build.emit(text, "x86_64", "x86-64-v2")
 
 
-def test_where_nothing_can_be_made_the_build_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any, folder: Path) -> None:
+def test_where_nothing_can_be_made_the_build_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, folder: Path
+) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setitem(sys.modules, "ziglang", None)
