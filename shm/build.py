@@ -28,13 +28,41 @@ from typing import Any, Final
 from kvplug.shm import native
 
 LIBC: Final = frozenset(
-    "__errno_location bcmp clock_gettime fcntl flock getpid kill memcmp memcpy memmove memset sched_yield usleep".split()
+    [
+        "__errno_location",
+        "bcmp",
+        "clock_gettime",
+        "fcntl",
+        "flock",
+        "getpid",
+        "kill",
+        "memcmp",
+        "memcpy",
+        "memmove",
+        "memset",
+        "sched_yield",
+        "usleep",
+    ]
 )
 """All that a kernel may call. memset and its like are LLVM's own doing."""
 TRIPLES: Final = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
-MODULES: Final = (
-    "arrival copy events failpoints forecast index integrity lock objects pins read reap scan slabs write".split()
-)
+MODULES: Final = [
+    "arrival",
+    "copy",
+    "events",
+    "failpoints",
+    "forecast",
+    "index",
+    "integrity",
+    "lock",
+    "objects",
+    "pins",
+    "read",
+    "reap",
+    "scan",
+    "slabs",
+    "write",
+]
 """Modules that have an entry (tests compare them with the sources)."""
 LETTERS: Final = {
     "int64[::1]": "q",

@@ -26,12 +26,10 @@ CHOICES: Final = ("auto", "native", "numba")
 FOLDER: Final = pathlib.Path(__file__).parent / "native"
 MODULE: Final = "kvplug.shm.kernels"
 CPUINFO: Final = "/proc/cpuinfo"
-CPUINFO_BYTES: Final = 16384
-"""The first processor's lines are enough, and a file of hundreds of processors takes long to read."""
 
-_V2: Final = frozenset("cx16 lahf_lm popcnt pni ssse3 sse4_1 sse4_2".split())
-_V3: Final = _V2 | frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave".split())
-_V4: Final = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
+_V2: Final = frozenset(["cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"])
+_V3: Final = _V2 | frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
+_V4: Final = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 LEVELS: Final[dict[str, dict[str, frozenset[str]]]] = {
     "x86_64": {"x86-64-v4": _V4, "x86-64-v3": _V3, "x86-64-v2": _V2},
     "aarch64": {"armv8-a": frozenset()},
@@ -59,14 +57,15 @@ def sources_stamp() -> tuple[str, int]:
 
 def levels_here() -> list[str]:
     """Levels that this machine's processor has, best first."""
+    flags: set[str] = set()
     try:
-        with open(CPUINFO, "rb", buffering=0) as file:
-            lines = file.read(CPUINFO_BYTES).decode("ascii", "replace").splitlines()
+        with open(CPUINFO, encoding="utf-8", errors="replace") as file:
+            for line in file:  # the first processor's are enough: the kernel takes its time for hundreds of them
+                if line.startswith(("flags", "Features")):
+                    flags = set(line.partition(":")[2].split())
+                    break
     except OSError:
         return []
-    flags = next(
-        (set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set()
-    )
     return [name for name, needed in LEVELS.get(platform.machine(), {}).items() if needed <= flags]
 
 
@@ -92,7 +91,7 @@ def load(stamp: str) -> Kernels:
         except ImportError as error:
             why = f"{path} can't be loaded: {error}"
             continue
-        if library.SOURCES == stamp:
+        if stamp == library.SOURCES:
             return Kernels(library, f"{path}, made for {level}")
         why = f"{path} was made of other sources than those beside it"
     return Kernels(None, f"numba compiles them: {why}")

@@ -1,4 +1,4 @@
-"""Which way to the pool's kernels a test is for; see kvplug/shm/native.py. Both are run: tests/pool/test_both_ways.py."""
+"""Which way to the pool's kernels a test is for (kvplug/shm/native.py). Both are run: tests/pool/test_both_ways.py."""
 
 from __future__ import annotations
 

@@ -207,7 +207,6 @@ def test_no_place_for_numbas_cache_is_a_warning(tmp_path: Path, monkeypatch: pyt
     blocked = tmp_path / "a-file"
     blocked.write_text("")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(blocked / "below"))
-    around = doctor._Surroundings(doctor.settings.load())
     (found,) = doctor._numba_cache()
     assert found.status is Status.WARNING, "it works, slowly"
     assert "NUMBA_CACHE_DIR" in found.fix
@@ -230,7 +229,6 @@ def test_a_numba_cache_that_anyone_can_write_is_a_warning(tmp_path: Path, monkey
     shared = tmp_path / "shared"
     shared.mkdir()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(shared))
-    around = doctor._Surroundings(doctor.settings.load())
     assert next(doctor._numba_cache()).status is Status.OK
     shared.chmod(0o777)
     (found,) = doctor._numba_cache()

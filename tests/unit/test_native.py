@@ -237,9 +237,13 @@ def test_a_level_is_chosen_by_what_the_processor_has(
 
 
 def test_a_kernel_that_needs_more_than_the_c_library_is_not_emitted() -> None:
-    llvm = pytest.importorskip("llvmlite.binding")
-    assert llvm
-    text = "declare i64 @NRT_Allocate(i64)\ndefine i64 @kvplug_x(i64 %n) {\n%r = call i64 @NRT_Allocate(i64 %n)\nret i64 %r\n}"
+    text = """
+        declare i64 @NRT_Allocate(i64)
+        define i64 @kvplug_x(i64 %n) {
+            %r = call i64 @NRT_Allocate(i64 %n)
+            ret i64 %r
+        }
+    """
     with pytest.raises(build.BuildError, match="NRT_Allocate"):
         build.emit(text, "x86_64", "x86-64-v2")
 
