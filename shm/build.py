@@ -46,6 +46,8 @@ LIBC: Final = frozenset(
 )
 """All that a kernel may call. memset and its like are LLVM's own doing."""
 TRIPLES: Final = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+SAID_CHARACTERS: Final = 2000
+"""As much of another program's complaint is passed on."""
 MODULES: Final = [
     "arrival",
     "copy",
@@ -90,7 +92,6 @@ def _wrap(name: str, compiled: Any, arguments: Any) -> str:
     """LLVM text of an entry with ``int64 kvplug_NAME(const int64 *words, int64 *out)`` around it: 1 if it raised."""
     from llvmlite import ir
     from numba import types
-    from numba.core.compiler_lock import global_compiler_lock
 
     context = compiled.target_context
     library = context.codegen().create_library(name)
@@ -115,8 +116,7 @@ def _wrap(name: str, compiled: Any, arguments: Any) -> str:
         builder.store(answer, out)
     builder.ret(builder.zext(status.is_error, i64))
     library.add_ir_module(module)
-    with global_compiler_lock:
-        library.finalize()
+    library.finalize()
     return str(library.get_llvm_str())
 
 
@@ -158,11 +158,17 @@ def _lower(machine: str, folder: pathlib.Path) -> None:
     import llvmlite.binding as llvm
     import numba
     from numba.core import sigutils
+    from numba.core.compiler_lock import global_compiler_lock
+    from numba.core.cpu import CPUContext
 
     warnings.simplefilter("ignore", numba.NumbaWarning)
     platform.machine = lambda: machine  # which intrinsics are emitted
     from kvplug.shm import jit
 
+    # Nothing is run here, so no code is made for this process: that would be most of the work. numba wants a function
+    # in C for each, which no two have in common.
+    CPUContext.get_executable = lambda *_: [].append
+    jit.njit = lambda **_: numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
     for module in MODULES:
         importlib.import_module(f"kvplug.shm.{module}")
     head = f'#define KVPLUG_SOURCES "{jit.STAMP[0]}"\n#define KVPLUG_CALLER "{_caller_stamp()}"'
@@ -173,7 +179,8 @@ def _lower(machine: str, folder: pathlib.Path) -> None:
         spelled = f"{result}({', '.join(argument_types)})"
         arguments, _ = sigutils.normalize_signature(spelled)
         dispatcher.compile(spelled)
-        texts.append(_wrap(name, dispatcher.overloads[tuple(arguments)], tuple(arguments)))
+        with global_compiler_lock:
+            texts.append(_wrap(name, dispatcher.overloads[tuple(arguments)], tuple(arguments)))
         letters = "".join(LETTERS[t] for t in argument_types)
         table.append(f"KERNEL({name}, \"{letters}\", '{LETTERS[result]}')")
     whole = llvm.parse_assembly(texts[0])
@@ -194,7 +201,7 @@ def _lower_in_child(machine: str, folder: pathlib.Path) -> None:
     command = [sys.executable, "-m", "kvplug.shm.build", "--lower", machine, str(folder)]
     run = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     if run.returncode:
-        raise BuildError(f"numba could not translate the kernels:\n{run.stderr}")
+        raise BuildError(f"numba could not translate the kernels:\n{run.stderr[-SAID_CHARACTERS:]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,7 +271,7 @@ def link(emitted: bytes, machine: str, folder: pathlib.Path, to: pathlib.Path) -
     ]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     if run.returncode:
-        raise BuildError(f"{shlex.join(command)} failed:\n{run.stderr}")
+        raise BuildError(f"{shlex.join(command)} failed:\n{run.stderr[-SAID_CHARACTERS:]}")
     to.parent.mkdir(exist_ok=True)
     # Beside its place first: a process that has the old one mapped keeps it.
     beside = to.with_name(f".{to.name}.{os.getpid()}.tmp")
