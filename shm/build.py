@@ -1,6 +1,6 @@
 """Makes the compiled libraries: ``python -m kvplug.shm.build`` for this machine, or with other levels named.
 
-numba translates each entry into LLVM's language once, not yet optimised, with a wrapper of plain C around it. All of
+numba translates each entry into LLVM's language once, and what it calls, with a wrapper of plain C around it. All of
 them are linked into one module, so that what they share is there once. LLVM then optimises and emits this module for
 each level of the processor, and the C compiler links it with ``native/caller.c``, which Python calls.
 
@@ -88,8 +88,8 @@ class BuildError(RuntimeError):
 # In a child, where numba does not optimise: from Python to one LLVM module
 
 
-def _wrap(name: str, compiled: Any, arguments: Any) -> str:
-    """LLVM text of an entry with ``int64 kvplug_NAME(const int64 *words, int64 *out)`` around it: 1 if it raised."""
+def _wrap(name: str, compiled: Any, arguments: Any) -> Any:
+    """numba's library of ``int64 kvplug_NAME(const int64 *words, int64 *out)`` around an entry: 1 if it raised."""
     from llvmlite import ir
     from numba import types
 
@@ -116,8 +116,7 @@ def _wrap(name: str, compiled: Any, arguments: Any) -> str:
         builder.store(answer, out)
     builder.ret(builder.zext(status.is_error, i64))
     library.add_ir_module(module)
-    library.finalize()
-    return str(library.get_llvm_str())
+    return library
 
 
 def _argument(context: Any, builder: Any, words: Any, at: int, type_: Any) -> tuple[Any, int]:
@@ -151,42 +150,65 @@ def _argument(context: Any, builder: Any, words: Any, at: int, type_: Any) -> tu
     return array._getvalue(), 1 + type_.ndim
 
 
+def _only_translate() -> None:
+    """Nothing is run in this process: numba neither optimises, nor links, nor makes code, which is most of its work."""
+    import numba
+    from numba.core.codegen import CPUCodeLibrary
+    from numba.core.cpu import CPUContext
+
+    from kvplug.shm import jit
+
+    def finalize(library: Any) -> None:
+        library._finalized = True
+
+    def optimise(library: Any, module: Any) -> None:
+        module.data_layout = library._codegen._data_layout
+
+    warnings.simplefilter("ignore", numba.NumbaWarning)
+    CPUCodeLibrary.finalize, CPUCodeLibrary._optimize_functions = finalize, optimise
+    CPUContext.get_executable = lambda *_: [].append  # it wants a function in C, which no two kernels have in common
+    jit.njit = lambda **_: numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def _link_all(libraries: list[Any]) -> str:
+    """One module of what numba put into these libraries and into those that they need, each once."""
+    import llvmlite.binding as llvm
+
+    whole = llvm.parse_assembly("")
+    seen: set[int] = set()
+    while libraries:
+        library = libraries.pop(0)
+        if id(library) not in seen:
+            seen.add(id(library))
+            whole.link_in(library._final_module, preserve=True)
+            libraries += library._linking_libraries
+    return str(whole)
+
+
 def _lower(machine: str, folder: pathlib.Path) -> None:
     """Write the module of all entries, ``kernels.ll``, and the table of them that caller.c includes, ``kernels.h``."""
     import importlib
 
-    import llvmlite.binding as llvm
-    import numba
     from numba.core import sigutils
-    from numba.core.compiler_lock import global_compiler_lock
-    from numba.core.cpu import CPUContext
 
-    warnings.simplefilter("ignore", numba.NumbaWarning)
-    platform.machine = lambda: machine  # which intrinsics are emitted
     from kvplug.shm import jit
 
-    # Nothing is run here, so no code is made for this process: that would be most of the work. numba wants a function
-    # in C for each, which no two have in common.
-    CPUContext.get_executable = lambda *_: [].append
-    jit.njit = lambda **_: numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    platform.machine = lambda: machine  # which intrinsics are emitted
+    _only_translate()
     for module in MODULES:
         importlib.import_module(f"kvplug.shm.{module}")
     head = f'#define KVPLUG_SOURCES "{jit.STAMP[0]}"\n#define KVPLUG_CALLER "{_caller_stamp()}"'
-    texts, table = [], ["#ifndef KVPLUG_SOURCES", head, "#endif"]
+    libraries, table = [], ["#ifndef KVPLUG_SOURCES", head, "#endif"]
     for dispatcher, signature in sorted(jit.entries(), key=lambda entry: jit.export_name(entry[0])):
         name = jit.export_name(dispatcher)
         result, argument_types = jit.types_of(signature)
         spelled = f"{result}({', '.join(argument_types)})"
         arguments, _ = sigutils.normalize_signature(spelled)
         dispatcher.compile(spelled)
-        with global_compiler_lock:
-            texts.append(_wrap(name, dispatcher.overloads[tuple(arguments)], tuple(arguments)))
+        libraries.append(_wrap(name, dispatcher.overloads[tuple(arguments)], tuple(arguments)))
         letters = "".join(LETTERS[t] for t in argument_types)
         table.append(f"KERNEL({name}, \"{letters}\", '{LETTERS[result]}')")
-    whole = llvm.parse_assembly(texts[0])
-    for text in texts[1:]:
-        whole.link_in(llvm.parse_assembly(text))
-    (folder / "kernels.ll").write_text(str(whole))
+    (folder / "kernels.ll").write_text(_link_all(libraries))
     (folder / "kernels.h").write_text("\n".join(table) + "\n")
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvplug.shm import build, jit, native
 from tests.kernels import LIBRARY_ONLY
 
 SHM = Path(native.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 STAMP = jit.STAMP[0]
 
 
@@ -257,3 +259,58 @@ def test_where_nothing_can_be_made_the_build_says_so(
     shutil.copy(SHM / "native" / "caller.c", folder)
     assert build.main(["--level", "x86-64-v2"]) == 1
     assert "numba compiles the kernels instead: there is no C compiler" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy to build wheels from, with libraries for two machines that nobody could load."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("kvplug", "shm", "rdma", "adapters"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for machine, levels in native.LEVELS.items():
+        (copy / "shm" / "native" / machine).mkdir(exist_ok=True)
+        for level in levels:
+            (copy / "shm" / "native" / machine / f"{level}.abi3.so").write_bytes(b"library")
+    return copy
+
+
+def wheel(sources: Path, machine: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            sources.parent,
+            sources,
+        ],
+        env={**os.environ, "KVPLUG_WHEEL": machine},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_a_wheel_for_a_machine_has_its_libraries_and_is_called_so(sources: Path) -> None:
+    built = wheel(sources, "x86_64")
+    assert built.returncode == 0, built.stderr
+    (made,) = sources.parent.glob("*.whl")
+    assert made.name.endswith("-cp310-abi3-manylinux_2_28_x86_64.whl")
+    with zipfile.ZipFile(made) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+    assert sorted(libraries) == sorted(f"kvplug/shm/native/x86_64/{level}.abi3.so" for level in native.LEVELS["x86_64"])
+
+
+def test_a_wheel_that_would_lack_a_library_is_not_made(sources: Path) -> None:
+    (sources / "shm" / "native" / "x86_64" / "x86-64-v2.abi3.so").unlink()
+    built = wheel(sources, "x86_64")
+    assert built.returncode != 0
+    assert "it has 2 libraries" in built.stderr + built.stdout
