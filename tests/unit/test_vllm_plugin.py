@@ -496,8 +496,8 @@ def test_the_connector_is_there_before_any_compiled_kernel() -> None:
 def test_an_engine_may_look_into_every_module_of_a_process_with_numba() -> None:
     """What vLLM's dispatcher does to each value of each module, in a process that has llvmlite."""
     code = (
-        "from kvplug.adapters.vllm.llvmlite_handle import shield_compiled_modules as s; s(); s();"
-        "from llvmlite.binding import ffi;"
+        "from kvplug.adapters.vllm.llvmlite_handle import shield_compiled_modules as s; s();"
+        "from llvmlite.binding import ffi; s(); s();"
         "[vars(v).get('kernel') for v in list(vars(ffi).values()) if hasattr(v, '__dict__')];"
         "import numba; print(numba.njit(lambda x: x + 1)(1))"
     )
