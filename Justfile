@@ -66,7 +66,7 @@ native *ARGS: install
 # a wheel with the compiled kernels of one machine, and a list of what is in it: just wheels aarch64
 wheels machine=arch(): install
     {{ py }} -m kvplug.shm.build --machine {{ machine }}
-    rm -rf build/lib build/bdist.*
+    rm -rf build/lib* build/bdist.*
     SOURCE_DATE_EPOCH="$(git log -1 --format=%ct)" KVPLUG_WHEEL={{ machine }} {{ py }} -m build --wheel --no-isolation
     {{ py }} -m zipfile -l dist/kvplug-*_{{ machine }}.whl
 

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -20,6 +20,14 @@ MACHINE = os.environ.get("KVPLUG_WHEEL", "")
 LEVELS = {"": 0, "x86_64": 3, "aarch64": 1}
 """How many libraries a machine's wheel has: kvplug/shm/native.py."""
 OLDEST_GLIBC = "manylinux_2_28"
+
+
+class ForOneMachine(Distribution):
+    """A wheel with libraries goes where compiled packages go."""
+
+    def has_ext_modules(self) -> bool:
+        """Whether there are any, though setuptools has not made them."""
+        return bool(MACHINE)
 
 
 class BuildWithLibraries(build_py):
@@ -40,11 +48,6 @@ class BuildWithLibraries(build_py):
 class WheelForOneMachine(bdist_wheel):
     """Libraries use the stable interface of Python 3.10, and a C library that is not older than that of its tag."""
 
-    def finalize_options(self) -> None:
-        """A wheel with libraries goes where compiled packages go."""
-        super().finalize_options()
-        self.root_is_pure = not MACHINE
-
     def get_tag(self) -> tuple[str, str, str]:
         """(Python, its binary interface, platform)."""
         return ("cp310", "abi3", f"{OLDEST_GLIBC}_{MACHINE}") if MACHINE else super().get_tag()
@@ -64,6 +67,7 @@ def without_relative_links(text: str) -> str:
 
 
 setup(
+    distclass=ForOneMachine,
     cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": WheelForOneMachine},
     long_description=without_relative_links((Path(__file__).parent / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
