@@ -17,7 +17,7 @@ from tests.lab.env import ROOT, SHM
 
 __all__ = ["BOOT_S", "EXIT_S", "REPLY_S", "LabProcess"]
 
-BOOT_S = 240.0
+BOOT_S = 420.0
 """Longest wait for an engine to come up. Idle cores need 3 to 60 s; a loaded machine several times that."""
 REPLY_S = 180.0
 EXIT_S = 20.0

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvplug.engines import SUPPORTED
 from tests.lab.env import ROOT, EngineError, core_split
 
 __all__ = ["MAIN", "OTHER", "SITE", "VERSIONS", "base_env", "installed", "version_path"]
 
-VERSIONS = SUPPORTED["sglang"].tested
+# The table is read, not imported: servers import this module, and one without kvplug has nothing of it.
+VERSIONS: tuple[str, ...] = runpy.run_path(str(ROOT / "kvplug" / "engines.py"))["SUPPORTED"]["sglang"].tested
 """What install.sh installs. 0.5.20 and 0.5.21 were made for a slightly older transformers, and run with this one."""
 MAIN = VERSIONS[-1]
 SITE = Path(__file__).resolve().parent / "site"

@@ -47,7 +47,7 @@ PRELOAD = (
 )
 READ_LATE = ("KVPLUG_", "LAB_SGLANG_", "SGLANG_PLUGINS", "SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_TEST_")
 """Variables that nothing looks at while SGLang is imported."""
-START_S = 240.0
+START_S = 420.0
 MESSAGE_BYTES = 1 << 20
 HIGH_FD = 400
 """Where descriptors are parked on their way to the numbers that they have to get."""
