@@ -18,6 +18,7 @@ default:
 # run two real engines on one pool, kill one, and print what was reused: just demo --engine sglang
 demo *ARGS:
     @bash .ci/setup {{ if ARGS =~ 'sglang' { "sglang" } else { "vllm" } }}
+    @{{ py }} -m kvplug.shm.build --level best || true
     {{ py }} bench/demo.py {{ ARGS }}
 
 # unit tests, the pool under fire, real vLLM, real SGLang; with --full also long tests that repeat shorter ones
@@ -31,16 +32,16 @@ test-fast *ARGS: install kernels
     {{ py }} -m pytest tests/unit {{ two_files }} {{ ARGS }}
 
 # real RDMA verbs, in emulated machines that this boots; Debian on x86-64, and root once, for QEMU: just test-rdma --guests two
-test-rdma *ARGS: install
+test-rdma *ARGS: install kernels
     @bash tests/rdma_lab/install.sh .venv
     {{ py }} -m tests.rdma_lab.run {{ ARGS }}
 
 # other projects' tests of connectors and stores, run against kvplug: just test-upstream vllm
-test-upstream *ARGS: setup
+test-upstream *ARGS: setup kernels
     {{ py }} -m tests.upstream.run {{ ARGS }}
 
 # the figures of docs/figures.md, with ratios to memcpy
-bench *ARGS: setup
+bench *ARGS: setup kernels
     {{ py }} -m pytest bench --benchmark-only -p no:cacheprovider {{ ARGS }}
 
 # CUDA copies on a real GPU: the conformance suite, races, a real pool; an error where there is no GPU
@@ -52,11 +53,11 @@ bench-gpu:
     @bash tests/devices/gpu.sh bench
 
 # kill processes at random instants and count what went wrong: just stress --kills 2000
-stress *ARGS: install
+stress *ARGS: install kernels
     {{ py }} tests/stress/run.py {{ ARGS }}
 
 # a vLLM engine and two SGLang engines on one pool, under load and kills: just soak --minutes 5
-soak *ARGS: setup
+soak *ARGS: setup kernels
     {{ py }} tests/soak/run.py {{ ARGS }}
 
 # the pool's kernels compiled for every level of this machine's processors, beside the sources: just native --machine aarch64

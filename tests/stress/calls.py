@@ -9,7 +9,11 @@ in C, which is why the calls that take names ask for registered buffers.
 from __future__ import annotations
 
 import dataclasses
+import math
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final
 
 import hypothesis
@@ -25,6 +29,9 @@ from tests.inside import pool_of
 
 BLOCK: Final = 4096
 CALLS_AN_EXAMPLE: Final = 20
+"""At most, and at least half as many."""
+BATCH: Final = 5000
+BATCH_TIMEOUT_S: Final = 3600
 KEYS: Final = np.random.default_rng(3).integers(0, 256, (6, 32), np.uint8)
 SCRATCH: Final = np.zeros((8, BLOCK), np.uint8)
 AT: Final = SCRATCH.ctypes.data
@@ -283,14 +290,38 @@ class Subject:
         segment.remove_pool(self.name, force=True)
 
 
-def run(name: str, calls: int, seed: int) -> Tally:
-    """So many calls. What was found is in ``notes``, as the smallest example that shows it."""
+def run(name: str, calls: int, seed: int, said: Callable[[Tally], None] = lambda tally: None) -> Tally:
+    """So many calls. What was found is in ``notes``, as the smallest example that shows it.
+
+    Batches have a process each: one that ends is a finding and not the end of the run, and hypothesis, which keeps a
+    record of every example, does not grow. ``said`` hears of each batch.
+    """
+    tally = Tally()
+    batch = 0
+    while tally.calls < calls and not tally.notes:
+        count = min(BATCH, calls - tally.calls)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            found = process.submit(run_here, f"{name}-{batch}", count, seed + batch)
+            try:
+                one = found.result(timeout=BATCH_TIMEOUT_S)
+            except BrokenProcessPool:
+                one = Tally(notes=[f"the process of the batch with seed {seed + batch} ended"])
+        tally.calls += one.calls
+        tally.refused += one.refused
+        tally.notes += one.notes
+        said(tally)
+        batch += 1
+    return tally
+
+
+def run_here(name: str, calls: int, seed: int) -> Tally:
+    """At least so many calls in this process, fewer if an example shows a fault."""
     tally = Tally()
     subject = Subject(name)
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=max(1, calls),
+        max_examples=math.ceil(calls / (CALLS_AN_EXAMPLE // 2)),
         database=None,
         deadline=None,
         report_multiple_bugs=False,

@@ -101,7 +101,10 @@ def called(n: int, seed: int) -> int:
     """Arbitrary arguments: typed errors, nothing changed."""
     from tests.stress import calls
 
-    tally = calls.run(f"stress-{os.getpid()}-c", n, seed)
+    def said(tally: calls.Tally) -> None:
+        print(f"{tally.calls} of {n}", file=sys.stderr, flush=True)
+
+    tally = calls.run(f"stress-{os.getpid()}-c", n, seed, said)
     for note in tally.notes:
         print("!", note)
     print(f"calls={tally.calls} refused={tally.refused} failed={len(tally.notes)} seed={seed}")

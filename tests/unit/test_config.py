@@ -291,6 +291,7 @@ def test_without_a_home_there_is_no_file_and_no_error(monkeypatch: pytest.Monkey
         "KVPLUG_ENABLE",
         "KVPLUG_FAILPOINT",
         "KVPLUG_KERNELS",
+        "KVPLUG_TEST_LIBRARY",
         "KVPLUG_TEST_SEED",
         "KVPLUG_SERVICE_HOST",
         "KVPLUG_PORT_8000_TCP_ADDR",
