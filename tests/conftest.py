@@ -18,13 +18,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``--full``, those marked so are left out."""
+    """Files with the longest tests come first, so that two that run at a time end together. Without ``--full``, tests
+    marked so are left out.
+    """
+    items.sort(key=_place)
     if config.getoption("--full"):
         return
     out = [item for item in items if item.get_closest_marker("full")]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+LONGEST_FIRST = ("sglang", "vllm", "hosts", "soak", "rdma", "stress", "pool")
+"""Folders of tests; others come after these."""
+
+
+def _place(item: pytest.Item) -> int:
+    folder = item.path.parent.name
+    return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 @pytest.fixture(scope="session", autouse=True)

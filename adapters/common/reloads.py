@@ -8,7 +8,8 @@ reload does not read it. And the files must not have changed from before the cal
 (:class:`kvplug.identity.weights.WeightFiles`).
 
 Whatever else changes weights (over a network, from a trainer's memory, a function of the user's own, a sleep, a call
-that has failed) may leave something that no reload from files replaces. After it, nothing is known until a restart.
+that has failed) may leave something that no reload from files replaces. After it, nothing is known until a restart, or
+until every byte in memory is what it was (:mod:`kvplug.adapters.common.weightbytes`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Reloads:
         ``loading_since_ns``: wall clock, in ns, before it did; what was changed since is not what it has read."""
         self._source = source or ""
         self._start: Contents | None = None
+        self._first: Contents | None = None
+        """What :meth:`same_again` goes back to."""
         if source is not None and loading_since_ns is not None and os.path.isdir(source):
             try:
                 files = WeightFiles(source)
@@ -59,6 +62,7 @@ class Reloads:
                     self._start = None
             except NamespaceError:
                 self._start = None
+        self._first = self._start
         self._reading: WeightFiles | None = None
         self._probe: Probe[WeightsIdentity] | None = None
 
@@ -66,6 +70,11 @@ class Reloads:
     def possible(self) -> bool:
         """Whether a reload can lead back to what other engines share."""
         return self._start is not None
+
+    @property
+    def replace_all(self) -> bool:
+        """Whether weights are of a kind of which a reload from files leaves nothing as it was."""
+        return self._first is not None
 
     @property
     def pending(self) -> bool:
@@ -87,6 +96,11 @@ class Reloads:
         """Something may have been changed that no reload replaces."""
         self.changed()
         self._start = None
+
+    def same_again(self, source: str) -> None:
+        """Every byte of the weights in memory is what it was when they were read from this source."""
+        self.changed()
+        self._start, self._source = self._first, source
 
     def begins(self, folder: str | None) -> None:
         """A reload is about to read this folder; None: not a folder, or not that alone."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from kvplug.adapters.common.hooks import leads_to
 from kvplug.adapters.common.modelconfig import plain_hf_config, rope_depends_on_length
+from kvplug.adapters.common.weightbytes import digest_of, sample_of
 from kvplug.adapters.sglang.environment import VARIABLES
 from kvplug.engines import SGLANG_LINKER_SINCE, SUPPORTED, release
 
@@ -57,6 +58,7 @@ WEIGHT_CHANGES = tuple(
 )
 """Others than that; ``check_weights`` can overwrite them too, see :func:`leaves_weights`."""
 RELEASE_MEMORY = _UPDATER + "release_memory_occupation"
+RESUME_MEMORY = _UPDATER + "resume_memory_occupation"
 WHOLE_RELOADS = frozenset({"auto", "safetensors"})
 """Load formats with which :data:`DISK_UPDATE` takes the safetensors in a folder as they lie there."""
 _NOT_FLUSHED = "Weights were updated, but the cache was not flushed"
@@ -287,6 +289,26 @@ def leaves_pages(recv_req: Any) -> bool:
     """Whether a :data:`RELEASE_MEMORY` with this request leaves the KV cache where it is."""
     tags: Any = getattr(recv_req, "tags", None)
     return bool(tags) and "kv_cache" not in tags
+
+
+def weights_look(updater: Any, sample: bytes | None) -> tuple[bytes, bytes] | None:
+    """A sample and the digest of all bytes of this rank's weights (:mod:`kvplug.adapters.common.weightbytes`); the
+    second is empty if ``sample`` is another. None if they can't be read.
+    """
+    if "weights" in getattr(updater, "offload_tags", ()):
+        return None  # reading them where they are not would end this process
+    try:
+        model = updater.tp_worker.model_runner.model
+        found = sample_of(model)
+        return found, digest_of(model) if sample in (None, found) else b""
+    except Exception:  # noqa: BLE001 - tensors of a kind that has no bytes, no memory beside the weights
+        return None
+
+
+def loses_weights(recv_req: Any, facts: Facts) -> bool:
+    """Whether weights have to be loaded again after a :data:`RELEASE_MEMORY` with this request."""
+    kept = facts.server.get("enable_weights_cpu_backup") or not facts.server.get("enable_memory_saver")
+    return not kept and not leaves_weights("resume_memory_occupation", recv_req)
 
 
 def leaves_weights(name: str, recv_req: Any) -> bool:

@@ -27,7 +27,7 @@ from kvplug.adapters.sglang.compat import Facts
 from kvplug.adapters.sglang.flags import EXTRA_KEY, PRIVATE, PROCESS_STARTED_NS
 from kvplug.adapters.sglang.metrics import Publisher
 from kvplug.adapters.sglang.pagekeys import Keys, mask, page_keys
-from kvplug.adapters.sglang.weights import Weights, cannot_tell
+from kvplug.adapters.sglang.weights import Look, Weights, cannot_tell
 from kvplug.config import Config
 from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
 from kvplug.identity.canonical import Value
@@ -85,6 +85,8 @@ class RankEngine:
         """Of the weights as they were loaded, and in force; None until those are identified."""
         self._masks: dict[tuple[str, bool], Keys] = {}
         self._unflushed: bool = before is not None and before._unflushed
+        self._clean = False
+        """Whether SGLang's cache held nothing but what known weights had made, when they were changed last."""
         self._updating: bool = before is not None and before._updating
         self._weights: Weights = before._weights if before is not None else Weights()
         self._identities: tuple[WeightsIdentity, WeightsIdentity | None] | None = (
@@ -277,21 +279,37 @@ class RankEngine:
 
     def _new_weights(self, why: str, note: Callable[[], None]) -> None:
         with self._lock:
+            self._clean = not self._unflushed and self._weights.in_memory_are_known
             note()
             self._unflushed = True
             self._rename()
         self.counts["weight_changes"] += 1
         logger.info("kvplug: weights change (%s); nothing is shared until the cache is flushed", why)
 
-    def reload_ended(self, whole: bool) -> None:
+    def reload_ended(self, whole: bool, look: Look) -> None:
         """The call that has read weights from files is over; ``whole``: SGLang says that it has read them all."""
-        change = self._weights.changes
         try:
             self._weights.reload_ended(whole)
         except NamespaceError as error:
             self._not_known(str(error))
         if not whole:
             self._not_known("SGLang has not read all of them")
+        self.weights_after(look)
+
+    def weights_before(self, look: Look, loses: bool = False) -> None:
+        """Weights may become others; ``loses``: they are thrown away."""
+        self._weights.before(look, loses)
+
+    def weights_after(self, look: Look) -> None:
+        """Weights were changed, and may be what they were; or it is being found out what was read from files."""
+        change = self._weights.changes
+        if not change:
+            return
+        if self._weights.after(look):
+            with self._lock:
+                if self._clean:  # no request has run since, or this would have been told before
+                    self._unflushed = False
+                    self._forget()
         if not self._weights.pending:
             cannot_tell(change, self.ranks_agree)
         elif not self._closed.is_set():

@@ -86,6 +86,7 @@ def register_scheduler_hooks() -> None:
     for target in compat.LORA_LOADS:
         compat.hook(target, before_lora_load, "before")
     compat.hook(compat.DISK_UPDATE, around_disk_update, "around")
+    compat.hook(compat.RESUME_MEMORY, after_memory_resumption, "after")
     for target in compat.scheduler_targets():
         if target in compat.WEIGHT_CHANGES or target in compat.SESSION_CHANGES:
             name = target.rpartition(".")[2]
@@ -330,6 +331,7 @@ def before_weight_change(name: str, updater: Any, recv_req: Any = None, *_args: 
 
 def around_disk_update(plain: _Hook, updater: Any, recv_req: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Around an update of weights from files, which are looked at before it reads them and after."""
+    _look_before(updater)
     _disk_update_begins(recv_req)
     whole = False
     try:
@@ -337,7 +339,23 @@ def around_disk_update(plain: _Hook, updater: Any, recv_req: Any = None, *args: 
         whole = compat.reloaded_whole(answer)
         return answer
     finally:
-        _disk_update_ended(whole)
+        _disk_update_ended(whole, updater)
+
+
+@_guarded
+def _look_before(updater: Any, recv_req: Any = None) -> None:
+    """Before weights change, or go away as this request to release memory says."""
+    for each in _engines():
+        loses = recv_req is not None and compat.loses_weights(recv_req, each.facts)
+        each.weights_before(functools.partial(compat.weights_look, updater), loses)
+
+
+@_guarded
+def after_memory_resumption(_result: Any, updater: Any, recv_req: Any = None, *_args: Any, **_kwargs: Any) -> None:
+    """After the device's memory is there again, with the weights or without what was in them."""
+    if not compat.leaves_weights("resume_memory_occupation", recv_req):
+        for each in _engines():
+            each.weights_after(functools.partial(compat.weights_look, updater))
 
 
 @_guarded
@@ -351,14 +369,16 @@ def _disk_update_begins(recv_req: Any) -> None:
 
 
 @_guarded
-def _disk_update_ended(whole: bool) -> None:
+def _disk_update_ended(whole: bool, updater: Any) -> None:
     for each in _engines():
-        each.reload_ended(whole)
+        each.reload_ended(whole, functools.partial(compat.weights_look, updater))
 
 
 @_guarded
-def before_memory_release(_updater: Any, recv_req: Any = None, *_args: Any, **_kwargs: Any) -> None:
+def before_memory_release(updater: Any, recv_req: Any = None, *_args: Any, **_kwargs: Any) -> None:
     """Before the device's memory is released. SGLang flushes its cache only after that, when nobody may read it."""
+    if not compat.leaves_weights("resume_memory_occupation", recv_req):
+        _look_before(updater, recv_req)
     if compat.leaves_pages(recv_req):
         return
     for each in _engines():

@@ -1,24 +1,40 @@
 """Which weights are in this rank's memory: those of the start, some that nobody knows, or others that are known.
 
 ``update_weights_from_disk`` of a folder leads from the second to the third, see :mod:`kvplug.adapters.common.reloads`
-for what of it is trusted. A page that one rank has computed holds what the weights of all ranks have made: a rank where
-the load has failed, or has read other files, would spoil the pages of the others. So each rank identifies what it has
-read by itself, tells the others in the store of their process group, and goes by it only when all have said the same of
-the same change. None waits for another with anything but a thread of its own.
+for what of it is trusted. So does such an update, or a sleep, after which every byte is what it was when they were
+known, see :mod:`kvplug.adapters.common.weightbytes`. A page that one rank has computed holds what the weights of all
+ranks have made: a rank where the load has failed, or has read other files, would spoil the pages of the others. So each
+rank finds out by itself what it has, tells the others in the store of their process group, and goes by it only when all
+have said the same of the same change. None waits for another with anything but a thread of its own.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvplug.adapters.common.reloads import Reloads
 from kvplug.identity.namespace import Namespace, WeightsIdentity
 
+AS_STARTED = WeightsIdentity("start", bytes(32))
+"""Those of the start, whichever they are."""
 UNKNOWN = b"unknown"
 """What a rank says that can't tell what it has read."""
+Look = Callable[["bytes | None"], "tuple[bytes, bytes] | None"]
+"""What is in memory: a sample, and the digest of all if it is the one given or none is. None: that can't be read."""
 Agree = Callable[[str, bytes], "bool | None"]
 """Tells the other ranks what this one says of a topic: whether all say the same; None until each has said something."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was in memory while it was known which weights these are."""
+
+    sample: bytes
+    whole: bytes
+    identity: WeightsIdentity
+    source: str
 
 
 class Weights:
@@ -33,6 +49,8 @@ class Weights:
         self._read: WeightsIdentity | None = None
         self._known: WeightsIdentity | None = None
         """What the last change has brought: to this rank, as it has found out, and to all ranks, as they agree."""
+        self._seen: _Seen | None = None
+        self._lost = False
 
     @property
     def can_come_back(self) -> bool:
@@ -45,6 +63,12 @@ class Weights:
         """Whether what the last change has brought is known, and the same on all ranks."""
         with self._lock:
             return self._known is not None
+
+    @property
+    def in_memory_are_known(self) -> bool:
+        """Whether they are those of the start, or others that are known."""
+        with self._lock:
+            return not self.changes or self._known is not None
 
     @property
     def pending(self) -> bool:
@@ -63,6 +87,36 @@ class Weights:
         with self._lock:
             self._count()
             self._reloads.begins(folder)
+
+    def before(self, look: Look, loses: bool) -> None:
+        """Weights may become others, and later be again what they are: that can be told if they are known now.
+
+        ``loses``: they will be thrown away, and with them what layers keep in no tensor.
+        """
+        with self._lock:
+            identity = self._known if self.changes else AS_STARTED
+            if self._seen is None and identity is not None:
+                found = look(None)
+                self._seen = _Seen(*found, identity, self._reloads.source) if found is not None else None
+            self._lost = self._lost or loses
+
+    def after(self, look: Look) -> bool:
+        """Whether every byte of the weights is what it was when they were known last; then they are known again as
+        soon as that is so on all ranks.
+        """
+        with self._lock:
+            if not self.changes or self._known is not None or self._seen is None:
+                return False
+            if self._reloads.pending:  # ranks have to come to it in one way
+                return False
+            if self._lost and not self._reloads.replace_all:
+                return False
+            if look(self._seen.sample) != (self._seen.sample, self._seen.whole):
+                return False
+            self._lost = False
+            self._reloads.same_again(self._seen.source)
+            self._read = self._seen.identity
+            return True
 
     def _count(self) -> None:
         self.changes += 1
@@ -85,12 +139,14 @@ class Weights:
             read = self._read
         if read is None:
             return None
-        agreed = agree(topic(change), read.digest)
+        agreed = agree(topic(change), read.kind.encode() + read.digest)
         with self._lock:
             if change != self.changes:
                 return False
             if agreed:
                 self._known = read
+                if self._seen is not None and self._seen.identity != read:
+                    self._seen = None
             elif agreed is False:
                 self._read = None
             return agreed
@@ -110,7 +166,7 @@ class Weights:
         """
         with self._lock:
             if self._known is not None:
-                return loaded.identified(self._known)
+                return loaded if self._known == AS_STARTED else loaded.identified(self._known)
             return loaded.private(word(self.changes)) if self.changes else loaded
 
     def close(self) -> None:

@@ -14,11 +14,11 @@ import os
 import platform
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from kvplug.adapters.common.hooks import put_around
 from kvplug.adapters.vllm.compat_requests import processing
-from kvplug.adapters.vllm.fingerprint import weights_fingerprint
+from kvplug.adapters.vllm.fingerprint import Look, LookAtWeights, model_of, weights_fingerprint, weights_look
 from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.reloads import Arguments
 from kvplug.engines import SUPPORTED
@@ -530,6 +530,15 @@ class EngineReactions(Protocol):
     def on_pause(self, emptying: bool) -> None:
         """The engine begins, or ends, to empty its caches of its own accord: it pauses or goes to sleep."""
 
+    def on_resumption(self) -> None:
+        """The engine is about to go on after a pause or a sleep."""
+
+    def before_weights(self, look: LookAtWeights) -> None:
+        """From now on weights may become others; ``look`` reads them, in every worker."""
+
+    def after_weights(self, look: LookAtWeights) -> None:
+        """Weights may be what they were."""
+
     def on_cache_reset(self, reset: CacheReset | None) -> None:
         """The engine's prefix cache is about to be emptied; None: that is over, whatever came of it."""
 
@@ -568,6 +577,7 @@ def _around_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(method, str) and method in _CHANGING_RPCS:
             before, ended = _asked_of_workers(self), False
             reload = _arguments(*args, **kwargs) if method == "reload_weights" else None
+            reactions.before_weights(functools.partial(_looks, self))
             reactions.on_weights_begin(method, _newest(before), reload)
             try:
                 answer = original(self, method, *args, **kwargs)
@@ -577,6 +587,7 @@ def _around_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
                 after = _asked_of_workers(self)
                 expected = [(seen + CHANGES_OF_A_CALL, True) for seen, _ in before or ()]
                 reactions.on_weights_over(_newest(after), ended and after is not None and after == expected)
+                reactions.after_weights(functools.partial(_looks, self))
         before = _fingerprints(self)
         try:
             return original(self, method, *args, **kwargs)
@@ -600,6 +611,7 @@ def _around_emptying(original: Callable[..., Any]) -> Callable[..., Any]:
         reactions = _reactions_of(self)
         if reactions is None:
             return original(self, *args, **kwargs)
+        reactions.before_weights(functools.partial(_looks, self))
         reactions.on_pause(True)
         try:
             return original(self, *args, **kwargs)
@@ -615,6 +627,8 @@ def _around_resumption(original: Callable[..., Any]) -> Callable[..., Any]:
         reactions = _reactions_of(self)
         if reactions is not None:  # a sleep goes past collective_rpc; else it would be heard of when requests run again
             reactions.on_weights("", _newest(_asked_of_workers(self)))
+            reactions.after_weights(functools.partial(_looks, self))
+            reactions.on_resumption()
         return original(self, *args, **kwargs)
 
     return resume_scheduler
@@ -653,7 +667,24 @@ def _around_cache_reset(original: Callable[..., Any]) -> Callable[..., Any]:
     return reset_prefix_cache
 
 
+def _asleep(core: Any) -> bool:
+    """Whether the weights are out of the device's memory: reading them there would end the workers."""
+    return "weights" in getattr(core.model_executor, "sleeping_tags", ())
+
+
+def _looks(core: Any, samples: tuple[bytes, ...] | None) -> list[Look] | None:
+    if _asleep(core):
+        return None
+    try:
+        answers: list[Look | None] = core.model_executor.collective_rpc(weights_look, args=(samples,))
+    except Exception:  # noqa: BLE001 - weights that can't be looked at count as others
+        return None
+    return [answer for answer in answers if answer is not None] if all(answers) else None
+
+
 def _fingerprints(core: Any) -> list[Any] | None:
+    if _asleep(core):
+        return None
     try:
         return list(core.model_executor.collective_rpc(weights_fingerprint))
     except Exception:  # noqa: BLE001 - weights that can't be looked at count as changed
@@ -676,15 +707,17 @@ def weights_state(worker: Any) -> tuple[int, bool]:
     """In a worker: how many changes of weights its connector has seen; whether its model reads one folder only."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    model = worker.get_model() if hasattr(worker, "get_model") else worker.worker.get_model()
+    model = model_of(worker)
     one_folder = not tuple(getattr(model, "secondary_weights", ())) and not getattr(
         model, "allow_patterns_overrides", None
     )
     return int(get_kv_transfer_group().weight_changes_seen()), one_folder
 
 
-def on_worker_weights(react: Callable[[str], None]) -> None:
-    """In a worker's process: calls ``react`` around each method that changes weights or drops the cache's memory."""
+def on_worker_weights(react: WorkerReaction) -> None:
+    """In a worker's process: calls ``react`` around each method that changes weights or drops the cache's memory, with
+    its name and whether it throws weights away.
+    """
     from vllm.platforms import current_platform
     from vllm.v1.worker import gpu_worker
 
@@ -703,21 +736,32 @@ def on_worker_weights(react: Callable[[str], None]) -> None:
 def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loses = _loses_weights(name, *args, **kwargs)
         for react in _worker_reactions:
-            react(name)
+            react(name, loses)
         try:
             return original(self, *args, **kwargs)
         finally:
             for react in _worker_reactions:
-                react(name)
+                react(name, False)
 
     return call
 
 
-_worker_reactions: list[Callable[[str], None]] = []
+def _loses_weights(name: str, what: Any = None, *_: Any, **kwargs: Any) -> bool:
+    """Of a worker's method, called so: whether weights have to be loaded again after it."""
+    if name == "sleep":
+        return bool((kwargs.get("level", 1) if what is None else what) != 1)
+    if name == "discard":
+        return "weights" in (kwargs.get("tags", ("weights",)) if what is None else what)
+    return name in ("reset_weights", "load_model")
 
 
-def forget(connector: Any, worker: Callable[[str], None]) -> None:
+WorkerReaction: TypeAlias = Callable[[str, bool], None]
+_worker_reactions: list[WorkerReaction] = []
+
+
+def forget(connector: Any, worker: WorkerReaction) -> None:
     """Drops the reactions of a connector that was shut down."""
     _watching.discard(connector)
     _worker_reactions[:] = [react for react in _worker_reactions if react != worker]

@@ -30,6 +30,7 @@ from kvplug.adapters.vllm.scheduler_half import SchedulerHalf
 from kvplug.adapters.vllm.worker_half import WorkerHalf
 
 if TYPE_CHECKING:
+    from kvplug.adapters.vllm.fingerprint import LookAtWeights
     from kvplug.adapters.vllm.reloads import Arguments
 
 logger = init_logger("vllm.kvplug")
@@ -126,6 +127,18 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         """The engine begins, or ends, to empty its caches for a pause or a sleep."""
         self._scheduler.on_pause(emptying)
 
+    def on_resumption(self) -> None:
+        """The engine is about to go on after a pause or a sleep."""
+        self._scheduler.on_resumption()
+
+    def before_weights(self, look: LookAtWeights) -> None:
+        """From now on weights may become others."""
+        self._scheduler.before_weights(look)
+
+    def after_weights(self, look: LookAtWeights) -> None:
+        """Weights may be what they were."""
+        self._scheduler.after_weights(look)
+
     # -- the worker's process ------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
@@ -180,9 +193,13 @@ class KvplugConnector(KVConnectorBase_V1, SupportsHMA):
         """What the scheduler's side does not know yet of this worker's adapters."""
         return self._worker.adapters_report()
 
-    def on_worker_weights(self, why: str) -> None:
+    def weight_losses_seen(self) -> int:
+        """How often weights were thrown away in this worker, to be loaded anew."""
+        return self._worker.weight_losses_seen
+
+    def on_worker_weights(self, why: str, loses: bool) -> None:
         """Weights are about to change in this worker, or have just changed."""
-        self._worker.on_weights(why)
+        self._worker.on_weights(why, loses)
 
     # -- figures, end --------------------------------------------------------------------------------------------------
 

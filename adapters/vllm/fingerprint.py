@@ -1,27 +1,88 @@
-"""A look at the weights that a worker holds, cheap enough to be taken before and after a call that may change them."""
+"""Looks at the weights that a worker holds: what is sent to the workers for that."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
-from blake3 import blake3
+from kvplug.adapters.common.weightbytes import digest_of, sample_of
+from kvplug.identity.namespace import WeightsIdentity
 
-SAMPLED_ELEMENTS = 256
+
+class Look(NamedTuple):
+    """What a worker holds now, and what has become of it so far."""
+
+    changes: int
+    """How many changes of weights its connector has seen."""
+    losses: int
+    """How often weights were thrown away, to be loaded anew."""
+    sample: bytes
+    whole: bytes
+    """The digest of all; empty where the sample was none of those that were asked for."""
+
+
+LookAtWeights: TypeAlias = "Callable[[tuple[bytes, ...] | None], list[Look] | None]"
+"""What :func:`weights_look` says in each worker; None where one of them can't."""
+
+
+def model_of(worker: Any) -> Any:
+    """The worker's model, as vLLM's own calls find it."""
+    return worker.get_model() if hasattr(worker, "get_model") else worker.worker.get_model()
 
 
 def weights_fingerprint(worker: Any) -> bytes:
-    """In a worker: a digest of a sample of every parameter and buffer, spread over each. 16 bytes.
+    """In a worker: a sample, cheap enough to be taken before and after any call that may change weights. 16 bytes."""
+    return sample_of(model_of(worker), where=True)
 
-    An update of a model's weights moves practically every element that it touches; this notices a tensor that was
-    changed in more than a few places. It is not an identity.
+
+def weights_look(worker: Any, samples: tuple[bytes, ...] | None) -> Look | None:
+    """In a worker: what is in memory now; None if that can't be read.
+
+    ``samples``: the digest is made only if the weights' sample is one of these; None: of any.
     """
-    import torch
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    digest = blake3()
-    model = worker.get_model() if hasattr(worker, "get_model") else worker.worker.get_model()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        flat = tensor.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // SAMPLED_ELEMENTS)].contiguous().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.data_ptr()}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.digest(length=16)
+    try:
+        connector: Any = get_kv_transfer_group()
+        model = model_of(worker)
+        sample = sample_of(model)
+        whole = digest_of(model, _packed) if samples is None or sample in samples else b""
+        return Look(int(connector.weight_changes_seen()), int(connector.weight_losses_seen()), sample, whole)
+    except Exception:  # noqa: BLE001 - tensors of a kind that has no bytes, no memory beside the weights
+        return None
+
+
+def _packed(layer: Any) -> Any:
+    """On CPUs: the call that has a linear layer's packed weights, made anew whenever they are."""
+    return getattr(layer, "cpu_linear", None)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was in the workers' memory while it was known which weights these are."""
+
+    looks: tuple[Look, ...]
+    identity: WeightsIdentity | None
+    """None: those of the start, which were being identified still."""
+    source: str
+    """Where they were read from."""
+
+    def again(self, look: LookAtWeights, replaces_all: bool) -> bool:
+        """Whether all is what it was. Other weights are told by their sample.
+
+        Where weights were thrown away, also what layers have made of them in no tensor is lost. ``replaces_all``:
+        whether it is known that whoever loads them anew makes that anew, too.
+        """
+        found = look(tuple(one.sample for one in self.looks))
+        if found is None or [one[2:] for one in found] != [one[2:] for one in self.looks]:
+            return False
+        return replaces_all or [one.losses for one in found] == [one.losses for one in self.looks]
+
+
+def see(look: LookAtWeights, identity: WeightsIdentity | None, source: str, changes: int) -> Seen | None:
+    """What is there now; None if it can't be read, or was changed more often than ``changes`` says."""
+    found = look(None)
+    if not found or any(one.changes > changes for one in found):
+        return None
+    return Seen(tuple(found), identity, source)

@@ -15,6 +15,7 @@ from kvplug.adapters.common.reloads import Reloads
 from kvplug.adapters.vllm import compat, compat_adapters, compat_requests, namespace
 from kvplug.adapters.vllm.environment import VARIABLES
 from kvplug.adapters.vllm.fetches import Fetches
+from kvplug.adapters.vllm.fingerprint import LookAtWeights, Seen, see
 from kvplug.adapters.vllm.jobs import Job, Rank, RankLayout, StepMetadata, WorkerReport
 from kvplug.adapters.vllm.loads import Loads
 from kvplug.adapters.vllm.reloads import Arguments, folder_of
@@ -79,6 +80,7 @@ class SchedulerSide:
         self._mm_by_content = compat_requests.mm_named_by_content(vllm_config)
         self._probe: WeightsProbe | None = probe
         self._reloads = Reloads(namespace.reloaded_from(vllm_config), loading_since_ns)
+        self._weights_seen: Seen | None = None
         self._say = say
         rules = compat.group_rules(kv_cache_config)
         plan = namespace.plan_parts(rules, layouts)
@@ -229,6 +231,29 @@ class SchedulerSide:
         self._leave(seen)
         self.state.go_on_if_empty()
 
+    def weights_before(self, look: LookAtWeights) -> None:
+        """Weights may become others, and later be again what they are: that can be told if they are known now."""
+        if self._weights_seen is None and self.state.weights_known:
+            named = self.state.namespace
+            self._weights_seen = see(
+                look,
+                named.weights if named is not None else None,
+                self._reloads.source,
+                changes=self.state.worker_changes,
+            )
+
+    def weights_after(self, look: LookAtWeights) -> None:
+        """Weights may be those that were known before: if every byte is, the engine goes on as with them."""
+        seen = self._weights_seen
+        if seen is None or self.state.weights_known or not seen.again(look, self._reloads.replace_all):
+            return
+        self._reloads.same_again(seen.source)
+        self.state.same_again(seen.identity)
+
+    def resumed(self) -> None:
+        """The engine is about to go on after a pause or a sleep."""
+        self.state.resumed()
+
     def _heard(self, seen: int | None) -> bool:
         """Whether all changes that workers have seen are known here."""
         return seen is not None and seen <= self.state.worker_changes
@@ -252,6 +277,7 @@ class SchedulerSide:
             self._not_known(error)
             return
         if identity is not None:
+            self._weights_seen = None
             self.state.known_again(identity)
 
     def _not_known(self, error: NamespaceError) -> None:

@@ -20,6 +20,7 @@ from kvplug.adapters.vllm.shield import Shield
 
 if TYPE_CHECKING:
     from kvplug.adapters.vllm.boot import SchedulerStart
+    from kvplug.adapters.vllm.fingerprint import LookAtWeights
     from kvplug.adapters.vllm.reloads import Arguments
     from kvplug.adapters.vllm.scheduler import SchedulerSide
 
@@ -218,6 +219,21 @@ class SchedulerHalf:
         """As in :class:`compat.EngineReactions`."""
         if self.side is not None:
             self.shield("a change of weights", self.side.weights_over, None, seen, whole)
+
+    def on_resumption(self) -> None:
+        """As in :class:`compat.EngineReactions`."""
+        if self.side is not None:
+            self.shield("a resumption", self.side.resumed, None)
+
+    def before_weights(self, look: LookAtWeights) -> None:
+        """As in :class:`compat.EngineReactions`."""
+        if self.side is not None:
+            self.shield("a look at the weights", self.side.weights_before, None, look)
+
+    def after_weights(self, look: LookAtWeights) -> None:
+        """As in :class:`compat.EngineReactions`."""
+        if self.side is not None:
+            self.shield("a look at the weights", self.side.weights_after, None, look)
 
     def adapters_loaded(self, reports: list[WorkerReport | None]) -> None:
         """What the workers say of their adapters after the engine has loaded one ahead."""

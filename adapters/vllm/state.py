@@ -72,6 +72,9 @@ class EngineState:
         self.epoch = 0
         self.worker_changes = 0
         self.on_namespace: Callable[[Namespace], None] = lambda _: None
+        self._paused = False
+        self._told: Namespace | None = None
+        """The namespace that ``on_namespace`` was told last."""
         self._stale_cache: object | None = None
         self._changed = self._rotated = False
         """Whether weights may have changed since they were identified; whether a user's reset has hidden old blocks."""
@@ -83,7 +86,13 @@ class EngineState:
         """Puts a namespace into force."""
         self.namespace = namespace
         self.root = namespace.digest()
-        self.on_namespace(namespace)
+        self._tell()
+
+    def _tell(self) -> None:
+        """In a pause nothing is told: after it the namespace may be the one before it."""
+        if not self._paused and self.root is not None and self.namespace is not None and self.namespace != self._told:
+            self._told = self.namespace
+            self.on_namespace(self.namespace)
 
     def identified(self, namespace: Namespace) -> None:
         """Which weights the engine has loaded at its start is known."""
@@ -111,6 +120,18 @@ class EngineState:
         loading = any(pending.job.request_id is not None for pending in self.pending.values())
         return loading or any(record.request.num_computed_tokens for record in self.records.values())
 
+    @property
+    def weights_known(self) -> bool:
+        """Whether the weights in memory are those that the namespace names, or will when they are identified."""
+        return not self._changed
+
+    def same_again(self, weights: WeightsIdentity | None) -> None:
+        """The weights in memory are these, byte for byte; None: those of the start."""
+        if self.namespace is None:
+            self._changed = False
+        else:
+            self.known_again(weights or self.namespace.weights)
+
     def known_again(self, weights: WeightsIdentity) -> None:
         """The weights that are in memory are known by content once more."""
         if self.namespace is None:
@@ -124,9 +145,15 @@ class EngineState:
 
     def paused(self) -> None:
         """The engine has emptied its prefix cache for a pause or a sleep, in which weights may change unseen."""
+        self._paused = True
         self.weights_changed()
         if self._stale_cache is not None and self.block_pool is not None and compat.nothing_is_cached(self.block_pool):
             self._go_on()  # requests that it keeps have lost their blocks, and are computed again
+
+    def resumed(self) -> None:
+        """The engine is about to go on after a pause or a sleep."""
+        self._paused = False
+        self._tell()
 
     def _go_on(self) -> None:
         """Nothing of other weights is left in the engine's own cache."""

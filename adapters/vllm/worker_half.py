@@ -46,6 +46,8 @@ class WorkerHalf:
         self._layout: RankLayout | None = None
         self._told: RankLayout | None = None
         self._invalid: set[int] = set()
+        self.weight_losses_seen = 0
+        """How often weights were thrown away in this worker, to be loaded anew."""
 
     # -- begin and end -------------------------------------------------------------------------------------------------
 
@@ -198,8 +200,9 @@ class WorkerHalf:
         """How many changes of weights there were in this worker."""
         return self.side.changes_seen if self.side is not None else 0
 
-    def on_weights(self, why: str) -> None:
-        """Weights are about to change here, or have just changed."""
+    def on_weights(self, why: str, loses: bool) -> None:
+        """Weights are about to change here, or have just changed; ``loses``: they will have to be loaded anew."""
+        self.weight_losses_seen += loses
         if self.side is not None:
             self.shield("a change of weights", self.side.weights_change, None, why)
 

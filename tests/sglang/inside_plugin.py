@@ -70,6 +70,15 @@ def let_identification_go(scheduler: Any) -> None:
     _identification_goes_on.set()
 
 
+def scale_weights(scheduler: Any, factor: float) -> None:
+    """As a trainer does it that has this process's memory mapped: no call tells the engine."""
+    import torch
+
+    with torch.no_grad():
+        for tensor in scheduler.tp_worker.model_runner.model.parameters():
+            tensor.mul_(factor)
+
+
 def counts_now(scheduler: Any) -> dict[str, int]:
     """kvplug's counters on this rank, those of its fetches included."""
     from kvplug.adapters.sglang import engine

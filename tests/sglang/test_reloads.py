@@ -185,22 +185,58 @@ def test_a_folder_with_a_tensor_less(
     assert f"{ALONE}{folders['fewer']} has not the same tensors" in living.log.read_text()
 
 
-def test_after_an_update_that_failed_it_stays_alone(
-    boot: Boot, servers: Servers, cases: list[Case], folders: dict[str, Path]
+def test_after_an_update_that_failed_it_shares_on_if_nothing_was_changed(
+    living: SglangServer, servers: Servers, cases: list[Case], folders: dict[str, Path]
 ) -> None:
-    """Also once another one has not: something of the first may be left."""
-    case, shared = cases[0], known_key(servers.peer)
+    """Every byte in memory is what it was."""
+    case, shared = cases[0], key(living)
     store(servers.peer, [case])
-    server = boot("failed").ready()
-    try:
-        assert known_key(server) == shared
-        update(server, folders["nothing"], success=False)
-        assert key(server) is None, "no flush: old pages may still be on the device"
-        server.flush()
-        for _ in range(2):
-            assert settled(server) not in ("None", shared)
-            assert serve(server, [case])[0].cached == 0
-            update(server, model_dir(LLAMA))
-        assert "it shares with no other, until it is started again" in server.log.read_text()
-    finally:
-        server.close()
+    update(living, folders["nothing"], success=False)
+    back(living, str(shared))
+    assert from_pool(serve(living, [case])) == [case.whole]
+
+
+def sleep(server: SglangServer, *tags: str, factor: float | None = None) -> None:
+    """Releases memory and resumes it; ``factor``: its weights are others by this afterwards, as if somebody else had
+    written them meanwhile."""
+    server.flush()
+    server.post("/release_memory_occupation", {"tags": list(tags)} if tags else {})
+    if factor is not None:
+        server.ask(INSIDE + "scale_weights", factor=factor)
+    server.post("/resume_memory_occupation", {"tags": list(tags)} if tags else {})
+
+
+def test_a_sleep_costs_nothing_unless_weights_are_others_after_it(
+    living: SglangServer, servers: Servers, cases: list[Case], pool: str
+) -> None:
+    case, shared = cases[1], key(living)
+    store(servers.peer, [case])
+    for tags in ((), ("weights",), ("kv_cache", "weights"), ("kv_cache",)):
+        sleep(living, *tags)
+        back(living, str(shared))
+        assert from_pool(serve(living, [case])) == [case.whole]
+    sleep(living, factor=2.0)
+    living.flush()
+    assert settled(living) not in ("None", shared)
+    assert living.generate(case.prompt).cached == 0
+    sleep(living, factor=0.5)
+    living.flush()
+    back(living, str(shared))
+    assert from_pool(serve(living, [case])) == [case.whole], "doubling and halving are exact"
+    healthy(living, pool)
+
+
+def test_an_update_of_another_kind_with_the_same_bytes_leads_back(
+    living: SglangServer, servers: Servers, cases: list[Case], folders: dict[str, Path]
+) -> None:
+    """Also where something was changed that a reload from files is not known to replace."""
+    case, shared = cases[2], key(living)
+    store(servers.peer, [case])
+    sleep(living, factor=2.0)
+    for folder in (model_dir(LLAMA_OTHER), folders["copy"]):
+        assert settled(living) != shared
+        living.flush()
+        assert living.generate(case.prompt).cached == 0
+        update(living, folder)
+    back(living, str(shared))
+    assert from_pool(serve(living, [case])) == [case.whole]

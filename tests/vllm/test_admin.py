@@ -34,7 +34,7 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
 }
 EMPTIES = {"reset of running requests", "reset of all", "keep and clear", "abort and clear"}
 """Calls after which an engine's cache is empty, whatever it was doing."""
-HIDES = {"reset with the connector", "reset of all", "keep and clear", "abort and clear"}
+HIDES = {"reset with the connector", "reset of all"}
 """Calls after which the engine finds nothing that it has stored before."""
 
 MOMENTS: dict[str, dict[str, Any]] = {

@@ -24,9 +24,18 @@ class Driver:
     """One LLM and the requests that are under way in it."""
 
     def __init__(
-        self, model: str, force_prefix_caching: bool = False, overlapping_steps: bool = False, **kwargs: Any
+        self,
+        model: str,
+        force_prefix_caching: bool = False,
+        overlapping_steps: bool = False,
+        sleeps: bool = False,
+        **kwargs: Any,
     ) -> None:
         began = time.monotonic()
+        if sleeps:
+            from tests.vllm_lab import sleeping
+
+            sleeping.install()
         if force_prefix_caching:
             _keep_on_cpus("cache_config", "enable_prefix_caching")
         if overlapping_steps:
@@ -349,6 +358,45 @@ class Driver:
         """A pause that empties the caches, as loops that train and serve at once have one around each step."""
         self.core().pause_scheduler("abort", True)
         self.core().resume_scheduler()
+
+    def sleep(self, level: int) -> None:
+        """Requests are aborted, the caches emptied, and the weights go, as ``sleeps`` has it."""
+        self.core().sleep(level, "abort")
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Whether all of the engine is awake now."""
+        self.core().wake_up(tags)
+        return not self.core().model_executor.is_sleeping
+
+    def pause(self) -> None:
+        """The first half of :meth:`pause_and_resume`."""
+        self.core().pause_scheduler("abort", True)
+
+    def resume(self) -> None:
+        """The second."""
+        self.core().resume_scheduler()
+
+    def write_weights(self, factor: float) -> None:
+        """As a trainer does it that has the worker's memory mapped: no call tells the engine."""
+        import torch
+
+        with torch.no_grad():
+            for tensor in self.core().model_executor.driver_worker.get_model().parameters():
+                tensor.mul_(factor)
+
+    def call_in_workers(self) -> list[int]:
+        """A function of the user's own, sent to the workers."""
+        return list(self.llm.collective_rpc("lab_pid"))
+
+    def looks_asleep(self) -> int:
+        """How often kvplug has read weights that were away."""
+        from tests.vllm_lab import sleeping
+
+        return sleeping.looks_asleep
+
+    def known_threads(self) -> int:
+        """Threads of this process."""
+        return threading.active_count()
 
     def set_weight_version(self, version: str) -> None:
         """The other way in which an engine learns that its weights are new."""
