@@ -104,6 +104,39 @@ FIGURES: Final = (
     Figure("attach", "attach to a pool of 4 GiB: time", "ms", 50.0),
     Figure("create", "create a pool of 4 GiB and store the first block: time", "ms", 200.0),
     Figure("kernels", "load the compiled kernels, once in a process: time", "ms", None),
+    Figure(
+        "start_first_use",
+        "first use after an installation, compiled library beside numba: CPU time ÷ CPU time",
+        "",
+        0.02,
+    ),
+    Figure(
+        "start_ready",
+        "fresh process until its first `put` and `get`, compiled library beside numba: time ÷ time",
+        "",
+        0.25,
+    ),
+    Figure(
+        "start_memory",
+        "fresh process after its first `get`, memory beyond numpy's, compiled library beside numba: MiB ÷ MiB",
+        "",
+        0.25,
+    ),
+    *(
+        Figure(f"native_{name}", f"{what}, compiled library beside numba: time ÷ time", "", 1.0)
+        for name, what in (
+            ("get", "one `get` of a 256 KiB block"),
+            ("exists", "`exists` of 2048 keys"),
+            ("match", "`match_prefix` of 2048 keys"),
+            ("get_many", "`get` of 64 blocks of 256 KiB"),
+            ("put_many", "`remove` and `put` of 64 blocks of 256 KiB"),
+            ("pin", "256 keys pinned and released"),
+            ("hold", "pool's lock under these calls, time held, median"),
+        )
+    ),
+    Figure("stat_cpu", "`kvplug stat` from the shell, in a pipe: CPU time", "s", 0.15),
+    Figure("start_vllm", "vLLM's first start in a fresh container: time with kvplug ÷ without", "", 1.02),
+    Figure("start_sglang", "SGLang's first start in a fresh container: time with kvplug ÷ without", "", 1.02),
     Figure("tables", "tables and index, 256 KiB blocks: their memory ÷ the pool's", "%", 1.0),
     Figure("eight_get", "`get` by eight processes at once: bandwidth together ÷ one process's alone", "", 1.0, True),
     Figure("eight_slowest", "eight processes get, put and pin: time of the slowest call", "ms", 100.0),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.kernels import LIBRARY_ONLY
 from tests.lab.models import LLAMA, LLAMA_OTHER, model_dir
 from tests.vllm.common import (
     BLOCK,
@@ -78,6 +79,14 @@ def test_the_connector_is_switched_on_by_the_environment_alone(engines: dict[str
     lines = [line for line in engines["cold"].log_text().splitlines() if "kvplug: ON" in line]
     assert len(lines) == 1, "one loud line at the start"
     assert pool in lines[0]
+
+
+@LIBRARY_ONLY
+def test_a_compiler_is_imported_where_the_engine_imports_it_and_for_nothing_of_kvplug(
+    engines: dict[str, InProcess], filled: dict[str, Any], control: Control
+) -> None:
+    assert filled["records"], "blocks were stored"
+    assert engines["cold"].ready().do("info")["compilers"] == control.engine.do("info")["compilers"]
 
 
 def test_a_cold_engine_answers_as_one_without_kvplug(filled: dict[str, Any], cases: list[Case]) -> None:

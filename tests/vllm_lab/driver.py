@@ -81,6 +81,7 @@ class Driver:
             "groups": [type(g.kv_cache_spec).__name__ for g in scheduler.kv_cache_config.kv_cache_groups],
             "worker_pids": self.llm.collective_rpc("lab_pid"),
             "pid": os.getpid(),
+            "compilers": [name for name in ("numba", "llvmlite") if name in sys.modules],
         }
 
     # -- requests -----------------------------------------------------------------------------------------------
