@@ -172,6 +172,9 @@ class WorkerHalf:
             report = report or WorkerReport()
             report.done.update(unreported)
             report.failed |= unreported
+        if self.shield.counts:
+            report = report or WorkerReport()
+            report.counts.update(self.shield.take_counts())
         if isinstance(meta, StepMetadata) and meta.timed:
             report = report or WorkerReport()
             report.ran = meta.step

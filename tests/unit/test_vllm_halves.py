@@ -538,7 +538,7 @@ def test_a_load_that_can_not_be_looked_at_again_has_failed(caplog: pytest.LogCap
 def test_nothing_is_waited_for_where_nothing_is_loaded(caplog: pytest.LogCaptureFixture) -> None:
     side = Worker()
     side.take_loaded = broken  # type: ignore[method-assign]
-    assert run(worker_of(side), step(1)) == (set(), set(), set(), None)
+    assert run(worker_of(side), step(1)) == (set(), set(), set(), WorkerReport(counts=Counter(hook_errors=1)))
     assert side.events == []
 
 
@@ -575,7 +575,11 @@ def test_a_report_that_can_not_be_had_is_not_the_end(caplog: pytest.LogCaptureFi
     half = worker_of(side)
     side.take_report = broken  # type: ignore[method-assign]
     report = run(half, step(4, timed=True))[3]
-    assert report == WorkerReport(ran=4)
+    assert report == WorkerReport(ran=4, counts=Counter(hook_errors=1)), (
+        "and the error is counted where all counters are"
+    )
+    del side.take_report
+    assert run(half, step(5, timed=True))[3] == WorkerReport(ran=5), "once"
 
 
 def test_a_step_of_another_engine_is_nobodys_here() -> None:
