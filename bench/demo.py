@@ -135,7 +135,7 @@ def wait_until_stored(pool: str) -> PoolStats:
         while True:
             stats = store.stats()
             if (stats.sealed_blocks and not stats.writing_slots) or time.monotonic() > deadline:
-                return dataclasses.replace(stats, sessions=stats.sessions - 1)  # this one's
+                return stats._replace(sessions=stats.sessions - 1)  # this one's
             time.sleep(0.05)
 
 

@@ -9,30 +9,30 @@ as plain bytes; durations are in seconds.
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-import stat
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvplug import hostmem
 from kvplug.endpoint import Endpoint, is_host_and_port
-from kvplug.errors import ConfigError, DecodeError
-from kvplug.home import xdg_folder
-from kvplug.outside import decoded_by
+from kvplug.errors import ConfigError
+from kvplug.layers import (
+    ENV_PREFIX,
+    GIVEN,
+    POOL_MEANING,
+    checked_pool_name,
+    config_path,
+    default_pool_name,
+    from_environment,
+    from_file,
+    merged,
+    nearest,
+    unfit,
+)
 from kvplug.sizes import format_size, parse_size
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "ENV_PREFIX",
@@ -45,12 +45,6 @@ __all__ = [
     "load",
 ]
 
-ENV_PREFIX = "KVPLUG_"
-PATH_ENV = "KVPLUG_CONFIG"
-RESERVED_ENV = frozenset(
-    {PATH_ENV, "KVPLUG_ENABLE", "KVPLUG_KERNELS", "KVPLUG_SGLANG_MODE", "KVPLUG_FAILPOINT", "KVPLUG_PEER_FAULT"}
-)
-"""Variables that are read elsewhere and are not settings of the schema."""
 SECRETS = frozenset({"auth_key", "directory_url"})
 UNQUOTED = {
     "auth_key": "it must be a text of 16 to 4096 characters",
@@ -62,20 +56,9 @@ UNQUOTED = {
 """What errors never quote, as a secret may stand there, and what they say instead of pydantic's words, which may give
 away a length; empty: the words are ours."""
 HIDDEN = "(set, not shown)"
-RESERVED_ENV_PREFIXES = ("KVPLUG_TEST_", "KVPLUG_BENCH_", "KVPLUG_DEMO_")
-_FOREIGN_ENV = re.compile(r"KVPLUG_(?:\w+_)?(?:SERVICE_(?:HOST|PORT\w*)|PORT(?:_\d+_\w+)?)")
-"""What Kubernetes puts into every container of a namespace that has a service named "kvplug..."."""
-
-POOL_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
 MIB = 1024**2
 _SIZE_STEP_BYTES = 2 * MIB
 _MIN_SIZE_BYTES = MIB
-_MAX_FILE_BYTES = MIB
-
-
-def default_pool_name() -> str:
-    """``u<uid>``: a pool per user, since pools are never shared between users."""
-    return f"u{os.getuid()}"
 
 
 def default_size_bytes() -> int:
@@ -115,22 +98,20 @@ def _address(value: str) -> str:
 Size = Annotated[int, BeforeValidator(_size)]
 Address = Annotated[str, AfterValidator(_address)]
 Secret = Annotated[SecretStr, Field(max_length=4096)]
-Layer = dict[str, tuple[Any, str]]
-"""Name to (value, source)."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class Config(BaseSettings):
+class Config(pydantic.BaseModel):
     """The settings of one process, checked. Immutable; :meth:`with_changes` makes another.
 
     Every way of making one raises :class:`~kvplug.errors.ConfigError` for a name or a value that does not fit.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     pool: str = Field(
         default_factory=default_pool_name,
-        description="Name of the pool. Engines of one user that name the same pool share it.",
+        description=POOL_MEANING,
     )
     size: Size = Field(
         default_factory=default_size_bytes,
@@ -310,18 +291,16 @@ class Config(BaseSettings):
     )
 
     def __init__(self, /, **values: Any) -> None:
+        layers = {name: entry for name, entry in merged().items() if name not in values}
         try:
-            super().__init__(**values)
+            super().__init__(**{name: value for name, (value, _) in layers.items()}, **values)
         except pydantic.ValidationError as error:
-            sources = {n: e for n, e in (_sound(_from_file()) | _sound(_from_environment())).items() if n not in values}
-            raise ConfigError("; and ".join(_explained(detail, sources) for detail in error.errors())) from None
+            raise ConfigError("; and ".join(_explained(detail, layers) for detail in error.errors())) from None
 
     @pydantic.field_validator("pool")
     @classmethod
     def _pool_name(cls, value: str) -> str:
-        if not re.fullmatch(POOL_NAME, value, re.ASCII):
-            raise ValueError("a pool name is 1 to 64 of the characters A-Z a-z 0-9 . _ - and does not start with a dot")
-        return value
+        return checked_pool_name(value)
 
     @pydantic.field_validator("size")
     @classmethod
@@ -360,22 +339,6 @@ class Config(BaseSettings):
         return self
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments over environment over file; no .env files and no secrets folder."""
-        return (
-            init_settings,
-            _Given(settings_cls, {name: value for name, (value, _) in _sound(_from_environment()).items()}),
-            _Given(settings_cls, {name: value for name, (value, _) in _sound(_from_file()).items()}),
-        )
-
-    @classmethod
     def defaults(cls) -> Config:
         """The defaults alone, whatever environment and file say."""
         return cls.model_construct()
@@ -384,20 +347,6 @@ class Config(BaseSettings):
         """The same settings but for *changes*, checked like any other; a change to None leaves the value as it is."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return Config(**values | {name: value for name, value in changes.items() if value is not None})
-
-
-class _Given(PydanticBaseSettingsSource):
-    """A layer of settings that was read already."""
-
-    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
-        super().__init__(settings_cls)
-        self._values = values
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        return self._values.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return self._values
 
 
 class Setting(NamedTuple):
@@ -420,133 +369,20 @@ class Setting(NamedTuple):
         return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
 
 
-def config_path() -> tuple[Path, bool]:
-    """The settings file, and whether it was asked for by name (then it has to be there)."""
-    named = os.environ.get(PATH_ENV)
-    if named:
-        return Path(os.path.expanduser(named)), True
-    return Path(xdg_folder("XDG_CONFIG_HOME", ".config")) / "kvplug" / "config.toml", False
-
-
-def _nearest(name: str, prefix: str = "") -> str:
-    """What was probably meant by *name*, which is written without *prefix*."""
-    close = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.6)
-    written = [prefix + (known.upper() if prefix else known) for known in (close or Config.model_fields)]
-    return f"did you mean {written[0]}?" if close else f"the known ones are {', '.join(written)}."
-
-
-def _from_environment() -> tuple[Layer, list[str]]:
-    """The settings in the environment, and what is wrong there. Set to nothing counts as unset."""
-    found: Layer = {}
-    wrong = []
-    for variable, value in os.environ.items():
-        if (
-            not variable.startswith(ENV_PREFIX)
-            or variable in RESERVED_ENV
-            or variable.startswith(RESERVED_ENV_PREFIXES)
-        ):
-            continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        if name in Config.model_fields and variable == variable.upper():
-            if not _is_text(value):
-                wrong.append(f"{variable} in the environment has bytes in it that are not UTF-8: write it again")
-            elif value.strip():
-                found[name] = (value, f"environment {variable}")
-        elif not _FOREIGN_ENV.fullmatch(variable):
-            wrong.append(
-                f"unknown setting {variable} in the environment: {_nearest(name, ENV_PREFIX)} "
-                f"Unset it or correct its name; `kvplug config` lists all settings."
-            )
-    return found, wrong
-
-
-def _is_text(value: str) -> bool:
-    """Whether a variable's bytes were UTF-8: Python keeps what was not as lone surrogates, which nothing can encode."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_file(path: Path) -> str:
-    """The settings file's text. OSError, or ValueError: it is not text."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes to is not waited for
-    try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise ValueError("it is a folder, not a file")
-        if not (stat.S_ISREG(mode) or os.path.samefile(fd, os.devnull)):
-            raise ValueError("it is not a regular file")
-        with open(fd, "rb", closefd=False) as file:
-            raw = file.read(_MAX_FILE_BYTES + 1)
-    finally:
-        os.close(fd)
-    if len(raw) > _MAX_FILE_BYTES:
-        raise ValueError(f"it is larger than {format_size(_MAX_FILE_BYTES)}")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})") from None
-
-
-def _from_file() -> tuple[Layer, list[str]]:
-    """The settings in the file, and what is wrong there."""
-    path, required = config_path()
-    named = f"the settings file {path}" + f", named by {PATH_ENV}," * required
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        missing = f"the settings file {path}, named by {PATH_ENV}, does not exist: create it or unset {PATH_ENV}"
-        return {}, [missing] * required
-    except (OSError, ValueError) as error:
-        # A home that this user can't look into holds no settings of this user's.
-        return {}, [f"{named} can't be used: {_why(error)}"] * required
-    try:
-        content = decoded_by(tomllib.loads, _read_file(path), "its text")
-    except DecodeError as error:
-        return {}, [f"{named} can't be used: {error}. It is TOML: one `name = value` a line"]
-    except FileNotFoundError:
-        return {}, [f"{named} can't be used: it is a symbolic link that leads nowhere. Fix it or remove it"]
-    except PermissionError:
-        return {}, [
-            f"{named} can't be used: this process (uid {os.geteuid()}) may not read it. Give it the right (chown, "
-            f"chmod), or name another file in {PATH_ENV}"
-        ]
-    except (OSError, ValueError) as error:
-        return {}, [f"{named} can't be used: {_why(error)}"]
-    known = {name: (value, f"file {path}") for name, value in content.items() if name in Config.model_fields}
-    return known, [
-        f"unknown setting {name!r} in the file {path}: {_nearest(name)}" for name in content if name not in known
-    ]
-
-
-def _why(error: OSError | ValueError) -> str:
-    return str((isinstance(error, OSError) and error.strerror) or error)
-
-
-def _sound(layer: tuple[Layer, list[str]]) -> Layer:
-    """A layer in which nothing is wrong. Raises ConfigError."""
-    found, wrong = layer
-    if wrong:
-        raise ConfigError("; and ".join(wrong))
-    return found
-
-
 def _explained(detail: Any, sources: Mapping[str, tuple[Any, str]]) -> str:
     """What is wrong, as one sentence: value, source, what fits. A secret is not quoted, nor its length."""
     message = str(detail["msg"]).removeprefix("Value error, ")
     name = str(detail["loc"][0]) if detail["loc"] else ""
     if not name:
         return f"settings that don't go together: {message}"
-    value, source = sources.get(name, (detail["input"], "given in the code"))
+    value, source = sources.get(name, (detail["input"], GIVEN))
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}, {source}: {_nearest(name)}"
+        return f"unknown setting {name!r}, {source}: {nearest(name)}"
     about = Config.model_fields[name].description or ""
     shown = repr(value)
     if name in UNQUOTED:
         shown, message = HIDDEN, UNQUOTED[name] or message
-    return f"setting {name} = {shown} ({source}): {message}. ({name}: {about})"
+    return unfit(name, shown, source, message, about)
 
 
 def load(**overrides: Any) -> Config:
@@ -561,24 +397,12 @@ class GivenConfig(Config):
     """Settings of the values that are handed in, whatever environment and file say. Raises pydantic's own error."""
 
     def __init__(self, /, **values: Any) -> None:
-        BaseSettings.__init__(self, **values)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments only."""
-        return (init_settings,)
+        pydantic.BaseModel.__init__(self, **values)
 
 
 def explain() -> tuple[list[Setting], list[str]]:
     """Each setting that is sound, as (name, value, source), in the schema's order; and each thing that is wrong."""
-    (in_file, wrong), (in_environment, more) = _from_file(), _from_environment()
+    (in_file, wrong), (in_environment, more) = from_file(), from_environment()
     layers, wrong = in_file | in_environment, wrong + more
     good, bad = dict(layers), set[str]()
     while True:  # each round has fewer of what was set

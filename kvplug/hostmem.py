@@ -7,8 +7,8 @@ kills. So the limit is looked up beforehand, from the control groups (version 2 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvplug.errors import DecodeError
 from kvplug.outside import file_text, whole_number
@@ -26,8 +26,7 @@ _UNLIMITED_BYTES = 2**60
 """Version 1 says "no limit" by a number of about 2**63."""
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """What this process and its neighbours in the container may use together."""
 
     limit_bytes: int
@@ -38,8 +37,7 @@ class Memory:
     """The file that the limit came from."""
 
 
-@dataclass(frozen=True)
-class ShmSpace:
+class ShmSpace(NamedTuple):
     """Size and room of the file system that holds POSIX shared memory."""
 
     total_bytes: int
@@ -136,8 +134,7 @@ def shm_space(path: str = DEV_SHM) -> ShmSpace | None:
     return ShmSpace(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize)
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """What one place has left for a new pool. The one answer to whether a pool fits, for whoever asks."""
 
     nbytes: int

@@ -8,7 +8,6 @@ and nothing else.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -49,6 +48,8 @@ def decoded_by(decode: Callable[[Any], V], raw: Any, what: str) -> V:
 
 def json_value(text: str | bytes, what: str) -> Any:
     """The value of a JSON text. Raises DecodeError."""
+    import json  # late: `kvplug stat` reads none
+
     return decoded_by(json.loads, text, what)
 
 

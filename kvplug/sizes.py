@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 
 __all__ = ["format_size", "parse_size"]
 
@@ -38,6 +37,8 @@ def parse_size(text: str | int) -> int:
             raise ValueError(
                 f"unknown unit {unit!r}: use b, kb, mb, gb, tb (powers of 1000) or kib, mib, gib, tib (powers of 1024)"
             )
+        from decimal import Decimal  # late: most processes read no size
+
         exact = Decimal(number) * _FACTORS[unit]
         nbytes = int(exact)
         if nbytes != exact:

@@ -8,9 +8,9 @@ from kvplug.shm.codes import CORRUPT, OK, STALE
 from kvplug.shm.index import announce_rows
 from kvplug.shm.jit import entry
 from kvplug.shm.layout import GEN_SHIFT, H_N_ROWS, R_WORD, WRITING
-from kvplug.shm.lists import parts_of, row_at
 from kvplug.shm.local import L_BASE
 from kvplug.shm.lock import clean, dirty, enter, leave
+from kvplug.shm.places import parts_of, row_at
 from kvplug.shm.write import DONE, record_part, seal_if_whole
 from kvplug.shm.xxh3 import xxh3_64
 

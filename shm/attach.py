@@ -94,7 +94,7 @@ def attach(
                 )
                 is_new = True
                 seg = _open_or_remove(pool)
-                seg.is_new = True
+                seg = seg._replace(is_new=True)
                 # Memory for the first blocks, so that a new pool can be written to at once.
                 with contextlib.suppress(OSError):
                     segment.reserve(seg.lock_fd, seg.geometry.data_offset, seg.geometry.slab_bytes)

@@ -34,8 +34,9 @@ from kvplug.shm.layout import (
     SIBLING_SHIFT,
     STATE_MASK,
 )
-from kvplug.shm.lists import release_slot, row_at, set_free
+from kvplug.shm.lists import release_slot, set_free
 from kvplug.shm.local import L_BASE
+from kvplug.shm.places import row_at
 
 SIBLINGS_A_SECTION = 1024
 """Siblings looked up before a section lets others in: a victim may have 127 of them."""

@@ -39,8 +39,8 @@ from kvplug.shm.layout import (
     STATE_MASK,
     Geometry,
 )
-from kvplug.shm.lists import row_at, slab_at
 from kvplug.shm.local import L_CLIENT
+from kvplug.shm.places import row_at, slab_at
 from kvplug.shm.policies.base import Candidates, Policy
 from kvplug.shm.read import exists
 from kvplug.shm.rows import row_table, slab_table

@@ -60,9 +60,9 @@ from kvplug.shm.layout import (
     STATE_MASK,
     WRITING,
 )
-from kvplug.shm.lists import parts_of, row_at, slab_at, slot_offset
 from kvplug.shm.local import L_BASE
 from kvplug.shm.lock import enter, leave
+from kvplug.shm.places import parts_of, row_at, slab_at, slot_offset
 from kvplug.shm.read import bytes_match
 
 FINDINGS = {

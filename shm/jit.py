@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import logging
 import os
 import threading
 import time
@@ -23,8 +22,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn, TypeVar, cast
 
 from kvplug.shm import native
-
-log = logging.getLogger("kvplug")
 
 COMPILE_TIMEOUT_S = 180.0
 COMPILE_POLL_S = 0.05
@@ -173,7 +170,7 @@ def _one_process_compiles() -> Iterator[None]:
             except OSError:
                 if not is_said and waited >= WAIT_SAID_AFTER_S:
                     is_said = True
-                    log.warning(
+                    native.logger().warning(
                         "another process compiles the pool's inner loops: waiting for it, %.0f s at most",
                         COMPILE_TIMEOUT_S,
                     )
@@ -203,21 +200,21 @@ class _Progress:
         now = time.monotonic()
         if was_compiled and not self._is_said:  # the first of many: the rest takes a while
             self._is_said, self._said_at = True, now
-            log.warning(
+            native.logger().warning(
                 "compiling the pool's inner loops, %d of them: a minute on a quiet machine, longer on a busy one%s",
                 self._total,
                 _why_again(),
             )
         elif self._is_said and now - self._said_at >= PROGRESS_EVERY_S and self._done < self._total:
             self._said_at = now
-            log.warning(
+            native.logger().warning(
                 "compiling the pool's inner loops: %d of %d after %.0f s", self._done, self._total, now - self._began
             )
 
     def end(self) -> None:
         """All are there."""
         if self._is_said:
-            log.warning("compiled the pool's inner loops in %.0f s", time.monotonic() - self._began)
+            native.logger().warning("compiled the pool's inner loops in %.0f s", time.monotonic() - self._began)
 
 
 def warm_up() -> None:

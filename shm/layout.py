@@ -14,9 +14,8 @@ entries of those rows hold the slot's further parts: room for parts grows with t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvplug.errors import BlockTooLargeError, ConfigError, PoolFormatError
 
@@ -216,8 +215,7 @@ def _round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Sizes and word offsets of one segment; all that follows from pool size, slab size and smallest block."""
 
     segment_bytes: int

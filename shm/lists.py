@@ -16,23 +16,16 @@ from kvplug.shm.layout import (
     CLASS_WORDS,
     FREE,
     GEN_SHIFT,
-    H_DATA_OFFSET,
     H_FREE_SLABS,
-    H_N_SLABS,
     H_O_CLASS,
-    H_O_ROW,
-    H_O_SLAB,
     H_ROWS_PER_SLAB,
     H_SLAB_BYTES,
     K_HEAD,
     K_SLABS,
     K_STRIDE,
     MAX_CLASSES,
-    PARTS_MASK,
     R_NEXT,
-    R_SIZE,
     R_WORD,
-    ROW_WORDS,
     S_CLASS,
     S_FREE_COUNT,
     S_FREE_HEAD,
@@ -43,64 +36,14 @@ from kvplug.shm.layout import (
     S_ROW_STEP,
     S_STATE,
     S_STRIDE,
-    SIZE_BITS,
     SLAB_FREE,
-    SLAB_WORDS,
     STATE_MASK,
 )
 from kvplug.shm.layout import (
     SLAB_OWNED as STATE_OWNED,
 )
 from kvplug.shm.local import L_BASE
-
-
-@kernel
-def slab_at(T: Any, slab: int) -> int:
-    """Word offset of a slab's entry."""
-    return T[H_O_SLAB] + slab * SLAB_WORDS
-
-
-@kernel
-def row_at(T: Any, row: int) -> int:
-    """Word offset of a slot's row."""
-    return T[H_O_ROW] + row * ROW_WORDS
-
-
-@kernel
-def parts_of(T: Any, row: int) -> int:
-    """Number of parts of the slot's block."""
-    return (T[row_at(T, row) + R_SIZE] >> SIZE_BITS) & PARTS_MASK
-
-
-@kernel
-def slot_offset(T: Any, row: int) -> int:
-    """Byte offset of a slot's payload from the start of the segment, or -1 if its slab is not cut."""
-    rps = T[H_ROWS_PER_SLAB]
-    slab = row // rps
-    s = slab_at(T, slab)
-    step = T[s + S_ROW_STEP]
-    stride = T[s + S_STRIDE]
-    if step <= 0 or stride <= 0:
-        return -1
-    at = (row - slab * rps) // step * stride
-    if at + stride > T[H_SLAB_BYTES]:
-        return -1
-    return T[H_DATA_OFFSET] + slab * T[H_SLAB_BYTES] + at
-
-
-@kernel
-def is_slot_of(T: Any, row: int, cls: int) -> bool:
-    """Whether the row is a slot of an owned slab of this class: the slab may have been cut anew during a scan."""
-    rps = T[H_ROWS_PER_SLAB]
-    slab = row // rps
-    if row < 0 or slab >= T[H_N_SLABS]:
-        return False
-    s = slab_at(T, slab)
-    step = T[s + S_ROW_STEP]
-    if T[s + S_STATE] != STATE_OWNED or T[s + S_CLASS] != cls or step <= 0:
-        return False
-    at = row - slab * rps
-    return at % step == 0 and at // step < T[s + S_NSLOTS]
+from kvplug.shm.places import row_at, slab_at
 
 
 @kernel

@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
-import logging
 import os
 import pathlib
 import platform
 from types import ModuleType
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvplug.errors import ConfigError
 
-log = logging.getLogger("kvplug")
+if TYPE_CHECKING:
+    import logging
 
 ENV: Final = "KVPLUG_KERNELS"
 CHOICES: Final = ("auto", "native", "numba")
@@ -42,6 +42,13 @@ class Kernels(NamedTuple):
 
     library: ModuleType | None
     why: str
+
+
+def logger() -> logging.Logger:
+    """kvplug's. Late, as it takes long to import and few processes have to say a thing."""
+    import logging
+
+    return logging.getLogger("kvplug")
 
 
 def sources_stamp() -> tuple[str, int]:
@@ -111,5 +118,5 @@ def choose(stamp: str) -> Kernels:
                 f"KVPLUG_KERNELS=native, but {found.why}; set it to auto, or build with `python -m kvplug.shm.build`"
             )
         if any(library_path(level).exists() for level in levels_here()):
-            log.warning("the pool's compiled library is not used; %s", found.why)
+            logger().warning("the pool's compiled library is not used; %s", found.why)
     return found

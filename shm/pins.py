@@ -33,9 +33,9 @@ from kvplug.shm.layout import (
     SIZE_MASK,
     STATE_MASK,
 )
-from kvplug.shm.lists import row_at, slab_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_PIN_BUDGET, L_TOUCH
 from kvplug.shm.lock import clean, dirty, enter, leave
+from kvplug.shm.places import row_at, slab_at, slot_offset
 from kvplug.shm.write import DONE, TOUCH_NONE, tick_of
 
 SECTION_KEYS = 512

@@ -37,8 +37,8 @@ from kvplug.shm.layout import (
     SEALED,
     SIZE_MASK,
 )
-from kvplug.shm.lists import parts_of, row_at, slot_offset
 from kvplug.shm.local import L_BASE, L_CLIENT, L_TOUCH, L_VERIFY
+from kvplug.shm.places import parts_of, row_at, slot_offset
 from kvplug.shm.write import TOUCH_NONE, tick_of
 from kvplug.shm.xxh3 import xxh3_64
 

@@ -42,9 +42,9 @@ from kvplug.shm.layout import (
     STATE_MASK,
     WRITING,
 )
-from kvplug.shm.lists import row_at
 from kvplug.shm.local import L_CLIENT, L_FD, L_FLOCK, L_PID, L_SELF, L_SESSION
 from kvplug.shm.lock import clean, dirty, end_turn, enter, leave, take_turn
+from kvplug.shm.places import row_at
 from kvplug.shm.write import grace_end, quarantine
 
 REAP_ROWS_A_SECTION = 8192

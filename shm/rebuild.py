@@ -59,8 +59,9 @@ from kvplug.shm.layout import (
     STATE_MASK,
     WRITING,
 )
-from kvplug.shm.lists import class_of, parts_of, push_free_slab, push_free_slot, row_at, set_free, slab_at
+from kvplug.shm.lists import class_of, push_free_slab, push_free_slot, set_free
 from kvplug.shm.local import L_BASE
+from kvplug.shm.places import parts_of, row_at, slab_at
 
 
 @kernel

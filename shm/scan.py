@@ -33,7 +33,7 @@ from kvplug.shm.layout import (
     SLAB_OWNED,
     STATE_MASK,
 )
-from kvplug.shm.lists import row_at, slab_at
+from kvplug.shm.places import row_at, slab_at
 
 
 @entry("ii(I, i, i, i, I, I, I, I)")

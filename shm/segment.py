@@ -11,7 +11,6 @@ what its header says: past the end of a truncated file comes SIGBUS, not an erro
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import mmap
@@ -21,9 +20,8 @@ import resource
 import stat
 import struct
 import time
-import uuid
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -146,8 +144,7 @@ def _files_of(pool: str, what: str = r"v\d{1,6}|new\.\d+\.[0-9a-f]{8}") -> list[
     return [os.path.join(hostmem.DEV_SHM, one) for one in os.listdir(hostmem.DEV_SHM) if name.fullmatch(one)]
 
 
-@dataclasses.dataclass(slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A mapped segment. ``lock_fd`` is a description of its own, never mapped: see :mod:`kvplug.shm.lock`."""
 
     pool: str
@@ -240,7 +237,7 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
     The caller holds the name lock, knows that the name is free, and has asked :func:`check_space`.
     """
     _remove_unfinished(pool)
-    name = f"kvplug.{pool}.new.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    name = f"kvplug.{pool}.new.{os.getpid()}.{os.urandom(4).hex()}"
     temporary = os.path.join(hostmem.DEV_SHM, name)
     try:
         shm = posix_ipc.SharedMemory("/" + name, posix_ipc.O_CREX, mode=_READ_WRITE, size=geometry.segment_bytes)
@@ -255,7 +252,7 @@ def create(pool: str, geometry: Geometry, *, policy: int, until_last_exit: bool,
                 policy=policy,
                 until_last_exit=until_last_exit,
                 grace_ns=grace_ns,
-                pool_uuid=uuid.uuid4().bytes,
+                pool_uuid=os.urandom(16),
             )
             os.pwrite(shm.fd, struct.pack(f"<{len(words)}q", *words), 0)
             os.link(temporary, segment_path(pool))
@@ -397,8 +394,7 @@ def _map(fd: int, nbytes: int, path: str) -> mmap.mmap:
         ) from e
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolInfo:
+class PoolInfo(NamedTuple):
     """One segment found in /dev/shm. ``problem`` is empty for a pool that this version can use."""
 
     name: str

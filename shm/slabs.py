@@ -31,9 +31,10 @@ from kvplug.shm.layout import (
     SLAB_OWNED,
     STATE_MASK,
 )
-from kvplug.shm.lists import give_back_slab, list_slab, push_free_slab, row_at, slab_at, unlink
+from kvplug.shm.lists import give_back_slab, list_slab, push_free_slab, unlink
 from kvplug.shm.local import L_BASE
 from kvplug.shm.lock import clean, dirty, enter, leave
+from kvplug.shm.places import row_at, slab_at
 
 DRAIN_SLOTS_A_SECTION = 1024
 NOT_BEGUN = -1

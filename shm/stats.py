@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +35,7 @@ class Tables(Protocol):
         """Who is evicted."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ClassStats:
+class ClassStats(NamedTuple):
     """One size class."""
 
     stride_bytes: int
@@ -46,8 +44,7 @@ class ClassStats:
     sealed_bytes: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolStats:
+class PoolStats(NamedTuple):
     """Figures of a pool; counts since it was created unless said otherwise. Bytes, blocks and slots as named."""
 
     pool: str
@@ -100,6 +97,10 @@ class PoolStats:
     """Inside a section now, 0 for nobody."""
     classes: tuple[ClassStats, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same by name, as JSON has it: each class likewise."""
+        return self._asdict() | {"classes": [one._asdict() for one in self.classes]}
+
 
 def pool_stats(pool: Tables, alive: npt.NDArray[np.bool_] | None = None) -> PoolStats:
     """A snapshot of ``pool``. ``alive``: which rows' clients live, bool[MAX_CLIENTS]; default: as the rows say."""
@@ -138,7 +139,7 @@ def pool_stats(pool: Tables, alive: npt.NDArray[np.bool_] | None = None) -> Pool
         quarantined_slots=int(states[lay.QUARANTINED]),
         pinned_slots=pinned,
         clients=len(attached),
-        sessions=len(np.unique(attached[:, lay.C_SESSION])),
+        sessions=len(set(attached[:, lay.C_SESSION].tolist())),
         hits=total(lay.C_HITS),
         misses=total(lay.C_MISSES),
         read_bytes=total(lay.C_READ_BYTES),

@@ -7,10 +7,10 @@ is off by what they do meanwhile.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import mmap
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ from kvplug.shm.stats import PoolStats, pool_stats
 __all__ = ["Visit", "visit"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Visit:
+class Visit(NamedTuple):
     """A pool as somebody sees it who only looks."""
 
     name: str

@@ -64,19 +64,10 @@ from kvplug.shm.layout import (
     STATE_MASK,
     WRITING,
 )
-from kvplug.shm.lists import (
-    class_of,
-    is_slot_of,
-    parts_of,
-    pop_free_slot,
-    release_slot,
-    row_at,
-    set_free,
-    slot_offset,
-    take_free_slab,
-)
+from kvplug.shm.lists import class_of, pop_free_slot, release_slot, set_free, take_free_slab
 from kvplug.shm.local import L_BASE, L_CLIENT, L_RESERVE_BUDGET, L_SESSION, L_TOUCH
 from kvplug.shm.lock import clean, dirty, enter, give_way, leave
+from kvplug.shm.places import is_slot_of, parts_of, row_at, slot_offset
 
 DONE = -1
 """What :func:`complete`, :func:`abort`, :func:`acknowledge` and pins.unpin leave in their array of rows: an entry was

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import threading
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from kvplug.cli import output
-from kvplug.cli.pools import PoolName
 
 if TYPE_CHECKING:
     from kvplug.config import Config
@@ -19,16 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["agent"]
 
 
-def agent(
-    pool: PoolName = None,
-    listen: Annotated[
-        str, typer.Option("--listen", help="Address to listen on, host:port. Default: the setting agent_listen.")
-    ] = "",
-    cache_node: Annotated[
-        bool, typer.Option("--cache-node", help="Lend this pool: take over blocks that other hosts are about to evict.")
-    ] = False,
-) -> None:
-    """Serve the pool to other hosts until SIGTERM or Ctrl-C. Listening beyond loopback needs a key or TLS."""
+def agent(*, pool: str | None, listen: str, cache_node: bool) -> int:
+    """Serve the pool to other hosts until SIGTERM or Ctrl-C."""
+    gc.enable()
     from kvplug.config import load
     from kvplug.errors import PoolError
     from kvplug.rdma.agent.agent import check_settings
@@ -52,6 +43,7 @@ def agent(
                 store.close()
                 with contextlib.suppress(PoolError):  # by now somebody else has it
                     remove_pool(store.pool_name)
+    return 0
 
 
 def _serve(config: Config, store: KvStore, has_begun: threading.Event, stop: threading.Event) -> None:

@@ -1,28 +1,18 @@
-"""`kvplug pools`, `kvplug stat` and `kvplug rm`: the pools on this host."""
+"""`kvplug pools`, `kvplug stat` and `kvplug rm`: the pools on this host.
+
+These three need nothing of the settings but the pool's name, so they do without the schema and what it imports.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import pwd
 import time
-from typing import Annotated, Any
-
-import typer
 
 from kvplug.cli import output
+from kvplug.layers import pool_name
 from kvplug.sizes import format_size
 
 __all__ = ["pools", "rm", "stat"]
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-PoolName = Annotated[str | None, typer.Option("--pool", help="Name of the pool. Default: the setting pool.")]
-
-
-def _wanted(pool: str | None) -> str:
-    """What --pool names, though it be nothing, which is no name; without it the pool that is configured."""
-    from kvplug.config import load
-
-    return load(pool=pool).pool
 
 
 def _owner(uid: int) -> str:
@@ -42,17 +32,17 @@ def _age(created_unix_s: float) -> str:
     return f"{seconds} s"
 
 
-def pools(as_json: Json = False) -> None:
-    """List the pools on this host, with size, owner and number of attached processes."""
+def pools(*, as_json: bool) -> int:
+    """List the pools."""
     from kvplug.shm.segment import list_pools
 
     found = list_pools()
     if as_json:
-        output.emit_json([dataclasses.asdict(pool) for pool in found])
-        return
+        output.emit_json([pool._asdict() for pool in found])
+        return 0
     if not found:
         output.say("no pools on this host")
-        return
+        return 0
     table = output.table(
         "pool",
         "format",
@@ -70,34 +60,36 @@ def pools(as_json: Json = False) -> None:
         if not pool.usable:
             state = f"{state}; {pool.problem}" if pool.clients_alive else pool.problem
         table.add_row(
-            output.cell(pool.name),
+            pool.name,
             str(pool.format),
             format_size(pool.size_bytes),
             format_size(pool.reserved_bytes),
-            output.cell(_owner(pool.uid)),
+            _owner(pool.uid),
             f"{pool.mode:04o}",
             _age(pool.created_unix_s),
             str(pool.clients_alive) if pool.clients_alive >= 0 else "?",
             output.cell(state, style="" if pool.usable else "yellow"),
         )
     output.show(table)
+    return 0
 
 
-def stat(pool: PoolName = None, as_json: Json = False) -> None:
-    """Print a pool's statistics. This attaches no client, so it also works when the pool takes no more of them."""
+def stat(*, pool: str | None, as_json: bool) -> int:
+    """Print a pool's statistics."""
+    name = pool_name(pool)
     from kvplug.shm.visit import visit
 
-    with visit(_wanted(pool)) as seen:
-        figures: dict[str, Any] = dataclasses.asdict(seen.stats())
+    with visit(name) as seen:
+        figures = seen.stats().as_dict()
     if as_json:
         output.emit_json(figures)
-        return
-    parts = {name: value for name, value in figures.items() if isinstance(value, tuple | list)}
+        return 0
+    parts = {name: value for name, value in figures.items() if isinstance(value, list)}
     table = output.table("statistic", "value", "", right=("value",))
     for name, value in figures.items():
         if name not in parts:
             meaning = format_size(value) if name.endswith("_bytes") and isinstance(value, int) else ""
-            table.add_row(output.cell(name), output.cell(_number(value)), meaning)
+            table.add_row(name, _number(value), meaning)
     output.show(table)
     for name, entries in parts.items():
         if entries:
@@ -112,21 +104,18 @@ def stat(pool: PoolName = None, as_json: Json = False) -> None:
             "kvplug's threads in attached processes met errors of its own. Their logs have the details, after "
             "'kvplug: an error in thread'. Please report them"
         )
+    return 0
 
 
 def _number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def rm(
-    pool: PoolName = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Remove it although processes are attached. They store nothing more.")
-    ] = False,
-) -> None:
-    """Remove a pool and free its memory. Refused while a process is attached, unless --force is given."""
+def rm(*, pool: str | None, force: bool) -> int:
+    """Remove a pool."""
+    name = pool_name(pool)
     from kvplug.shm.segment import remove_pool
 
-    name = _wanted(pool)
     remove_pool(name, force=force)
     output.say(f"removed pool {name}")
+    return 0

@@ -6,9 +6,8 @@ checked again, under the lock, when its slot is taken.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +25,7 @@ class Touch(enum.IntEnum):
     """The tail is the oldest of its batch: a prefix is eaten from its end."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(NamedTuple):
     """Unpinned sealed blocks, in no order. All arrays int64[N]."""
 
     slots: I64

@@ -12,7 +12,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
 
 # With what they need in turn: pydantic works with one version of pydantic-core alone, which is not always the newest.
-packages=(blake3 msgspec posix_ipc pydantic pydantic-settings)
+packages=(blake3 msgspec posix_ipc pydantic)
 platforms=()
 for name in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux_2_12 manylinux_2_5 manylinux2014 manylinux1; do
     platforms+=(--platform "${name}_x86_64")

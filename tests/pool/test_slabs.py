@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import threading
 import time
@@ -320,7 +319,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(
         maintenance.hostmem,
         "memory",
-        lambda *root: dataclasses.replace(plain(*root), limit_bytes=limit["bytes"], used_bytes=0),
+        lambda *root: plain(*root)._replace(limit_bytes=limit["bytes"], used_bytes=0),
     )
     return limit
 

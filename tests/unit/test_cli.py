@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import fcntl
 import json
 import os
@@ -24,8 +23,11 @@ import numpy as np
 import pytest
 
 from kvplug import KvStore, __version__
+from kvplug.cli import output
+from kvplug.cli.app import COMMANDS
 from kvplug.config import Config
 from kvplug.errors import PoolNotFoundError
+from kvplug.shm.jit import KERNELS
 from kvplug.shm.segment import remove_pool, segment_path
 
 POOL = f"cli-test-{os.getpid()}"
@@ -85,8 +87,62 @@ def test_version_and_help() -> None:
         assert kvplug(command, "--help").returncode == 0
 
 
-def test_an_unknown_command_is_refused() -> None:
-    assert kvplug("frobnicate").returncode == 2
+def test_without_arguments_it_says_what_there_is() -> None:
+    done = kvplug()
+    assert (done.returncode, done.stdout) == (2, kvplug("--help").stdout)
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(command.summary)}$", done.stdout, re.MULTILINE), name
+
+
+WRONG_CALLS = ["frob", "--frob", "stat --frob", "stat more", "stat --pool", "stat --js", "--vers", "a\nb", "rm a\nb"]
+
+
+@pytest.mark.parametrize("arguments", WRONG_CALLS)
+def test_a_wrong_call_is_one_line_and_exit_status_2(arguments: str) -> None:
+    """No option can be shortened: what it means could change with a later version."""
+    done = kvplug(*arguments.split(" "))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"kvplug: .* \(see `kvplug.* --help`\)\n", done.stderr), done.stderr
+
+
+def test_a_value_may_begin_with_a_dash() -> None:
+    for written in (["--pool", "-x"], ["--pool=-x"]):
+        done = kvplug("stat", *written)
+        assert done.returncode == 1
+        assert "there is no pool '-x'" in done.stderr
+
+
+IMPORTS = """
+import atexit, sys
+atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+from kvplug.cli import main
+main()
+"""
+NEEDLESS = {"pydantic", "pydantic_settings", "typer", "rich", "prometheus_client", "kvplug.config"}
+NEEDLESS_WITH_LIBRARY = {"numba", "asyncio", "inspect", "logging", "decimal", "uuid", "numpy.ma"}
+"""numba, which compiles where the package's library is not used, imports all of them."""
+
+
+@pytest.mark.parametrize("arguments", ["stat", "stat --json", "pools", "pools --json", "rm"])
+def test_what_is_called_often_imports_little(arguments: str, pool: str) -> None:
+    environment = os.environ | {"KVPLUG_POOL": pool, "XDG_CONFIG_HOME": "/nonexistent"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *arguments.split()], env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert pool in done.stdout
+    needless = NEEDLESS | (NEEDLESS_WITH_LIBRARY if KERNELS.library is not None else set())
+    assert needless.intersection(done.stderr.split()) == set()
+
+
+@pytest.mark.parametrize(("arguments", "is_on"), [("pools", False), ("agent --listen nowhere", True)])
+def test_only_a_command_that_goes_on_collects_garbage(arguments: str, is_on: bool) -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(gc.isenabled())); from kvplug.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split()[-1] == str(is_on)
 
 
 def test_config_prints_each_value_and_where_it_came_from(tmp_path: Path) -> None:
@@ -140,7 +196,7 @@ def test_pools_says_what_is_wrong_with_a_segment(pool: str) -> None:
 
 def test_stat_prints_every_figure_of_the_pool(pool: str) -> None:
     with KvStore(pool, create=False) as store:
-        names = [field.name for field in dataclasses.fields(store.stats())]
+        names = list(store.stats()._fields)
     output = kvplug("stat").stdout
     table = rows(output)
     assert table["sealed_blocks"] == ["sealed_blocks", "3"]
@@ -313,7 +369,7 @@ def test_output_that_goes_nowhere_is_no_trace(command: str, pool: str) -> None:
     assert both.stderr.splitlines() == ["status 0"]
     # A reader that is gone before a word is written.
     piped = shell(f"(sleep 0.2; K {command}; S) | true")
-    assert piped.stderr.splitlines() == ["status 1" if "--help" in command else "status 141"]
+    assert piped.stderr.splitlines() == ["status 141"]
 
 
 def test_a_reader_of_the_first_line_gets_it_and_nobody_complains() -> None:
@@ -372,6 +428,25 @@ def test_a_terminal_of_any_width_shows_every_word(columns: int, pool: str) -> No
         assert [word for word in wanted if word not in plain] == [], plain
 
 
+def test_a_table_lines_up_and_folds_its_last_column_between_words() -> None:
+    table = output.table("n", "name", "what", right=("n",))
+    table.add_row("7", "größe", output.cell("one two three four five six", "green") + output.cell("-> 十", "cyan"))
+    table.add_row("12345", "x", "\x1b[2J")
+    assert table.text().splitlines() == [
+        "    n  name   what",
+        "    7  größe  one two three four five six",
+        "              -> 十",
+        "12345  x      \\x1b[2J",
+    ]
+    assert table.least_width == 14 + output.LAST_COLUMN
+    assert table.text(30).splitlines()[1:4] == [
+        "    7  größe  one two three",
+        "              four five six",
+        "              -> 十",
+    ]
+    assert "\x1b[32mone two three\x1b[0m\n" in table.text(30, coloured=True)
+
+
 def test_colours_are_for_terminals_that_want_them(pool: str) -> None:
     colour = re.compile(r"\x1b\[[0-9;]*3\dm")
     assert colour.search(on_a_terminal(200, "doctor", TERM="xterm-256color")[1])
@@ -413,10 +488,10 @@ def test_whatever_the_home_is_like_the_commands_work(kind: str, tmp_path: Path) 
     environment |= {"KVPLUG_POOL": POOL, "KVPLUG_SIZE": "16mib"} | ({"HOME": homes[kind]} if kind in homes else {})
     code = """
         import sys
-        from kvplug.cli.app import app
+        from kvplug.cli.app import run
         for command in ("config", "doctor", "pools"):
             try:
-                app([command])
+                run([command])
             except SystemExit as end:
                 assert not end.code, command
     """

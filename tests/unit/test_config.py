@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplug import config as settings
-from kvplug import hostmem
+from kvplug import hostmem, layers
 from kvplug.config import Config, explain, load
 from kvplug.errors import ConfigError
 from kvplug.sizes import format_size, parse_size
@@ -120,6 +120,37 @@ def test_environment_goes_over_file_and_file_over_default(tmp_path: Path, monkey
     assert sources["policy"] == f"file {path}"
     assert sources["verify"] == "default"
     assert list(sources) == list(Config.model_fields), "every setting is explained, in the schema's order"
+
+
+def test_the_names_of_the_layers_are_those_of_the_schema() -> None:
+    assert tuple(Config.model_fields) == layers.NAMES
+
+
+@pytest.mark.parametrize("given", [None, "given", "", "a/b"])
+@pytest.mark.parametrize("variable", ["", "env", ".env"])
+@pytest.mark.parametrize("text", ["", 'pool = "file"', "pool = 3", 'pool = "a b"', "siez = 1", "pool = "])
+def test_commands_that_need_the_pools_name_alone_get_the_same_one(
+    given: str | None, variable: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the same error."""
+    write_file(tmp_path, text)
+    monkeypatch.setenv("KVPLUG_POOL", variable)
+    said = []
+    for way in (lambda: load(pool=given).pool, lambda: layers.pool_name(given)):
+        try:
+            said.append(("name", way()))
+        except ConfigError as error:
+            said.append(("error", str(error)))
+    assert said[0] == said[1]
+
+
+def test_another_setting_that_does_not_fit_does_not_hide_the_pools_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVPLUG_SIZE", "30g")
+    monkeypatch.setenv("KVPLUG_POOL", "mine")
+    assert layers.pool_name() == "mine"
+    monkeypatch.setenv("KVPLUG_POLL", "other")
+    with pytest.raises(ConfigError, match="did you mean KVPLUG_POOL"):
+        layers.pool_name()
 
 
 def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

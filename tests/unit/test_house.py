@@ -41,7 +41,7 @@ def room(modules: str, imports: str = "") -> Room:
 
 
 ROOMS = {
-    "helpers": room("errors outside sizes home hostmem endpoint config threads engines"),
+    "helpers": room("errors outside sizes home hostmem endpoint layers config threads engines"),
     "shm": room("shm", "helpers"),
     "identity": room("identity", "helpers shm"),
     "store": room("store buffers handles", "helpers shm identity"),
@@ -353,7 +353,7 @@ def test_only_the_adapters_import_engines() -> None:
 
 def test_importing_kvplug_loads_nothing_heavy() -> None:
     """Engines import kvplug in processes that never touch a pool."""
-    heavy = ["numpy", "numba", "pydantic", "torch", "vllm", "typer"]
+    heavy = ["numpy", "numba", "pydantic", "torch", "vllm", "argparse"]
     code = f"import sys, kvplug; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     assert out.strip() == "[]"
