@@ -164,7 +164,8 @@ def hunt(name: str, *, kills: int, seed: int, actors: int) -> tuple[bool, str, f
         build(MUTANTS[name], Path(folder))
         environment = {native.ENV: "numba", **os.environ, "PYTHONPATH": folder, "KVPLUG_TEST_EXPECT": folder}
         if environment[native.ENV] == "native":
-            subprocess.run([sys.executable, "-m", "kvplug.shm.build", "--level=best"], env=environment, check=True)
+            command = [sys.executable, "-m", "kvplug.shm.build", "--level=best"]
+            subprocess.run(command, env=environment, cwd=folder, check=True)  # a module is looked for here first
         began = time.monotonic()
         command = [
             sys.executable,
