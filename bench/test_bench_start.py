@@ -29,11 +29,14 @@ from tests.lab.models import LLAMA, model_dir
 from tests.sglang_lab.server import SglangServer
 from tests.vllm_lab.engine import InProcess
 
+ROOT = Path(__file__).resolve().parents[1]
 WAYS = ("native", "numba")
 ROUNDS = 10
 FIRST_USE_ROUNDS = 2
-CALLS_ROUNDS = 5
-ENGINE_ROUNDS = 6
+CALLS_ROUNDS = 9
+ENGINE_ROUNDS = 4
+
+pytestmark = pytest.mark.timeout(1800)
 
 USED = """
 import json, sys, time
@@ -46,7 +49,7 @@ def anonymous_mib():
             return int(line.split()[1]) / 1024
 numpy_mib = anonymous_mib()
 from kvplug import KvStore
-with KvStore(sys.argv[1], "256mib", prefault=False) as store:
+with KvStore(sys.argv[1], "256mib") as store:
     block = numpy.ones(262144, numpy.uint8)
     key = bytes(range(32))
     store.put([key], [block])
@@ -100,9 +103,16 @@ def keep(benchmark: Any) -> Callable[..., None]:
     return one
 
 
+def plain() -> dict[str, str]:
+    """The environment, in which Python keeps the bytecode of modules, as it does where a package is installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def process(way: str, pool: str, *arguments: str, cache: Path | None = None) -> dict[str, float]:
     """What one fresh process of a way says of itself, and ``cpu_s``, what all of it took."""
-    environment = {**os.environ, native.ENV: way} | ({"NUMBA_CACHE_DIR": str(cache)} if cache else {})
+    environment = {**plain(), native.ENV: way, "KVPLUG_PREFAULT": "false"} | (
+        {"NUMBA_CACHE_DIR": str(cache)} if cache else {}
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run(
         [sys.executable, "-c", USED, pool, *arguments], env=environment, capture_output=True, text=True, check=True
@@ -188,14 +198,16 @@ def test_calls(benchmark: Any, pool: str, keep: Callable[..., None]) -> None:
 
 @LIBRARY_ONLY
 def test_the_command(benchmark: Any, pool: str, keep: Callable[..., None]) -> None:
-    """``kvplug stat`` in a pipe, of a pool that is there."""
-    command = [str(Path(sys.executable).parent / "kvplug"), "stat", "--pool", pool]
+    """``kvplug stat`` in a pipe, of a pool that is there, as from an installed package."""
+    paths = os.pathsep.join((str(ROOT), str(Path(pytest.__file__).parents[1])))  # without an editable one's finder
+    command = [sys.executable, "-S", "-c", "from kvplug.cli import main; main()", "stat", "--pool", pool]
+    environment = {**plain(), native.ENV: "native", "PYTHONPATH": paths}
     times = []
-    with KvStore(pool, "256mib", prefault=False):
+    with KvStore(pool, "256mib"):
 
         def once() -> None:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run(command, env={**os.environ, native.ENV: "native"}, capture_output=True, check=True)
+            subprocess.run(command, env=environment, capture_output=True, check=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
@@ -203,17 +215,26 @@ def test_the_command(benchmark: Any, pool: str, keep: Callable[..., None]) -> No
     keep("stat_cpu", statistics.median(times[1:]), rounds=ROUNDS)
 
 
+def fresh(cache: Path) -> dict[str, str | None]:
+    """Of an engine: nothing that numba has compiled before, and bytecode as where packages are installed."""
+    return {"NUMBA_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": None}
+
+
 def start_of_vllm(pool: str | None, log: Path, cache: Path) -> float:
     """Seconds until an engine stands, with a cache of its own for whatever is compiled."""
     began = time.monotonic()
-    with InProcess(model_dir(LLAMA), log, pool=pool, env={"NUMBA_CACHE_DIR": str(cache)}) as engine:
+    with InProcess(
+        model_dir(LLAMA), log, pool=pool, env={"NUMBA_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": None}
+    ) as engine:
         engine.ready()
         return time.monotonic() - began
 
 
 def start_of_sglang(pool: str | None, log: Path, cache: Path) -> float:
     began = time.monotonic()
-    with SglangServer(LLAMA, log, pool=pool, cold=True, env={"NUMBA_CACHE_DIR": str(cache)}) as server:
+    with SglangServer(
+        LLAMA, log, pool=pool, cold=True, env={"NUMBA_CACHE_DIR": str(cache), "PYTHONDONTWRITEBYTECODE": None}
+    ) as server:
         server.ready()
         return time.monotonic() - began
 
