@@ -343,6 +343,11 @@ class Config(pydantic.BaseModel):
         """The defaults alone, whatever environment and file say."""
         return cls.model_construct()
 
+    @property
+    def asks_other_hosts(self) -> bool:
+        """Whether blocks that this host's pool lacks are to be looked for on others."""
+        return bool(self.peers) or self.directory_url is not None
+
     def with_changes(self, **changes: Any) -> Config:
         """The same settings but for *changes*, checked like any other; a change to None leaves the value as it is."""
         values = {name: getattr(self, name) for name in self.model_fields_set}

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -32,9 +32,11 @@ from kvplug.config import Config
 from kvplug.errors import KvplugError, NamespaceError, UnsupportedEngineError
 from kvplug.identity.canonical import Value
 from kvplug.identity.namespace import Namespace, WeightsIdentity
-from kvplug.remote.fetcher import Fetcher
 from kvplug.store import KvStore
 from kvplug.threads import guarded
+
+if TYPE_CHECKING:
+    from kvplug.remote.fetcher import Fetcher
 
 logger = logging.getLogger("sglang.kvplug")
 POLL_S = 0.05
@@ -132,7 +134,10 @@ class RankEngine:
         self.shard = Shard((pp * cps + cp) * tps + tp, pps * cps * tps)
         self.replicated_shard = Shard(pp * cps + cp, pps * cps)
         self.store = KvStore(config=self.config)
-        self.fetcher = Fetcher.configured(self.store, self.config)
+        if self.config.asks_other_hosts:
+            from kvplug.remote.fetcher import Fetcher  # with all that engines of one host have no use for
+
+            self.fetcher = Fetcher(self.store, self.config)
         self._measures = self.fetcher is not None
         self._publisher = Publisher(self.counts, self.facts.server, self.gather_counts)
 

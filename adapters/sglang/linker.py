@@ -30,7 +30,7 @@ from kvplug.adapters.sglang.waits import Waits
 from kvplug.adapters.sglang.wants import Part, wanted
 from kvplug.config import Config
 from kvplug.errors import EngineContractError, KvplugError, PoolError
-from kvplug.remote.fetcher import Fetch
+from kvplug.remote.request import Fetch
 
 DEVICE_PAGES_IF_UNKNOWN = 1024
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from kvplug.adapters.sglang.hostpages import KV, Bools, HostPages, Int64s, plain
 from kvplug.adapters.sglang.pagekeys import Keys
 from kvplug.adapters.sglang.wants import Part, wanted
 from kvplug.errors import Code, UnsupportedEngineError
-from kvplug.remote.fetcher import Fetch, Outcome
+from kvplug.remote.request import Fetch, Outcome
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvplug.remote.fetcher import Fetch, Outcome
+from kvplug.remote.request import Fetch, Outcome
 
 MAX_KNOWN = 1024
 """Requests of which it is remembered that they have waited, or need not."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvplug.adapters.sglang.hostpages import ALL_PAGES, BLOCK_GROUPS, Bools, verdict
 from kvplug.adapters.sglang.pagekeys import Keys
-from kvplug.remote.fetcher import Plan, Wanted
+from kvplug.remote.request import Plan, Wanted
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ looked up once more, and what came is an ordinary hit. The scheduler's thread se
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from kvplug.adapters.common.prefill import PrefillSpeed
@@ -16,7 +18,10 @@ from kvplug.adapters.vllm.hits import Bools, longest_hit, most_tokens, needed
 from kvplug.adapters.vllm.loads import Loads
 from kvplug.adapters.vllm.requests import Record
 from kvplug.adapters.vllm.state import EngineState
-from kvplug.remote.fetcher import Fetcher, Plan, Planner, Wanted
+from kvplug.remote.request import Plan, Planner, Wanted
+
+if TYPE_CHECKING:
+    from kvplug.remote.fetcher import Fetcher
 
 
 class Fetches:

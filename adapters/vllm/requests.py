@@ -19,7 +19,7 @@ from kvplug.adapters.vllm.jobs import AdapterLoad, Rank, WorkerReport
 from kvplug.errors import NamespaceError
 from kvplug.identity.extras import encode_extras
 from kvplug.identity.keys import KeyChain
-from kvplug.remote.fetcher import Fetch
+from kvplug.remote.request import Fetch
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -27,7 +27,6 @@ from kvplug.errors import ConfigError, KeyFormatError, KvplugError, NamespaceErr
 from kvplug.identity.keys import block_keys
 from kvplug.identity.namespace import Namespace
 from kvplug.identity.weights import AdapterProbe, WeightsProbe
-from kvplug.remote.fetcher import Fetcher
 from kvplug.sizes import format_size
 from kvplug.store import KvStore
 
@@ -120,12 +119,15 @@ class SchedulerSide:
 
     def _fetches(self, store: KvStore) -> Fetches | None:
         """What asks other hosts; None where the settings name none."""
+        if not self._config.asks_other_hosts:
+            return None
+        from kvplug.remote.fetcher import Fetcher  # with all that engines of one host have no use for
+
         try:
-            fetcher = Fetcher.configured(store, self._config)
+            return Fetches(self.state, self.loads, Fetcher(store, self._config))
         except ConfigError as error:
             self._say(f"kvplug: nothing is read from other hosts: {error}")
             return None
-        return None if fetcher is None else Fetches(self.state, self.loads, fetcher)
 
     # -- identity ----------------------------------------------------------------------------------------------------
 

@@ -96,11 +96,6 @@ class Fetcher:
         self._pins = _Pins(store)
         self._threads = ThreadPoolExecutor(THREADS, "kvplug-fetch")
 
-    @classmethod
-    def configured(cls, store: KvStore, config: Config) -> Fetcher | None:
-        """One for this store, or None where the settings name no other hosts. Raises ConfigError."""
-        return cls(store, config) if config.peers or config.directory_url is not None else None
-
     def start(self, wanted: Wanted, *, tokens_per_s: float | None = None, timeout_s: float | None = None) -> Fetch:
         """Begin to fetch. The calling thread asks nobody and waits for nobody.
 

@@ -12,7 +12,7 @@ import pytest
 from kvplug.errors import Code
 from kvplug.rdma.reader.remote import Peer
 from kvplug.remote import fetcher as fetching
-from kvplug.remote.fetcher import Fetch, Fetcher, Outcome, Plan, Wanted
+from kvplug.remote.fetcher import Fetch, Outcome, Plan, Wanted
 from kvplug.remote.peering import directory_publisher
 from kvplug.remote.sources import Holders
 from tests.rdma.fetch_parts import (
@@ -31,10 +31,11 @@ from tests.rdma.hosts import BLOCK, Child, Fault, Proxy, keys, put, until
 from tests.rdma.redis_server import RedisServer
 
 
-def test_without_other_hosts_in_the_settings_there_is_no_fetcher_and_no_thread(make_host: MakeHost) -> None:
-    host, before = make_host(), threading.active_count()
-    assert Fetcher.configured(host.store, host.config) is None
-    assert threading.active_count() == before
+def test_other_hosts_are_asked_where_the_settings_name_some(make_host: MakeHost) -> None:
+    settings = make_host().config
+    assert not settings.asks_other_hosts
+    assert settings.with_changes(peers=("127.0.0.1:9410",)).asks_other_hosts
+    assert settings.with_changes(directory_url="redis://127.0.0.1").asks_other_hosts
 
 
 def test_a_prefix_comes_from_who_has_most_and_is_pinned_until_it_is_released(

@@ -82,11 +82,11 @@ def test_the_connector_is_switched_on_by_the_environment_alone(engines: dict[str
 
 
 @LIBRARY_ONLY
-def test_a_compiler_is_imported_where_the_engine_imports_it_and_for_nothing_of_kvplug(
+def test_neither_a_compiler_nor_what_other_hosts_are_asked_with_is_imported_where_it_is_of_no_use(
     engines: dict[str, InProcess], filled: dict[str, Any], control: Control
 ) -> None:
     assert filled["records"], "blocks were stored"
-    assert engines["cold"].ready().do("info")["compilers"] == control.engine.do("info")["compilers"]
+    assert engines["cold"].ready().do("info")["imported"] == control.engine.do("info")["imported"]
 
 
 def test_a_cold_engine_answers_as_one_without_kvplug(filled: dict[str, Any], cases: list[Case]) -> None:

@@ -81,7 +81,7 @@ class Driver:
             "groups": [type(g.kv_cache_spec).__name__ for g in scheduler.kv_cache_config.kv_cache_groups],
             "worker_pids": self.llm.collective_rpc("lab_pid"),
             "pid": os.getpid(),
-            "compilers": [name for name in ("numba", "llvmlite") if name in sys.modules],
+            "imported": [name for name in ("numba", "llvmlite", "kvplug.remote.fetcher") if name in sys.modules],
         }
 
     # -- requests -----------------------------------------------------------------------------------------------
