@@ -51,7 +51,7 @@ class Reloads:
         ``loading_since_ns``: wall clock, in ns, before it did; what was changed since is not what it has read."""
         self._source = source or ""
         self._start: Contents | None = None
-        self._first: Contents | None = None
+        self._before: Contents | None = None
         """What :meth:`same_again` goes back to."""
         if source is not None and loading_since_ns is not None and os.path.isdir(source):
             try:
@@ -62,7 +62,6 @@ class Reloads:
                     self._start = None
             except NamespaceError:
                 self._start = None
-        self._first = self._start
         self._reading: WeightFiles | None = None
         self._probe: Probe[WeightsIdentity] | None = None
 
@@ -70,11 +69,6 @@ class Reloads:
     def possible(self) -> bool:
         """Whether a reload can lead back to what other engines share."""
         return self._start is not None
-
-    @property
-    def replace_all(self) -> bool:
-        """Whether weights are of a kind of which a reload from files leaves nothing as it was."""
-        return self._first is not None
 
     @property
     def pending(self) -> bool:
@@ -95,12 +89,13 @@ class Reloads:
     def give_up(self) -> None:
         """Something may have been changed that no reload replaces."""
         self.changed()
+        self._before = self._start or self._before
         self._start = None
 
-    def same_again(self, source: str) -> None:
-        """Every byte of the weights in memory is what it was when they were read from this source."""
+    def same_again(self) -> None:
+        """Nothing was changed since: every byte in memory is what it was before what looked like a change."""
         self.changed()
-        self._start, self._source = self._first, source
+        self._start = self._before
 
     def begins(self, folder: str | None) -> None:
         """A reload is about to read this folder; None: not a folder, or not that alone."""

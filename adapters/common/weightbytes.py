@@ -12,6 +12,7 @@ by less than 2^32, so each sum is the same by chance only in at least its upper 
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,8 +30,10 @@ Packed: TypeAlias = Callable[[Any], Any]
 _numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """Of each such object, a number that no other ever had."""
 _next_number = itertools.count()
-_NOT_WEIGHTS: Final = ("kv_cache", "lora_")
-"""Begins of the names of attributes in which layers have what they compute, and adapters, which come and go."""
+RAW_BYTES: Final = 1 << 20
+"""Shorter tensors are read as they are, from wherever they lie."""
+_NOT_WEIGHTS: Final = re.compile(r"kv_cache|lora|[AB]_buffer|topk_indices")
+"""In the names of attributes in which layers have what they compute, and adapters, which come and go."""
 
 
 def tensors_of(model: Any) -> Iterator[tuple[str, Any]]:
@@ -43,7 +46,7 @@ def tensors_of(model: Any) -> Iterator[tuple[str, Any]]:
         yield name, tensor
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():
-            if name.startswith(_NOT_WEIGHTS):
+            if _NOT_WEIGHTS.search(name):
                 continue
             for i, one in enumerate(value if isinstance(value, (tuple, list)) else (value,)):
                 if isinstance(one, torch.Tensor) and id(one) not in seen:
@@ -83,20 +86,21 @@ def digest_of(model: Any, packed: Packed | None = None) -> bytes:
     """
     digest = blake3(max_threads=blake3.AUTO)
     for prefix, layer in model.named_modules():
-        if any(tensor is not None and tensor.numel() == 0 for tensor in layer._parameters.values()):
+        if any(one is not None and one.numel() == 0 and _is_here(one) for one in layer._parameters.values()):
             has = packed(layer) if packed is not None else None
             if has is None:
                 raise ValueError(f"{prefix}: the engine keeps these weights in no tensor")
             digest.update(f"{prefix} {_numbers.setdefault(has, next(_next_number))}\n".encode())
+    factors: dict[Any, Any] = {}
     for name, tensor in tensors_of(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device.type}\n".encode())
-        _add(digest, tensor.detach())
+        _add(digest, tensor.detach(), factors)
     digest.update("\n".join(_scalars(model)).encode())
     return digest.digest()
 
 
-def _add(digest: Any, tensor: Any) -> None:
-    """Adds a tensor's bytes, in the order in which they lie."""
+def _add(digest: Any, tensor: Any, factors: dict[Any, Any]) -> None:
+    """Adds a tensor's bytes, in the order in which they lie; ``factors``: of each device, once they were needed."""
     import torch
 
     if tensor.numel() == 0:
@@ -106,7 +110,13 @@ def _add(digest: Any, tensor: Any) -> None:
     if tensor.dim() == 0:
         tensor = tensor.reshape(1)
     octets = tensor.reshape(-1).view(torch.uint8)
-    digest.update(octets.numpy() if _is_here(octets) else chunk_sums(octets).cpu().numpy().tobytes())
+    if _is_here(octets) or octets.numel() < RAW_BYTES:
+        digest.update(octets.cpu().numpy())
+        return
+    device = octets.device
+    if device not in factors:
+        factors[device] = draw_factors().to(device)
+    digest.update(chunk_sums(octets, factors[device]).cpu().numpy().tobytes())
 
 
 def _is_here(tensor: Any) -> bool:
@@ -114,13 +124,18 @@ def _is_here(tensor: Any) -> bool:
     return bool(tensor.device.type == "cpu")
 
 
-def chunk_sums(octets: Any) -> Any:
-    """(N, 2) int64 for the N chunks of a uint8 tensor of one dimension, where that lies."""
+def draw_factors() -> Any:
+    """(2, CHUNK_WORDS) int64: the same in this process, others in the next."""
     import torch
 
     draw = torch.Generator().manual_seed(_SEED)
-    least, most = -(1 << 63), (1 << 63) - 1
-    factors = torch.randint(least, most, (2, CHUNK_WORDS), dtype=torch.int64, generator=draw).to(octets.device)
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (2, CHUNK_WORDS), dtype=torch.int64, generator=draw)
+
+
+def chunk_sums(octets: Any, factors: Any) -> Any:
+    """(N, 2) int64 for the N chunks of a uint8 tensor of one dimension, where that and the factors lie."""
+    import torch
+
     aligned = octets.storage_offset() % 4 == 0 and octets.data_ptr() % 4 == 0
     whole = octets.numel() // 4 * 4 if aligned else 0
     parts = [octets[:whole].view(torch.int32)] if whole else []

@@ -88,7 +88,7 @@ class RankEngine:
         self._masks: dict[tuple[str, bool], Keys] = {}
         self._unflushed: bool = before is not None and before._unflushed
         self._clean = False
-        """Whether SGLang's cache held nothing but what known weights had made, when they were changed last."""
+        """Whether the last change was a sleep, and SGLang's cache held nothing but what known weights had made."""
         self._updating: bool = before is not None and before._updating
         self._weights: Weights = before._weights if before is not None else Weights()
         self._identities: tuple[WeightsIdentity, WeightsIdentity | None] | None = (
@@ -284,41 +284,44 @@ class RankEngine:
 
     def _new_weights(self, why: str, note: Callable[[], None]) -> None:
         with self._lock:
-            self._clean = not self._unflushed and self._weights.in_memory_are_known
+            self._clean = note == self._weights.only_slept and not self._unflushed and self._weights.in_memory_are_known
             note()
             self._unflushed = True
             self._rename()
         self.counts["weight_changes"] += 1
         logger.info("kvplug: weights change (%s); nothing is shared until the cache is flushed", why)
 
-    def reload_ended(self, whole: bool, look: Look) -> None:
+    def reload_ended(self, whole: bool) -> None:
         """The call that has read weights from files is over; ``whole``: SGLang says that it has read them all."""
+        change = self._weights.changes
         try:
             self._weights.reload_ended(whole)
         except NamespaceError as error:
             self._not_known(str(error))
         if not whole:
             self._not_known("SGLang has not read all of them")
-        self.weights_after(look)
+        self._wait_or_tell(change)
 
-    def weights_before(self, look: Look, loses: bool = False) -> None:
-        """Weights may become others; ``loses``: they are thrown away."""
-        self._weights.before(look, loses)
-
-    def weights_after(self, look: Look) -> None:
-        """Weights were changed, and may be what they were; or it is being found out what was read from files."""
-        change = self._weights.changes
-        if not change:
-            return
-        if self._weights.after(look):
-            with self._lock:
-                if self._clean:  # no request has run since, or this would have been told before
-                    self._unflushed = False
-                    self._forget()
+    def _wait_or_tell(self, change: int) -> None:
         if not self._weights.pending:
             cannot_tell(change, self.ranks_agree)
         elif not self._closed.is_set():
             self._wait_known()
+
+    def sleep_begins(self, look: Look, loses: bool) -> None:
+        """SGLang takes the weights off the device; ``loses``: and throws them away."""
+        if self.off_reason is None and not (self.facts.draft_path or self.facts.server.get("speculative_algorithm")):
+            self._weights.before(look, loses)
+
+    def wakes_up(self, why: str) -> None:
+        """Weights are about to be on the device again."""
+        self._new_weights(why, self._weights.only_slept)
+
+    def sleep_ended(self, look: Look) -> None:
+        """They are there, or others: no request has run since they were taken away."""
+        change = self._weights.changes
+        self._weights.after(look)
+        self._wait_or_tell(change)
 
     def update_began(self) -> None:
         """Weights will be changed by several calls, and are no model's in between."""
@@ -466,6 +469,8 @@ class RankEngine:
             self._not_known("this engine's ranks have not all read the same")
             return
         with self._lock:
+            if self._clean and self._weights.changes == change:
+                self._unflushed = False
             self._rename()
             flushed = not self._unflushed
         self.counts["weights_known_again"] += 1

@@ -325,13 +325,14 @@ def before_weight_change(name: str, updater: Any, recv_req: Any = None, *_args: 
             each.update_began()
         elif name == "end_weight_update":
             each.update_ended(all_flushed=compat.session_finished_loads(updater))
+        elif name == "resume_memory_occupation":
+            each.wakes_up(name)
         else:
             each.weights_changed(name)
 
 
 def around_disk_update(plain: _Hook, updater: Any, recv_req: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Around an update of weights from files, which are looked at before it reads them and after."""
-    _look_before(updater)
     _disk_update_begins(recv_req)
     whole = False
     try:
@@ -339,15 +340,7 @@ def around_disk_update(plain: _Hook, updater: Any, recv_req: Any = None, *args: 
         whole = compat.reloaded_whole(answer)
         return answer
     finally:
-        _disk_update_ended(whole, updater)
-
-
-@_guarded
-def _look_before(updater: Any, recv_req: Any = None) -> None:
-    """Before weights change, or go away as this request to release memory says."""
-    for each in _engines():
-        loses = recv_req is not None and compat.loses_weights(recv_req, each.facts)
-        each.weights_before(functools.partial(compat.weights_look, updater), loses)
+        _disk_update_ended(whole)
 
 
 @_guarded
@@ -355,7 +348,7 @@ def after_memory_resumption(_result: Any, updater: Any, recv_req: Any = None, *_
     """After the device's memory is there again, with the weights or without what was in them."""
     if not compat.leaves_weights("resume_memory_occupation", recv_req):
         for each in _engines():
-            each.weights_after(functools.partial(compat.weights_look, updater))
+            each.sleep_ended(functools.partial(compat.weights_look, updater))
 
 
 @_guarded
@@ -369,16 +362,19 @@ def _disk_update_begins(recv_req: Any) -> None:
 
 
 @_guarded
-def _disk_update_ended(whole: bool, updater: Any) -> None:
+def _disk_update_ended(whole: bool) -> None:
     for each in _engines():
-        each.reload_ended(whole, functools.partial(compat.weights_look, updater))
+        each.reload_ended(whole)
 
 
 @_guarded
 def before_memory_release(updater: Any, recv_req: Any = None, *_args: Any, **_kwargs: Any) -> None:
     """Before the device's memory is released. SGLang flushes its cache only after that, when nobody may read it."""
     if not compat.leaves_weights("resume_memory_occupation", recv_req):
-        _look_before(updater, recv_req)
+        for each in _engines():
+            each.sleep_begins(
+                functools.partial(compat.weights_look, updater), compat.loses_weights(recv_req, each.facts)
+            )
     if compat.leaves_pages(recv_req):
         return
     for each in _engines():

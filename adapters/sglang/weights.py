@@ -1,8 +1,8 @@
 """Which weights are in this rank's memory: those of the start, some that nobody knows, or others that are known.
 
 ``update_weights_from_disk`` of a folder leads from the second to the third, see :mod:`kvplug.adapters.common.reloads`
-for what of it is trusted. So does such an update, or a sleep, after which every byte is what it was when they were
-known, see :mod:`kvplug.adapters.common.weightbytes`. A page that one rank has computed holds what the weights of all
+for what of it is trusted. So does a sleep after which every byte is what it was before it, see
+:mod:`kvplug.adapters.common.weightbytes`. A page that one rank has computed holds what the weights of all
 ranks have made: a rank where the load has failed, or has read other files, would spoil the pages of the others. So each
 rank finds out by itself what it has, tells the others in the store of their process group, and goes by it only when all
 have said the same of the same change. None waits for another with anything but a thread of its own.
@@ -34,7 +34,6 @@ class _Seen:
     sample: bytes
     whole: bytes
     identity: WeightsIdentity
-    source: str
 
 
 class Weights:
@@ -50,7 +49,6 @@ class Weights:
         self._known: WeightsIdentity | None = None
         """What the last change has brought: to this rank, as it has found out, and to all ranks, as they agree."""
         self._seen: _Seen | None = None
-        self._lost = False
 
     @property
     def can_come_back(self) -> bool:
@@ -79,44 +77,44 @@ class Weights:
     def changed(self) -> None:
         """Weights are about to change, in a way of which something may stay when they are read from files again."""
         with self._lock:
+            self._seen = None
             self._count()
             self._reloads.give_up()
 
     def reload_begins(self, folder: str | None) -> None:
         """SGLang is about to read weights from files; ``folder``: where all of them are, None if that is not known."""
         with self._lock:
+            self._seen = None
             self._count()
             self._reloads.begins(folder)
 
     def before(self, look: Look, loses: bool) -> None:
-        """Weights may become others, and later be again what they are: that can be told if they are known now.
+        """A sleep begins, after which weights may be what they are: that can be told if they are known now.
 
         ``loses``: they will be thrown away, and with them what layers keep in no tensor.
         """
         with self._lock:
-            identity = self._known if self.changes else AS_STARTED
-            if self._seen is None and identity is not None:
-                found = look(None)
-                self._seen = _Seen(*found, identity, self._reloads.source) if found is not None else None
-            self._lost = self._lost or loses
+            known = self._known if self.changes else AS_STARTED
+            found = look(None) if known is not None and not loses else None
+            self._seen = _Seen(*found, known) if found is not None and known is not None else None
 
     def after(self, look: Look) -> bool:
-        """Whether every byte of the weights is what it was when they were known last; then they are known again as
-        soon as that is so on all ranks.
+        """The sleep is over, which counted as a change. Whether every byte of the weights is what it was before it;
+        then they are known again as soon as that is so on all ranks.
         """
         with self._lock:
-            if not self.changes or self._known is not None or self._seen is None:
+            seen, self._seen = self._seen, None
+            if seen is None or look(seen.sample) != (seen.sample, seen.whole):
                 return False
-            if self._reloads.pending:  # ranks have to come to it in one way
-                return False
-            if self._lost and not self._reloads.replace_all:
-                return False
-            if look(self._seen.sample) != (self._seen.sample, self._seen.whole):
-                return False
-            self._lost = False
-            self._reloads.same_again(self._seen.source)
-            self._read = self._seen.identity
+            self._reloads.same_again()
+            self._read = seen.identity
             return True
+
+    def only_slept(self) -> None:
+        """A sleep counts as a change until it is known what came of it."""
+        with self._lock:
+            self._count()
+            self._reloads.give_up()
 
     def _count(self) -> None:
         self.changes += 1
@@ -145,8 +143,6 @@ class Weights:
                 return False
             if agreed:
                 self._known = read
-                if self._seen is not None and self._seen.identity != read:
-                    self._seen = None
             elif agreed is False:
                 self._read = None
             return agreed

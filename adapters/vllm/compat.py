@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from kvplug.adapters.common.hooks import put_around
 from kvplug.adapters.vllm.compat_requests import processing
-from kvplug.adapters.vllm.fingerprint import Look, LookAtWeights, model_of, weights_fingerprint, weights_look
+from kvplug.adapters.vllm.fingerprint import Look, LookAtWeights, model_of, sleeping, weights_fingerprint, weights_look
 from kvplug.adapters.vllm.groups import GroupRule
 from kvplug.adapters.vllm.reloads import Arguments
 from kvplug.engines import SUPPORTED
@@ -549,7 +549,7 @@ def watch_engine(reactions: EngineReactions) -> None:
     Calls to the workers that are known by name are judged by it. Around any other, a function or a method of the
     user's own, the weights are looked at in every worker (:mod:`kvplug.adapters.vllm.fingerprint`).
     """
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     _watching.add(reactions)
     put_around(EngineCore, "collective_rpc", _around_rpc)
@@ -557,6 +557,8 @@ def watch_engine(reactions: EngineReactions) -> None:
     put_around(EngineCore, "reset_prefix_cache", _around_cache_reset)
     put_around(EngineCore, "_reset_caches", _around_emptying)
     put_around(EngineCore, "resume_scheduler", _around_resumption)
+    for owner in (EngineCore, EngineCoreProc):
+        put_around(owner, "pause_scheduler", _around_pause)
 
 
 _watching: weakref.WeakSet[EngineReactions] = weakref.WeakSet()
@@ -577,7 +579,6 @@ def _around_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(method, str) and method in _CHANGING_RPCS:
             before, ended = _asked_of_workers(self), False
             reload = _arguments(*args, **kwargs) if method == "reload_weights" else None
-            reactions.before_weights(functools.partial(_looks, self))
             reactions.on_weights_begin(method, _newest(before), reload)
             try:
                 answer = original(self, method, *args, **kwargs)
@@ -587,7 +588,6 @@ def _around_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
                 after = _asked_of_workers(self)
                 expected = [(seen + CHANGES_OF_A_CALL, True) for seen, _ in before or ()]
                 reactions.on_weights_over(_newest(after), ended and after is not None and after == expected)
-                reactions.after_weights(functools.partial(_looks, self))
         before = _fingerprints(self)
         try:
             return original(self, method, *args, **kwargs)
@@ -611,7 +611,6 @@ def _around_emptying(original: Callable[..., Any]) -> Callable[..., Any]:
         reactions = _reactions_of(self)
         if reactions is None:
             return original(self, *args, **kwargs)
-        reactions.before_weights(functools.partial(_looks, self))
         reactions.on_pause(True)
         try:
             return original(self, *args, **kwargs)
@@ -632,6 +631,17 @@ def _around_resumption(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return resume_scheduler
+
+
+def _around_pause(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def pause_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reactions = _reactions_of(self)
+        if reactions is not None:  # a sleep begins with a pause, too
+            reactions.before_weights(functools.partial(_looks, self))
+        return original(self, *args, **kwargs)
+
+    return pause_scheduler
 
 
 def nothing_is_cached(pool: BlockPool) -> bool:
@@ -686,7 +696,8 @@ def _fingerprints(core: Any) -> list[Any] | None:
     if _asleep(core):
         return None
     try:
-        return list(core.model_executor.collective_rpc(weights_fingerprint))
+        found = list(core.model_executor.collective_rpc(weights_fingerprint))
+        return found if all(found) else None
     except Exception:  # noqa: BLE001 - weights that can't be looked at count as changed
         return None
 
@@ -737,6 +748,7 @@ def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         loses = _loses_weights(name, *args, **kwargs)
+        _note_sleep(self, name, *args, **kwargs)
         for react in _worker_reactions:
             react(name, loses)
         try:
@@ -746,6 +758,15 @@ def _watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
                 react(name, False)
 
     return call
+
+
+def _note_sleep(worker: Any, name: str, what: Any = None, *_: Any, **kwargs: Any) -> None:
+    """Of a worker's method, about to be called so: whether the worker's weights can be read from now on."""
+    tags = kwargs.get("tags") if what is None else what
+    if name == "sleep" or (name == "discard" and "weights" in (tags or ("weights",))):
+        sleeping.add(worker)
+    elif name == "wake_up" and (tags is None or "weights" in tags):
+        sleeping.discard(worker)
 
 
 def _loses_weights(name: str, what: Any = None, *_: Any, **kwargs: Any) -> bool:

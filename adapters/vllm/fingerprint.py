@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from kvplug.adapters.common.weightbytes import digest_of, sample_of
-from kvplug.identity.namespace import WeightsIdentity
 
 
 class Look(NamedTuple):
@@ -31,9 +31,19 @@ def model_of(worker: Any) -> Any:
     return worker.get_model() if hasattr(worker, "get_model") else worker.worker.get_model()
 
 
+sleeping: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Workers whose weights are out of the device's memory: reading them there would end the process."""
+
+
+def _sleeps(worker: Any) -> bool:
+    return worker in sleeping or getattr(worker, "worker", None) in sleeping
+
+
 def weights_fingerprint(worker: Any) -> bytes:
-    """In a worker: a sample, cheap enough to be taken before and after any call that may change weights. 16 bytes."""
-    return sample_of(model_of(worker), where=True)
+    """In a worker: a sample, cheap enough to be taken before and after any call that may change weights. 16 bytes, or
+    none where they can't be read.
+    """
+    return b"" if _sleeps(worker) else sample_of(model_of(worker), where=True)
 
 
 def weights_look(worker: Any, samples: tuple[bytes, ...] | None) -> Look | None:
@@ -43,6 +53,8 @@ def weights_look(worker: Any, samples: tuple[bytes, ...] | None) -> Look | None:
     """
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+    if _sleeps(worker):
+        return None
     try:
         connector: Any = get_kv_transfer_group()
         model = model_of(worker)
@@ -63,26 +75,22 @@ class Seen:
     """What was in the workers' memory while it was known which weights these are."""
 
     looks: tuple[Look, ...]
-    identity: WeightsIdentity | None
-    """None: those of the start, which were being identified still."""
-    source: str
-    """Where they were read from."""
 
-    def again(self, look: LookAtWeights, replaces_all: bool) -> bool:
-        """Whether all is what it was. Other weights are told by their sample.
+    def again(self, look: LookAtWeights) -> bool | None:
+        """Whether all is what it was, and was there all the time; None: that can't be read now.
 
-        Where weights were thrown away, also what layers have made of them in no tensor is lost. ``replaces_all``:
-        whether it is known that whoever loads them anew makes that anew, too.
+        Other weights are told by their sample. Where weights were thrown away, also what layers have made of them in
+        no tensor is lost, so that the same tensors are not enough.
         """
         found = look(tuple(one.sample for one in self.looks))
-        if found is None or [one[2:] for one in found] != [one[2:] for one in self.looks]:
-            return False
-        return replaces_all or [one.losses for one in found] == [one.losses for one in self.looks]
+        if found is None:
+            return None
+        return [one[1:] for one in found] == [one[1:] for one in self.looks]
 
 
-def see(look: LookAtWeights, identity: WeightsIdentity | None, source: str, changes: int) -> Seen | None:
+def see(look: LookAtWeights, changes: int) -> Seen | None:
     """What is there now; None if it can't be read, or was changed more often than ``changes`` says."""
     found = look(None)
     if not found or any(one.changes > changes for one in found):
         return None
-    return Seen(tuple(found), identity, source)
+    return Seen(tuple(found))

@@ -208,6 +208,8 @@ class SchedulerSide:
         """
         if not why and self._heard(seen):
             return
+        if why:  # else it was a sleep, as far as is known
+            self._weights_seen = None
         self._reloads.changed()
         if why != compat.NEW_VERSION:
             self._reloads.give_up()
@@ -217,6 +219,7 @@ class SchedulerSide:
 
     def weights_begin(self, why: str, seen: int | None, reload: Arguments | None) -> None:
         """A call that changes weights is about to be made; ``reload``: what ``reload_weights`` is called with."""
+        self._weights_seen = None
         if reload is None or not self._heard(seen):
             self._reloads.give_up()
         else:
@@ -234,23 +237,31 @@ class SchedulerSide:
         self.state.go_on_if_empty()
 
     def weights_before(self, look: LookAtWeights) -> None:
-        """Weights may become others, and later be again what they are: that can be told if they are known now."""
-        if self._weights_seen is None and self.state.weights_known:
-            named = self.state.namespace
-            self._weights_seen = see(
-                look,
-                named.weights if named is not None else None,
-                self._reloads.source,
-                changes=self.state.worker_changes,
-            )
+        """A pause or a sleep begins, in which weights may become others unseen: they are read while they are known."""
+        if self._weights_seen is None and self.state.weights_known and not self._useless():
+            self._weights_seen = see(look, self.state.worker_changes)
 
     def weights_after(self, look: LookAtWeights) -> None:
-        """Weights may be those that were known before: if every byte is, the engine goes on as with them."""
+        """The pause or the sleep ends. If every byte is what it was, and no call has changed weights meanwhile, the
+        engine goes on as before; if one is not, they are others, whatever the engine has been told.
+        """
         seen = self._weights_seen
-        if seen is None or self.state.weights_known or not seen.again(look, self._reloads.replace_all):
+        if seen is None or self._useless():
             return
-        self._reloads.same_again(seen.source)
-        self.state.same_again(seen.identity)
+        same = seen.again(look)
+        if not same:
+            self._weights_seen = None
+        if same and not self.state.weights_known:
+            self._reloads.same_again()
+            self.state.same_again()
+        elif same is False and self.state.weights_known:
+            self.weights_changed("in a pause")
+
+    def _useless(self) -> bool:
+        """Whether nothing is cached, or what other engines compute decides what is: experts of several."""
+        parallel, model = self._vllm_config.parallel_config, self._vllm_config.model_config
+        alone = parallel.data_parallel_size == 1 or not getattr(model, "is_moe", True)
+        return self.off or not alone or (self._probe is None and self.state.namespace is None)
 
     def resumed(self) -> None:
         """The engine is about to go on after a pause or a sleep."""
@@ -279,7 +290,6 @@ class SchedulerSide:
             self._not_known(error)
             return
         if identity is not None:
-            self._weights_seen = None
             self.state.known_again(identity)
 
     def _not_known(self, error: NamespaceError) -> None:

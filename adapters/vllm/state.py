@@ -125,12 +125,12 @@ class EngineState:
         """Whether the weights in memory are those that the namespace names, or will when they are identified."""
         return not self._changed
 
-    def same_again(self, weights: WeightsIdentity | None) -> None:
-        """The weights in memory are these, byte for byte; None: those of the start."""
+    def same_again(self) -> None:
+        """The weights in memory are those that the namespace has named all the time, byte for byte."""
         if self.namespace is None:
             self._changed = False
         else:
-            self.known_again(weights or self.namespace.weights)
+            self.known_again(self.namespace.weights)
 
     def known_again(self, weights: WeightsIdentity) -> None:
         """The weights that are in memory are known by content once more."""

@@ -185,15 +185,25 @@ def test_a_folder_with_a_tensor_less(
     assert f"{ALONE}{folders['fewer']} has not the same tensors" in living.log.read_text()
 
 
-def test_after_an_update_that_failed_it_shares_on_if_nothing_was_changed(
-    living: SglangServer, servers: Servers, cases: list[Case], folders: dict[str, Path]
+def test_after_an_update_that_failed_it_stays_alone(
+    boot: Boot, servers: Servers, cases: list[Case], folders: dict[str, Path]
 ) -> None:
-    """Every byte in memory is what it was."""
-    case, shared = cases[0], key(living)
+    """Also once another one has not: something of the first may be left."""
+    case, shared = cases[0], known_key(servers.peer)
     store(servers.peer, [case])
-    update(living, folders["nothing"], success=False)
-    back(living, str(shared))
-    assert from_pool(serve(living, [case])) == [case.whole]
+    server = boot("failed").ready()
+    try:
+        assert known_key(server) == shared
+        update(server, folders["nothing"], success=False)
+        assert key(server) is None, "no flush: old pages may still be on the device"
+        server.flush()
+        for _ in range(2):
+            assert settled(server) not in ("None", shared)
+            assert serve(server, [case])[0].cached == 0
+            update(server, model_dir(LLAMA))
+        assert "it shares with no other, until it is started again" in server.log.read_text()
+    finally:
+        server.close()
 
 
 def sleep(server: SglangServer, *tags: str, factor: float | None = None) -> None:
@@ -207,36 +217,23 @@ def sleep(server: SglangServer, *tags: str, factor: float | None = None) -> None
 
 
 def test_a_sleep_costs_nothing_unless_weights_are_others_after_it(
-    living: SglangServer, servers: Servers, cases: list[Case], pool: str
+    boot: Boot, servers: Servers, cases: list[Case], pool: str
 ) -> None:
-    case, shared = cases[1], key(living)
+    case, shared = cases[1], known_key(servers.peer)
     store(servers.peer, [case])
-    for tags in ((), ("weights",), ("kv_cache", "weights"), ("kv_cache",)):
-        sleep(living, *tags)
-        back(living, str(shared))
-        assert from_pool(serve(living, [case])) == [case.whole]
-    sleep(living, factor=2.0)
-    living.flush()
-    assert settled(living) not in ("None", shared)
-    assert living.generate(case.prompt).cached == 0
-    sleep(living, factor=0.5)
-    living.flush()
-    back(living, str(shared))
-    assert from_pool(serve(living, [case])) == [case.whole], "doubling and halving are exact"
-    healthy(living, pool)
-
-
-def test_an_update_of_another_kind_with_the_same_bytes_leads_back(
-    living: SglangServer, servers: Servers, cases: list[Case], folders: dict[str, Path]
-) -> None:
-    """Also where something was changed that a reload from files is not known to replace."""
-    case, shared = cases[2], key(living)
-    store(servers.peer, [case])
-    sleep(living, factor=2.0)
-    for folder in (model_dir(LLAMA_OTHER), folders["copy"]):
-        assert settled(living) != shared
-        living.flush()
-        assert living.generate(case.prompt).cached == 0
-        update(living, folder)
-    back(living, str(shared))
-    assert from_pool(serve(living, [case])) == [case.whole]
+    server = boot("sleeper").ready()
+    try:
+        assert known_key(server) == shared
+        for tags in ((), ("weights",), ("kv_cache", "weights"), ("kv_cache",)):
+            sleep(server, *tags)
+            back(server, shared)
+            assert from_pool(serve(server, [case])) == [case.whole]
+        sleep(server, factor=2.0)
+        for _ in range(2):
+            server.flush()
+            assert settled(server) not in ("None", shared)
+            assert server.generate(case.prompt).cached == 0
+            sleep(server, factor=0.5)  # exact, but nobody knows what was computed between
+        healthy(server, pool)
+    finally:
+        server.close()

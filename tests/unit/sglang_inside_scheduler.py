@@ -64,15 +64,6 @@ class Engine:
     def say(self, line: str) -> None:
         pass
 
-    def weights_before(self, look: Any, loses: bool = False) -> None:
-        pass
-
-    def weights_after(self, look: Any) -> None:
-        pass
-
-    def reload_ended(self, whole: bool, look: Any) -> None:
-        self.told.append(("reload_ended", whole))
-
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: self.told.append((name, *args, *kwargs.values()))
 

@@ -117,7 +117,7 @@ def update(*ranks: RankEngine, path: Path | str | None, whole: bool = True, flus
         assert name(rank) is None
         if flush:
             rank.flushed()
-        rank.reload_ended(whole, UNREADABLE)
+        rank.reload_ended(whole)
 
 
 def back(rank: RankEngine) -> None:
@@ -194,7 +194,7 @@ def test_a_reload_under_way_is_worth_nothing_after_another_change(boot: Boot) ->
     shared = name(rank)
     rank.reload_began(DISK, rank.facts.model_path)
     rank.weights_changed("update_weights_from_tensor")
-    rank.reload_ended(True, UNREADABLE)
+    rank.reload_ended(True)
     rank.flushed()
     settled(rank)
     assert name(rank) not in (None, shared)
@@ -343,7 +343,7 @@ def test_a_rank_that_says_nothing_is_not_waited_for_without_end(
     eventually("that is said", lambda: "not all ranks have said what they have read" in caplog.text)
     two.reload_began(DISK, str(start))
     two.flushed()
-    two.reload_ended(True, UNREADABLE)
+    two.reload_ended(True)
     settled(two)
     assert name(two) not in (None, shared), "the first one has said that it can't tell"
 
@@ -427,7 +427,7 @@ def test_one_that_leaves_the_pool_and_comes_again_goes_by_what_was_read_last(
 def update_away(rank: RankEngine, path: Path) -> None:
     rank.reload_began(DISK, str(path))
     rank.flushed()
-    rank.reload_ended(True, UNREADABLE)
+    rank.reload_ended(True)
     assert name(rank) is None
 
 
@@ -446,98 +446,87 @@ def test_what_is_no_whole_reload_stays_alone(boot: Boot, start: Path, caplog: py
 def sleep(*ranks: RankEngine, memories: list[Memory], value: bytes, loses: bool = False) -> None:
     """What SGLang does when it releases memory and resumes it."""
     for rank, memory in zip(ranks, memories, strict=True):
-        rank.weights_before(memory, loses)
+        rank.sleep_begins(memory, loses)
         rank.flushed()
-        rank.weights_changed("resume_memory_occupation")
+        rank.wakes_up("resume_memory_occupation")
+        assert name(rank) is None
         memory.value = value
-        rank.weights_after(memory)
+        rank.sleep_ended(memory)
 
 
 def test_after_a_sleep_that_keeps_every_byte_it_shares_again(boot: Boot) -> None:
     rank, memory = boot(), Memory()
     shared = name(rank)
-    for _ in range(3):
+    for times in range(1, 4):
         sleep(rank, memories=[memory], value=b"start")
         eventually("it shares", lambda: name(rank) == shared)
-    assert memory.read == 4, "all is read once before, and once after each"
+        assert memory.read == 2 * times, "all is read once before and once after"
     assert rank.counts["weights_known_again"] == 3
 
 
-def test_other_bytes_are_told_by_their_sample_and_the_same_lead_back_later(boot: Boot, start: Path) -> None:
+@pytest.mark.parametrize("value", [b"other", b"s but not the same"])
+def test_other_bytes_do_not_lead_back_and_neither_do_the_first_ones_after_them(boot: Boot, value: bytes) -> None:
+    """Others are told by their sample, where that is another."""
     rank, memory = boot(), Memory()
     shared = name(rank)
-    sleep(rank, memories=[memory], value=b"other")
-    assert memory.read == 1
-    rank.flushed()
-    assert name(rank) not in (None, shared)
-    memory.value = b"s but not the same"
-    rank.reload_began(DISK, None)
-    rank.reload_ended(True, memory)
-    rank.flushed()
-    settled(rank)
-    assert name(rank) not in (None, shared)
-    memory.value = b"start"
-    rank.reload_began(DISK, None)
-    rank.reload_ended(True, memory)
-    assert name(rank) is None, "SGLang's cache may hold what the others have made"
-    rank.flushed()
-    eventually("it shares", lambda: name(rank) == shared)
-
-
-@pytest.mark.parametrize("replaceable", [True, False])
-def test_weights_that_were_thrown_away_have_to_be_such_as_a_reload_replaces(boot: Boot, replaceable: bool) -> None:
-    rank, memory = boot(lora_enabled=not replaceable), Memory()
-    shared = name(rank)
-    sleep(rank, memories=[memory], value=b"nothing", loses=True)
-    memory.value = b"start"
-    rank.reload_began(DISK, None)
-    rank.reload_ended(True, memory)
-    rank.flushed()
-    settled(rank)
-    if replaceable:
-        eventually("it shares", lambda: name(rank) == shared)
-    else:
+    sleep(rank, memories=[memory], value=value)
+    assert memory.read == (1 if value == b"other" else 2)
+    for again in (b"start", b"start"):
+        rank.flushed()
+        settled(rank)
         assert name(rank) not in (None, shared)
+        sleep(rank, memories=[memory], value=again)
 
 
-def test_what_cant_be_read_does_not_lead_back(boot: Boot) -> None:
-    rank = boot()
+@pytest.mark.parametrize("what", ["thrown away", "unreadable", "a draft", "another change", "a reload", "old pages"])
+def test_a_sleep_that_is_not_known_to_leave_all_as_it_was(boot: Boot, start: Path, what: str) -> None:
+    facts = {"draft_path": str(start)} if what == "a draft" else {}
+    rank, memory = boot(**facts), Memory()
     shared = name(rank)
-    rank.weights_before(UNREADABLE)
-    rank.weights_changed("resume_memory_occupation")
-    rank.weights_after(UNREADABLE)
+    if what == "old pages":  # of other weights, which SGLang has not flushed
+        rank.weights_changed("update_weights_from_tensor")
+    rank.sleep_begins(UNREADABLE if what == "unreadable" else memory, what == "thrown away")
+    if what == "another change":
+        rank.weights_changed("update_weights_from_tensor")
+    if what == "a reload":
+        rank.reload_began(DISK, None)
+        rank.reload_ended(True)
+    rank.wakes_up("resume_memory_occupation")
+    rank.sleep_ended(memory)
     rank.flushed()
     settled(rank)
     assert name(rank) not in (None, shared)
+
+
+def test_pages_of_a_sleep_in_doubt_are_not_looked_up_before_a_flush(boot: Boot) -> None:
+    rank, memory = boot(), Memory()
+    sleep(rank, memories=[memory], value=b"other")
+    settled(rank)
+    assert name(rank) is None
+    rank.flushed()
+    assert name(rank) is not None
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_ranks_share_again_only_if_all_have_the_same_bytes(pair: list[RankEngine], same: bool) -> None:
     shared, memories = name(pair[0]), [Memory(), Memory()]
     sleep(pair[0], memories=memories[:1], value=b"start")
+    assert name(pair[0]) is None, "not before the other has said so"
     sleep(pair[1], memories=memories[1:], value=b"start" if same else b"other")
     for rank in pair:
-        rank.flushed()
         settled(rank)
-    for rank in pair:
         if same:
             eventually("it shares", lambda rank=rank: name(rank) == shared)
         else:
+            assert name(rank) is None
+            rank.flushed()
             assert name(rank) not in (None, shared)
 
 
 def test_of_weights_from_other_files_the_bytes_count_too(boot: Boot, other: Path) -> None:
-    """Those that were known last are what the sleep has to leave."""
     rank, memory = boot(), Memory()
-    of_start = name(rank)
-    rank.weights_before(memory)
     update(rank, path=other)
     back(rank)
     of_other = eventually("it shares", lambda: name(rank))
-    assert of_other != of_start
-    memory.value = b"other"
-    sleep(rank, memories=[memory], value=b"other")
-    eventually("it shares as before", lambda: name(rank) == of_other)
     sleep(rank, memories=[memory], value=b"start")
-    rank.flushed()
-    assert name(rank) not in (None, of_start, of_other), "the bytes of the start were forgotten with the reload"
+    eventually("it shares as before", lambda: name(rank) == of_other)

@@ -373,6 +373,14 @@ class Driver:
         """The first half of :meth:`pause_and_resume`."""
         self.core().pause_scheduler("abort", True)
 
+    def pause_keeping(self) -> None:
+        """A pause that empties nothing."""
+        self.core().pause_scheduler("keep", False)
+
+    def call(self, method: str, args: list[Any]) -> None:
+        """A method of the workers, past the engine's own call of that name."""
+        self.llm.collective_rpc(method, args=tuple(args))
+
     def resume(self) -> None:
         """The second."""
         self.core().resume_scheduler()
