@@ -109,7 +109,7 @@ def test_weights_that_nobody_has_told_of_in_a_pause_hit_nothing_old(warm: InProc
     warm.do("pause_keeping")
     warm.do("write_weights", factor=0.5)
     warm.do("resume")
-    other = [Case([7, *case.prompt[1:]], ()) for case in cases]
+    other = [Case([7, *case.prompt[1:]], case.tokens) for case in cases]
     assert _read(warm, other) == [0, 0], "doubling and halving are exact, but the engine's own cache is not"
     warm.do("reload_weights", path=str(model_dir(LLAMA)))
 

@@ -19,7 +19,6 @@ from tests.wheels import clean
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = [f"3.{minor}" for minor in range(clean.OLDEST[1], clean.NEWEST[1] + 1)]
-HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 FIRST_BLOCK = """
 import sys, json, time
@@ -40,6 +39,7 @@ print(json.dumps(dict(stored=[int(x) for x in stored], got=[int(x) for x in got]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="there is no setpriv here"),
 ]
@@ -63,7 +63,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module", params=[v if v == HERE else pytest.param(v, marks=pytest.mark.full) for v in VERSIONS])
+@pytest.fixture(scope="module", params=VERSIONS)
 def environment(request: pytest.FixtureRequest, wheel: Path) -> Iterator[clean.Environment]:
     python = clean.pythons().get(request.param)
     if python is None:
@@ -109,7 +109,6 @@ def test_the_first_block_needs_nothing_to_be_compiled(
 
 
 @LIBRARY_ONLY
-@pytest.mark.full
 def test_without_the_library_it_works_as_before_and_says_so(environment: clean.Environment, pool: str) -> None:
     """numba has no place to keep what it compiles, which is said as well."""
     folder = environment.package / "shm" / "native"
