@@ -95,7 +95,7 @@ class Reloads:
     def same_again(self) -> None:
         """Nothing was changed since: every byte in memory is what it was before what looked like a change."""
         self.changed()
-        self._start = self._before
+        self._start = self._start or self._before
 
     def begins(self, folder: str | None) -> None:
         """A reload is about to read this folder; None: not a folder, or not that alone."""
