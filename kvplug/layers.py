@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -217,13 +218,13 @@ def _read_file(path: Path) -> str:
         raise ValueError(f"it is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x})") from None
 
 
-def _toml(text: str) -> dict[str, Any]:
-    """The values of a TOML document. Most users have no file, and the parser is imported for those who do."""
+def _toml() -> Callable[[str], dict[str, Any]]:
+    """What reads TOML. Most users have no file, and the parser is imported for those who do."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    return tomllib.loads(text)
+    return tomllib.loads
 
 
 def from_file() -> tuple[Layer, list[str]]:
@@ -239,7 +240,7 @@ def from_file() -> tuple[Layer, list[str]]:
         # A home that this user can't look into holds no settings of this user's.
         return {}, [f"{named} can't be used: {_why(error)}"] * required
     try:
-        content = decoded_by(_toml, _read_file(path), "its text")
+        content = decoded_by(_toml(), _read_file(path), "its text")
     except DecodeError as error:
         return {}, [f"{named} can't be used: {error}. It is TOML: one `name = value` a line"]
     except FileNotFoundError:
