@@ -58,7 +58,8 @@ def test_a_stopped_agent_holds_nobody_beyond_the_deadline(make_host: MakeHost, m
     child.signal(signal.SIGCONT)
 
     def fetched() -> bool:
-        return ended(fetcher.start(wanted(of[::-1].copy()))) is Outcome.FETCHED
+        """A slow machine may see the deadline of the fetch that has brought the last of them."""
+        return ended(fetcher.start(wanted(of[::-1].copy()))) in (Outcome.FETCHED, Outcome.PRESENT)
 
     until(fetched, END_S)
     assert here.holds(of) == 20
