@@ -8,8 +8,8 @@ reload does not read it. And the files must not have changed from before the cal
 (:class:`kvplug.identity.weights.WeightFiles`).
 
 Whatever else changes weights (over a network, from a trainer's memory, a function of the user's own, a sleep, a call
-that has failed) may leave something that no reload from files replaces. After it, nothing is known until a restart, or
-until every byte in memory is what it was (:mod:`kvplug.adapters.common.weightbytes`).
+that has failed) may leave something that no reload from files replaces. After it, nothing is known until a restart,
+but for a sleep that turns out to have left every byte as it was (:mod:`kvplug.adapters.common.weightbytes`).
 """
 
 from __future__ import annotations

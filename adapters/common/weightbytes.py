@@ -1,4 +1,4 @@
-"""The bytes of the weights in memory: whether they are now what they were, after a sleep, a pause or a reload.
+"""The bytes of the weights in memory: whether they are now what they were, after a sleep or a pause.
 
 :func:`sample_of` reads a little of every tensor and tells quickly that they are others. :func:`digest_of` reads all of
 them, on the device where they lie, and tells that they are the same. Both are made in the process that has the model,

@@ -95,8 +95,8 @@ class Weights:
         """
         with self._lock:
             known = self._known if self.changes else AS_STARTED
-            found = look(None) if known is not None and not loses else None
-            self._seen = _Seen(*found, known) if found is not None and known is not None else None
+            found = None if known is None or loses else look(None)
+            self._seen = None if known is None or found is None else _Seen(*found, known)
 
     def after(self, look: Look) -> bool:
         """The sleep is over, which counted as a change. Whether every byte of the weights is what it was before it;

@@ -146,7 +146,7 @@ def test_a_first_look_that_comes_late_is_none(warm: InProcess, cases: list[Case]
 def test_weights_that_sleep_are_not_looked_at(warm: InProcess, cases: list[Case]) -> None:
     """On a device that would end the worker. What a call to it has done meanwhile is not known."""
     warm.do("sleep", level=1)
-    assert warm.do("call_in_workers") == warm.info["worker_pids"]
+    assert warm.do("call", method="lab_pid", args=[]) == warm.info["worker_pids"]
     warm.do("wake_up")
     assert warm.do("looks_asleep") == 0
     assert _hits(warm, cases) == [0, 0]

@@ -377,9 +377,9 @@ class Driver:
         """A pause that empties nothing."""
         self.core().pause_scheduler("keep", False)
 
-    def call(self, method: str, args: list[Any]) -> None:
-        """A method of the workers, past the engine's own call of that name."""
-        self.llm.collective_rpc(method, args=tuple(args))
+    def call(self, method: str, args: list[Any]) -> list[Any]:
+        """What a method of the workers answers in each, past the engine's own call of that name."""
+        return list(self.llm.collective_rpc(method, args=tuple(args)))
 
     def resume(self) -> None:
         """The second."""
@@ -392,10 +392,6 @@ class Driver:
         with torch.no_grad():
             for tensor in self.core().model_executor.driver_worker.get_model().parameters():
                 tensor.mul_(factor)
-
-    def call_in_workers(self) -> list[int]:
-        """A function of the user's own, sent to the workers."""
-        return list(self.llm.collective_rpc("lab_pid"))
 
     def looks_asleep(self) -> int:
         """How often kvplug has read weights that were away."""
